@@ -1,0 +1,27 @@
+# Every target works on a machine that has only Python and make: it builds .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test check clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: install  ## train a teacher, distil two students, compare them (about five minutes)
+	$(BIN)/python examples/demo.py --out demo
+
+test: install  ## all tests and doctests
+	$(BIN)/python -m pytest -n 2
+
+check: install  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo build dist *.egg-info
