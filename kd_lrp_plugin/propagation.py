@@ -1,0 +1,429 @@
+"""Which rule serves which layer, and the hooks that put it there for a forward pass.
+
+Behind every layer that a rule serves stands a :class:`_Detour`: an identity whose backward pass
+goes the ordinary way, except during a relevance pass, when it follows the rule to the layer's
+input. So whoever takes a gradient during a relevance pass gets relevance.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.linear import Linear as TimmLinear
+from timm.layers.padding import get_same_padding
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kd_lrp_plugin import rules
+from kd_lrp_plugin.checks import message
+from kd_lrp_plugin.rules import LinearMap, Method
+
+ACTIVATIONS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.PReLU,
+    nn.ELU,
+    nn.SiLU,
+    nn.Mish,
+    nn.GELU,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.Tanh,
+)
+"""Elementwise modules that hand relevance on unchanged."""
+
+GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+"""Modules whose output is a factor, not a feature: no relevance flows through them."""
+
+PLAIN_CONVOLUTIONS = (nn.Conv2d.forward, Conv2dSame.forward)
+"""What a convolution must do to be one linear map and a bias; timm's own variants included."""
+
+PLAIN_LINEAR = (nn.Linear.forward, TimmLinear.forward)
+
+# fmt: off
+LINEAR_OPERATIONS = frozenset({
+    "Add", "Sub", "Neg", "Sum", "Mean", "Cat", "Stack", "Split", "SplitWithSizes", "Unbind",
+    "Select", "Slice", "Index", "Gather", "View", "UnsafeView", "ReshapeAlias", "AsStrided",
+    "Permute", "Transpose", "T", "Expand", "Squeeze", "Unsqueeze", "Repeat", "Roll", "Flip",
+    "Clone", "Alias", "ToCopy", "ConstantPadNd", "CopySlices", "AvgPool2D", "AdaptiveAvgPool2D",
+    "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices", "AdaptiveMaxPool2D", "NativeDropout",
+    "UpsampleNearest2D", "UpsampleBilinear2D", "_DDPSink",
+})
+"""Autograd operations at which the gradient hands relevance back as it should be."""
+
+PRODUCTS = frozenset({"Mul", "Div", "Bmm"})
+"""Linear, too, as long as one operand carries no relevance."""
+# fmt: on
+
+
+class _Detour(torch.autograd.Function):
+    """``output`` unchanged; in a relevance pass its gradient goes to ``source`` by ``rule``.
+
+    ``rule(g, *tensors)`` gives the factor of ``source``; without a source no relevance flows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        source: Tensor | None,
+        propagation: "Propagation",
+        rule: Callable[..., Tensor] | None,
+        overwrites: bool,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.propagation = propagation
+        ctx.rule = rule
+        ctx.save_for_backward(*tensors)
+        if overwrites:
+            # "Modified in place" costs nothing, and unlike a view it may be modified in place
+            # again, as residual blocks do. Not for outputs that somebody has saved.
+            ctx.mark_dirty(output)
+            return output
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        rest = (None,) * (3 + len(ctx.saved_tensors))
+        if not ctx.propagation.active:
+            return g, None, *rest
+        if g is None or ctx.rule is None:
+            return None, None, *rest
+        return None, ctx.rule(g, *ctx.saved_tensors), *rest
+
+
+class Propagation:
+    """The rules of one method on one model, and the taps where relevance is read.
+
+    Attributes:
+        taps: output of each tapped layer in the latest forward pass, by name.
+        active: whether a relevance pass is on; read by every detour.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[str], method: Method, name: str) -> None:
+        self.taps: dict[str, Tensor] = {}
+        self.active = False
+        self._model = model
+        self._layers = layers
+        self._method = method
+        self._name = name
+        # Nothing but relevance ever flows back through a frozen model, so its graph is not kept.
+        self._frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        self._versions: dict[str, int] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._convolved = WeakTensorKeyDictionary()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Serve the forward passes inside the context; leave no trace on the model."""
+        try:
+            self._install()
+            yield
+        finally:
+            while self._undo:
+                self._undo.pop()()
+            self._convolved.clear()
+
+    @contextmanager
+    def relevance_pass(self) -> Iterator[None]:
+        """Gradients taken inside the context follow the rules."""
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    # --- hooks --------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        modules = dict(self._model.named_modules())
+        self._undo.append(self._model.register_forward_pre_hook(self._begin).remove)
+        for name, module in modules.items():
+            self._install_rule(name, module)
+        for name in self._layers:
+            self._behind(modules[name], self._tap(name), from_tap_on=False)
+
+    def _install_rule(self, name: str, module: nn.Module) -> None:
+        """Every kind of layer, and what stands behind it."""
+        lrp = not self._method.is_gradient
+        if getattr(module, "inplace", False):
+            self._undo.append(module.register_forward_pre_hook(self._spare_input).remove)
+        if hasattr(module, "fused_attn"):  # timm's attention
+            self._set(module, "fused_attn", False)  # the fused one has no second derivative
+            if lrp and isinstance(module.attn_drop, nn.Module):
+                self._behind(module.attn_drop, self._gate)
+        elif isinstance(module, nn.Conv2d):
+            if type(module).forward in PLAIN_CONVOLUTIONS and not _padded_oddly(module):
+                self._behind(module, self._convolution)
+            elif lrp:
+                self._refuse(name, module, "a convolution with zero padding and its own weights")
+        elif isinstance(module, BatchNormAct2d):
+            # The value before the activation passes through `drop`; the input is seen here only.
+            inputs: list[Tensor] = []
+            self._undo.append(
+                module.register_forward_pre_hook(
+                    lambda _, args: inputs.extend(args[:1] if self.taps else ())
+                ).remove
+            )
+            self._behind(module.drop, lambda _, __, y: self._norm(module, inputs.pop(), y))
+        elif isinstance(module, nn.BatchNorm2d):
+            self._behind(module, lambda m, args, y: self._norm(m, args[0], y))
+        elif isinstance(module, nn.SyncBatchNorm):
+            if module.training:
+                self._refuse(name, module, "batch norm over one process")
+        elif type(module).forward in PLAIN_LINEAR:
+            self._behind(module, self._linear)
+        elif lrp and isinstance(module, GATES):
+            self._behind(module, self._gate)
+        elif lrp and isinstance(module, ACTIVATIONS):
+            self._behind(module, self._activation(rules.activation))
+        elif isinstance(module, nn.Hardsigmoid):
+            self._behind(module, self._activation(rules.hard_sigmoid_gradient))
+
+    def _behind(
+        self, module: nn.Module, hook: Callable[..., Tensor | None], from_tap_on: bool = True
+    ) -> None:
+        def behind(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            return hook(module, inputs, output) if self.taps or not from_tap_on else None
+
+        self._undo.append(module.register_forward_hook(behind).remove)
+
+    def _set(self, module: nn.Module, name: str, value: object) -> None:
+        found = getattr(module, name)
+        self._undo.append(lambda: setattr(module, name, found))
+        setattr(module, name, value)
+
+    def _begin(self, module: nn.Module, inputs: tuple) -> None:
+        self.taps.clear()
+        self._convolved.clear()
+
+    def _spare_input(self, module: nn.Module, inputs: tuple) -> None:
+        if self.taps and module.inplace:
+            self._set(module, "inplace", False)
+
+    def _tap(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> Tensor | None:
+            where = f"layer {name!r}"
+            if not isinstance(output, Tensor) or output.ndim != 4:
+                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                fix = "Choose a layer before pooling and flattening."
+                raise ValueError(message(where, "an output (n, c, h, w)", got, fix))
+            if name in self.taps:
+                fix = "Choose a layer that runs once."
+                raise ValueError(message(where, "one call in a forward pass", "a second", fix))
+            if torch.is_inference(output):
+                fix = "Leave torch.inference_mode for a recorded forward pass."
+                raise ValueError(message(where, "an output with a graph", "inference mode", fix))
+            tap = output if output.requires_grad else output.detach().requires_grad_()
+            self.taps[name] = tap
+            self._versions[name] = tap._version
+            return tap
+
+        return hook
+
+    def _refuse(self, name: str, module: nn.Module, expected: str) -> None:
+        def hook(*_: object) -> None:
+            fix = "Choose another method, or layers behind this one."
+            raise ValueError(
+                message(f"{self._name} at {name!r}", expected, type(module).__name__, fix)
+            )
+
+        self._behind(module, hook)
+
+    # --- what stands behind a layer -----------------------------------------------------------
+
+    def _detour(
+        self,
+        output: Tensor,
+        source: Tensor | None,
+        rule: Callable[..., Tensor] | None,
+        *tensors: Tensor | None,
+        overwrites: bool = False,
+    ) -> Tensor:
+        if self._frozen:
+            output = output.detach()
+        return _Detour.apply(output, source, self, rule, overwrites, *tensors)
+
+    def _affine(
+        self,
+        output: Tensor,
+        source: Tensor,
+        layer: nn.Conv2d | nn.Linear,
+        rule: rules.Rule,
+        linear_map: LinearMap,
+        norm: nn.BatchNorm2d | None = None,
+        raw: Tensor | None = None,
+    ) -> Tensor:
+        """Detour around a layer, or around a convolution and its ``norm`` with input ``raw``."""
+        weights = _norm_tensors(norm, raw) if norm is not None else ()
+        needs = self._method.needs_output
+
+        def propagate(g: Tensor, *tensors: Any) -> Tensor:
+            weight, x, y, *scale = tensors
+            if norm is not None:
+                factor = _norm_scale(norm.eps, *scale)
+                weight = weight * factor.view(-1, 1, 1, 1)
+            return rule(g, x, y, weight, linear_map)
+
+        kept = (source, output) if needs else (None, None)
+        overwrites = not needs and isinstance(layer, nn.Conv2d)
+        return self._detour(
+            output, source, propagate, layer.weight, *kept, *weights, overwrites=overwrites
+        )
+
+    def _convolution(self, module: nn.Conv2d, inputs: tuple, output: Tensor) -> Tensor:
+        (source,) = inputs
+        linear_map = _convolution_map(module, source)
+        result = self._affine(output, source, module, self._method.convolution, linear_map)
+        tapped = any(self._model.get_submodule(name) is module for name in self._layers)
+        if not tapped:
+            self._convolved[result] = (module, source, linear_map)
+        return result
+
+    def _norm(self, module: nn.BatchNorm2d, raw: Tensor, output: Tensor) -> Tensor:
+        if raw in self._convolved:
+            convolution, source, linear_map = self._convolved.pop(raw)
+            rule = self._method.convolution
+            return self._affine(output, source, convolution, rule, linear_map, module, raw)
+
+        def propagate(g: Tensor, *tensors: Any) -> Tensor:
+            return g * _norm_scale(module.eps, *tensors).view(1, -1, 1, 1)
+
+        tensors = _norm_tensors(module, raw)
+        return self._detour(output, raw, propagate, *tensors, overwrites=True)
+
+    def _linear(self, module: nn.Linear, inputs: tuple, output: Tensor) -> Tensor:
+        return self._affine(output, inputs[0], module, self._method.linear, rules.LINEAR)
+
+    def _activation(self, rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            (source,) = inputs
+            return self._detour(output, source, rule, source, output)
+
+        return hook
+
+    def _gate(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return self._detour(output, None, None)
+
+    # --- checks before a relevance pass -------------------------------------------------------
+
+    def check_way(self, logits: Tensor) -> None:
+        """Raise ``ValueError`` unless relevance can flow from ``logits`` to every tap."""
+        if missing := [name for name in self._layers if name not in self.taps]:
+            fix = "Run the model inside the context, and choose layers that it uses."
+            raise ValueError(message(self._name, f"a forward pass through {missing}", "none", fix))
+        for name, tap in self.taps.items():
+            if tap._version != self._versions[name]:
+                fix = "Choose the module around it, whose output stays as it is."
+                got = "one that the model modifies in place afterwards"
+                raise ValueError(message(f"layer {name!r}", "an output that stays", got, fix))
+        alive = self._alive(logits)
+        for name, tap in self.taps.items():
+            if not alive.get(_node(tap), False):
+                fix = (
+                    "Pass the model's output of the recorded forward pass, computed with gradients "
+                    "enabled, and choose layers before the head."
+                )
+                got = "logits that do not depend on it"
+                raise ValueError(message(f"layer {name!r}", "a way from the logits", got, fix))
+
+    def _alive(self, logits: Tensor) -> dict[Any, bool]:
+        """For each autograd node behind ``logits`` whether relevance flows through it to a tap.
+
+        For a method other than the gradient, every such node must be a detour or linear.
+        """
+        taps = {_node(tap) for tap in self.taps.values()}
+        alive: dict[Any, bool] = {}
+        stack = [_node(logits)]
+        while stack:
+            node = stack[-1]
+            if node is None or node in alive:
+                stack.pop()
+                continue
+            inputs = [following for following, _ in node.next_functions]
+            if _is_detour(node):
+                inputs = inputs[1:2] if node.rule is not None else []
+            if waiting := [i for i in inputs if i is not None and i not in alive]:
+                stack.extend(waiting)
+                continue
+            carried = [alive.get(i, False) for i in inputs]
+            alive[node] = any(carried) or node in taps
+            self._check_node(node, carried)
+            stack.pop()
+        return alive
+
+    def _check_node(self, node: Any, carried: list[bool]) -> None:
+        if self._method.is_gradient or not any(carried) or _is_detour(node):
+            return
+        operation = node.name().removeprefix("torch::autograd::").rstrip("0123456789")
+        kind = operation.removesuffix("Backward")
+        if kind in LINEAR_OPERATIONS or (
+            kind in PRODUCTS and sum(carried) == 1 and not (kind == "Div" and not carried[0])
+        ):
+            return
+        fix = (
+            "Make it a module (such as nn.ReLU), choose layers behind it, or the method "
+            "gradient_activation."
+        )
+        raise ValueError(message(self._name, "operations that have a rule", operation, fix))
+
+
+# --- layers as linear maps --------------------------------------------------------------------
+
+
+def _padded_oddly(module: nn.Conv2d) -> bool:
+    return module.padding_mode != "zeros" or module.padding == "same"
+
+
+def _convolution_map(module: nn.Conv2d, source: Tensor) -> LinearMap:
+    if isinstance(module, Conv2dSame):
+        sizes = zip(
+            source.shape[-2:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+        vertical, horizontal = (get_same_padding(*size) for size in sizes)
+    else:
+        padding = (0, 0) if module.padding == "valid" else module.padding
+        vertical, horizontal = (2 * int(p) for p in padding)
+    sides = (horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2)
+    return rules.convolution(
+        tuple(source.shape), module.stride, sides, module.dilation, module.groups
+    )
+
+
+def _norm_tensors(norm: nn.BatchNorm2d, raw: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What :func:`_norm_scale` needs: the norm's weight, and the variance or where it is from."""
+    if norm.training or norm.running_var is None:
+        return norm.weight, None, raw
+    return norm.weight, norm.running_var, None
+
+
+def _norm_scale(
+    eps: float, weight: Tensor | None, variance: Tensor | None, raw: Tensor | None
+) -> Tensor:
+    """γ/√(variance + eps): batch norm as the affine map that relevance sees.
+
+    The variance of a batch stays in the graph: no relevance flows through it, but the derivative
+    of a loss on the map does.
+    """
+    if variance is None:
+        assert raw is not None  # noqa: S101 - one of the two, by _norm_tensors
+        variance = rules.batch_variance(raw)
+    scale = (variance + eps).rsqrt()
+    return scale if weight is None else scale * weight
+
+
+def _is_detour(node: Any) -> bool:
+    return isinstance(getattr(node, "propagation", None), Propagation)
+
+
+def _node(tensor: Tensor) -> Any:
+    """The autograd node that a gradient for ``tensor`` arrives at."""
+    if tensor.grad_fn is not None or not tensor.requires_grad:
+        return tensor.grad_fn
+    return tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]

@@ -1,0 +1,210 @@
+"""Relevance maps of a model at named layers, made from the forward pass that happened anyway.
+
+Captum computes the attribution. It sees an ordinary gradient; where the method is LRP, the
+recorded graph hands back relevance instead (:mod:`kd_lrp_plugin.propagation`).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from captum.attr import LayerGradientXActivation
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from kd_lrp_plugin.checks import check_known, check_targets, message
+from kd_lrp_plugin.propagation import Propagation
+from kd_lrp_plugin.registry import unknown_name
+from kd_lrp_plugin.rules import METHODS
+
+
+def relevance_maps(
+    model: nn.Module,
+    images: Float[Tensor, "n channels height width"],
+    targets: Int[Tensor, " n"] | Float[Tensor, "n classes"],
+    layers: Sequence[str] | str = "auto",
+    method: str = "gradient_activation",
+    create_graph: bool = False,
+    signed: bool = False,
+) -> list[Float[Tensor, "n h w"]]:
+    """Relevance maps of ``images``: one forward pass and one backward pass.
+
+    Arguments, result and errors are those of :func:`record` and :meth:`Recording.maps`. The
+    model is left as it was found, running statistics of a batch norm in train mode included.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("mobilenetv2_035", num_classes=4).eval()
+        >>> images, targets = torch.rand(2, 3, 64, 64), torch.tensor([0, 3])
+        >>> [tuple(m.shape) for m in relevance_maps(model, images, targets, ["blocks.4"])]
+        [(2, 4, 4)]
+    """
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with record(model, layers, method) as recording:
+            logits = model(images)
+        return recording.maps(logits, targets, create_graph, signed)
+    finally:
+        for buffer, found in kept:
+            buffer.data = found
+
+
+@contextmanager
+def record(
+    model: nn.Module,
+    layers: Sequence[str] | str = "auto",
+    method: str = "gradient_activation",
+) -> Iterator["Recording"]:
+    """Record the forward passes of ``model`` inside the context, with gradients enabled.
+
+    A model without trainable parameters, such as a frozen teacher, keeps a graph from its first
+    tapped layer on only. When the context closes, the model is as it was.
+
+    Args:
+        model: any module that ends in logits (n, classes). Of a ``DistributedDataParallel`` the
+            module inside is recorded.
+        layers: names of modules with output (n, c, h, w), or "auto" for timm's ``feature_info``:
+            one per reduction, without the last.
+        method: a name of :data:`kd_lrp_plugin.rules.METHODS`.
+
+    Yields:
+        The recording of the latest forward pass, of use after the context has closed, too.
+
+    Raises:
+        ValueError: for an unknown method or layer, or a model or layer that cannot be recorded.
+
+    Example:
+        >>> import timm
+        >>> student = timm.create_model("mobilenetv2_035", num_classes=4)
+        >>> with record(student, ["blocks.4"], method="lrp_zplus") as recording:
+        ...     logits = student(torch.rand(2, 3, 64, 64))
+        >>> (student_map,) = recording.maps(logits, torch.tensor([0, 3]), create_graph=True)
+        >>> student_map.mean().backward()
+    """
+    check_known("method", method, METHODS)
+    root = _unwrapped(model)
+    names = _layer_names(root, layers)
+    propagation = Propagation(root, names, METHODS[method], method)
+    with torch.enable_grad(), propagation.listening():
+        yield Recording(names, method, propagation)
+
+
+class Recording:
+    """The latest forward pass that :func:`record` has heard.
+
+    Attributes:
+        layers: names of the tapped layers.
+        method: name of the method.
+    """
+
+    def __init__(self, layers: list[str], method: str, propagation: Propagation) -> None:
+        self.layers = layers
+        self.method = method
+        self._propagation = propagation
+
+    @property
+    def activations(self) -> list[Float[Tensor, "n c h w"]]:
+        """Output of each tapped layer, in the model's graph: features for a relation loss."""
+        return [self._propagation.taps[layer] for layer in self.layers]
+
+    def maps(
+        self,
+        logits: Float[Tensor, "n classes"],
+        targets: Int[Tensor, " n"] | Float[Tensor, "n classes"],
+        create_graph: bool = False,
+        signed: bool = False,
+    ) -> list[Float[Tensor, "n h w"]]:
+        """Relevance of ``targets`` at each tapped layer.
+
+        Args:
+            logits: output of the recorded forward pass, as the model returned it.
+            targets: a class index per image, or a weight per image and class: what is explained
+                is the weighted sum of logits.
+            create_graph: keep the graph of the maps, so that a loss on them reaches the weights.
+            signed: the sum over channels as it is, instead of its positive part.
+
+        Returns:
+            One map (n, h, w) per layer, in the order of ``layers``.
+
+        Raises:
+            ValueError: if targets and logits do not fit, if a layer is not on the way to the
+                logits, or if the method has no rule for an operation on this way.
+
+        Reference:
+            The thesis, eq. 2.5-2.6 (Grad-CAM) and 2.17-2.18 (activation times gradient). For
+            Grad-CAM the gradient form (Selvaraju et al., ICCV 2017, eq. 1-2) replaces the
+            weights of the last layer, which exist per channel only behind global average
+            pooling. Deviation: no relevance flows through the statistics of a batch.
+        """
+        if logits.ndim != 2:
+            fix = "Record a model that ends in a classifier."
+            raise ValueError(message("maps", "logits (n, classes)", tuple(logits.shape), fix))
+        check_targets("maps", targets, logits)
+        self._propagation.check_way(logits)
+        if targets.is_floating_point():
+            scores = (logits * targets).sum(1)
+        else:
+            scores = logits.gather(1, targets[:, None]).squeeze(1)
+        activations = self.activations
+        replay = _Replay(activations, scores)
+        captum = LayerGradientXActivation(replay, list(replay.taps), multiply_by_inputs=False)
+        graph = {"create_graph": create_graph, "retain_graph": True}
+        with self._propagation.relevance_pass():
+            factors = captum.attribute(scores, grad_kwargs=graph)
+        if METHODS[self.method].pooled:
+            factors = [factor.mean((2, 3), keepdim=True) for factor in factors]
+        with torch.set_grad_enabled(create_graph):
+            maps = [(a * factor).sum(1) for a, factor in zip(activations, factors, strict=True)]
+            return maps if signed else [m.relu() for m in maps]
+
+
+class _Replay(nn.Module):
+    """A recorded forward pass in the form that Captum asks for: layers, run by ``forward``."""
+
+    def __init__(self, activations: list[Tensor], scores: Tensor) -> None:
+        super().__init__()
+        self.taps = nn.ModuleList(nn.Identity() for _ in activations)
+        self._activations = activations
+        self._scores = scores
+
+    def forward(self, _: Tensor) -> Tensor:
+        for tap, activation in zip(self.taps, self._activations, strict=True):
+            tap(activation)
+        return self._scores
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    if isinstance(model, DataParallel):
+        fix = "Use DistributedDataParallel, one process per device."
+        raise ValueError(
+            message("record", "a model whose activations lead to its logits", "DataParallel", fix)
+        )
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    if model.static_graph:
+        fix = "Drop static_graph: with it, gradients of a relevance loss are silently wrong."
+        raise ValueError(message("record", "static_graph=False", "static_graph=True", fix))
+    return model.module
+
+
+def _layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:
+    if layers == "auto":
+        info = getattr(model, "feature_info", None)
+        if not info:
+            fix = "Name the layers; auto works for timm models."
+            got = type(model).__name__
+            raise ValueError(message("layers", "a model with feature_info for 'auto'", got, fix))
+        last = max(entry["reduction"] for entry in info)
+        by_reduction = {e["reduction"]: e["module"] for e in info if e["reduction"] < last}
+        layers = list(by_reduction.values())
+    names = [layers] if isinstance(layers, str) else list(layers)
+    known = [name for name, _ in model.named_modules() if name]
+    if not names:
+        raise ValueError(message("layers", "at least one layer name", names, "Or use 'auto'."))
+    for name in names:
+        if name not in known:
+            raise ValueError(unknown_name("layer", name, known))
+    if len(set(names)) < len(names):
+        raise ValueError(message("layers", "different names", names, "Name each layer once."))
+    return names
