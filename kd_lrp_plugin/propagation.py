@@ -15,6 +15,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
 from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kd_lrp_plugin import rules
@@ -412,7 +413,7 @@ def _norm_scale(
     of a loss on the map does.
     """
     if variance is None:
-        assert raw is not None  # noqa: S101 - one of the two, by _norm_tensors
+        assert raw is not None  # one of the two, by _norm_tensors
         variance = rules.batch_variance(raw)
     scale = (variance + eps).rsqrt()
     return scale if weight is None else scale * weight
@@ -423,7 +424,5 @@ def _is_detour(node: Any) -> bool:
 
 
 def _node(tensor: Tensor) -> Any:
-    """The autograd node that a gradient for ``tensor`` arrives at."""
-    if tensor.grad_fn is not None or not tensor.requires_grad:
-        return tensor.grad_fn
-    return tensor.view_as(tensor).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    """The autograd node that a gradient for ``tensor`` arrives at, None if there is none."""
+    return get_gradient_edge(tensor).node if tensor.requires_grad else None

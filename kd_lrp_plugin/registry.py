@@ -63,6 +63,6 @@ def unknown_name(where: str, got: object, known: Mapping[str, object] | list[str
     """
     names = sorted(known)
     near = get_close_matches(str(got), names, n=3, cutoff=0.5)
-    shown = names if len(names) <= 12 else near or names[:12]
+    shown = names if len(names) <= 12 else f"{len(names)} names such as {near or names[:6]}"
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"{where}: expected one of {shown}, got {got!r}.{hint}"

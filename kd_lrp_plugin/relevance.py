@@ -142,10 +142,11 @@ class Recording:
             raise ValueError(message("maps", "logits (n, classes)", tuple(logits.shape), fix))
         check_targets("maps", targets, logits)
         self._propagation.check_way(logits)
-        if targets.is_floating_point():
-            scores = (logits * targets).sum(1)
-        else:
-            scores = logits.gather(1, targets[:, None]).squeeze(1)
+        with torch.enable_grad():  # the maps of a validation step need no graph, their making does
+            if targets.is_floating_point():
+                scores = (logits * targets).sum(1)
+            else:
+                scores = logits.gather(1, targets[:, None]).squeeze(1)
         activations = self.activations
         replay = _Replay(activations, scores)
         captum = LayerGradientXActivation(replay, list(replay.taps), multiply_by_inputs=False)

@@ -5,6 +5,7 @@ Nothing here downloads. timm's ``pretrained`` is refused; :func:`load_weights` r
 
 import argparse
 import logging
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,8 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "load_weights"
 
     Args:
         model: filled in place; untouched if an error is raised.
-        path: .safetensors, or .pt/.pth with a state dict, bare or under the key "model".
+        path: .safetensors, or .pt/.pth with a state dict, bare or under the key "model"; may
+            name environment variables, as in ``$KD_LRP_DATA/weights/x.safetensors``.
         where: the name of the caller, for messages.
 
     Returns:
@@ -144,7 +146,7 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "load_weights"
         ...     load_weights(build_model("mobilenetv2_035", 4), path)
         ['classifier.weight', 'classifier.bias']
     """
-    state = _read(where, Path(path))
+    state = _read(where, Path(os.path.expandvars(path)).expanduser())
     own = model.state_dict()
     head = _classifier_path(model)
 

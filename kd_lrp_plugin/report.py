@@ -1,0 +1,199 @@
+"""Plain records become tables and figures. Nothing here knows of models, tensors or files."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from PIL import Image
+
+CAPTION = "Relevance is laid over the image, each map divided by its own maximum."
+
+
+def table(
+    records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, digits: int = 3
+) -> str:
+    """Records as a Markdown table with aligned columns, as fit for a terminal as for a page.
+
+    Args:
+        records: one mapping per row, from column to value. Whole numbers get separators of
+            thousands; None, nan and absent values show as a dash.
+        columns: which ones to show, in this order; all of the first record's by default.
+        digits: of fractions, behind the point.
+
+    Raises:
+        ValueError: if no record has a value for one of ``columns``.
+
+    Example:
+        >>> records = [{"student": "small", "accuracy": 0.91, "parameters": 410208}]
+        >>> print(table([*records, {"student": "tiny", "parameters": 9}]))
+        | student | accuracy | parameters |
+        |---------|---------:|-----------:|
+        | small   |    0.910 |    410,208 |
+        | tiny    |        – |          9 |
+    """
+    columns = list(columns if columns is not None else records[0] if records else [])
+    for column in columns:
+        if records and not any(column in record for record in records):
+            known = sorted({key for record in records for key in record})
+            raise ValueError(f"table: expected columns among {known}, got {column!r}.")
+    cells = [[_cell(record.get(column), digits) for column in columns] for record in records]
+    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
+    right = [
+        any(_is_number(record.get(c)) for record in records)
+        and all(_is_number(record[c]) for record in records if record.get(c) is not None)
+        for c in columns
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        padded = zip(row, widths, right, strict=True)
+        return f"| {' | '.join(c.rjust(w) if r else c.ljust(w) for c, w, r in padded)} |"
+
+    rule = "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True))
+    return "\n".join([line(columns), f"|{rule}|", *map(line, cells)])
+
+
+class MapRow(NamedTuple):
+    """One image and the relevance maps of it, for :func:`map_figure`.
+
+    Attributes:
+        label: what the image shows, such as its class; may have several lines.
+        image: grey or RGB; integers in [0, 255] or fractions in [0, 1].
+        maps: from a column's heading to its relevance map, of any size. Relevance below zero is
+            not shown.
+        predictions: from a column's heading to the class and the confidence, in [0, 1], to print
+            under that map.
+        mask: the object's pixels, in the image's size; its outline is drawn.
+    """
+
+    label: str
+    image: Shaped[np.ndarray, "h w *channels"]
+    maps: Mapping[str, Float[np.ndarray, "_ _"]]
+    predictions: Mapping[str, tuple[str, float]] = {}
+    mask: Bool[np.ndarray, "h w"] | None = None
+
+
+def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour") -> Figure:
+    """A row per image: the image, and each of its maps laid over it, in one colour scale.
+
+    Every map is divided by its own maximum, so colours compare places within a map, not amounts
+    between maps; the figure says so. A wrong prediction, one that is not the row's label, is set
+    in red with a cross.
+
+    Args:
+        rows: with the same columns in each.
+        title: above the figure.
+        outline: what the masks show, for the caption.
+
+    Returns:
+        A figure of its own, outside of pyplot: ``figure.savefig(path)``.
+
+    Raises:
+        ValueError: if there are no rows, or their columns differ.
+
+    Example:
+        >>> image, heat = np.zeros((8, 8)), np.eye(2)
+        >>> map_figure([MapRow("glioma", image, {"teacher": heat})]).get_axes()[1].get_title()
+        'teacher'
+    """
+    columns = [list(row.maps) for row in rows]
+    if not rows or any(names != columns[0] for names in columns):
+        got = columns if rows else "no rows"
+        fix = "Give each row a map for every column."
+        raise ValueError(f"map_figure: expected rows with the same columns, got {got}. {fix}")
+    height, width = len(rows), 1 + len(columns[0])
+    figure = Figure(figsize=(1.9 * width + 0.9, 2.1 * height + 0.9), dpi=120, layout="compressed")
+    axes = figure.subplots(height, width, squeeze=False)
+    for row, line in zip(rows, axes, strict=True):
+        base = _rgb(row.image)
+        _show(line[0], base, row.mask)
+        line[0].set_ylabel(row.label, fontsize=11)
+        for ax, (name, relevance) in zip(line[1:], row.maps.items(), strict=True):
+            _show(ax, _overlay(base, np.asarray(relevance)), row.mask)
+            if not (np.asarray(relevance) > 0).any():
+                ax.text(
+                    0.5, 0.04, "no relevance", color="white", ha="center", transform=ax.transAxes
+                )
+            if name in row.predictions:
+                _caption(ax, row.label, *row.predictions[name])
+    for ax, name in zip(axes[0], ["image", *columns[0]], strict=True):
+        ax.set_title(name, fontsize=11)
+    scale = ScalarMappable(cmap=_blended(np.full(3, 0.35)))
+    bar = figure.colorbar(scale, ax=axes, aspect=12 * height, pad=0.01, ticks=[0, 0.5, 1])
+    bar.set_label("relevance / maximum of the map", fontsize=10)
+    masked = any(row.mask is not None and np.any(row.mask) for row in rows)
+    figure.supxlabel(CAPTION + (f" Outline: {outline}." if masked else ""), fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=13)
+    return figure
+
+
+# --- drawing ------------------------------------------------------------------------------------
+
+_HEAT = colormaps["inferno"]
+_OUTLINE = "#3ce0ff"
+
+
+def _rgb(image: Any) -> Float[np.ndarray, "h w 3"]:
+    image = np.asarray(image)
+    values = image / 255 if np.issubdtype(image.dtype, np.integer) else image.clip(0, 1)
+    return np.repeat(values[..., None], 3, axis=2) if values.ndim == 2 else values
+
+
+def _blend(base: Any, heat: Any) -> Any:
+    """Colours of relevance ``heat`` (in [0, 1]) over ``base``: the stronger, the more opaque."""
+    opacity = 0.9 * np.sqrt(heat)[..., None]
+    return (1 - opacity) * base + opacity * _HEAT(heat)[..., :3]
+
+
+def _blended(base: Float[np.ndarray, " 3"]) -> Colormap:
+    """The colour scale as it looks over an even ``base``."""
+    return ListedColormap(_blend(base, np.linspace(0, 1, 256)))
+
+
+def _overlay(
+    base: Float[np.ndarray, "height width 3"], relevance: Float[np.ndarray, "h w"]
+) -> Float[np.ndarray, "height width 3"]:
+    size = (base.shape[1], base.shape[0])
+    positive = Image.fromarray(relevance.clip(0).astype(np.float32))
+    heat = np.asarray(positive.resize(size, Image.Resampling.BILINEAR))
+    return _blend(base, heat / (heat.max() or 1))
+
+
+def _show(ax: Axes, picture: Float[np.ndarray, "h w 3"], mask: Any) -> None:
+    ax.imshow(picture, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    for side in ax.spines.values():
+        side.set_visible(False)
+    if mask is not None and np.any(mask):
+        ax.contour(np.asarray(mask), levels=[0.5], colors=[_OUTLINE], linewidths=1)
+
+
+def _caption(ax: Axes, label: str, predicted: str, confidence: float) -> None:
+    right = predicted == label
+    colour = "black" if right else "#c01818"
+    sign = "" if right else " ✗"
+    ax.set_xlabel(f"{predicted} {confidence:.2f}{sign}", fontsize=10, color=colour)
+
+
+# --- cells --------------------------------------------------------------------------------------
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: object, digits: int) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}"
+    if _is_number(value):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
