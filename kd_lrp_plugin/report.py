@@ -36,7 +36,7 @@ def table(
         | student | accuracy | parameters |
         |---------|---------:|-----------:|
         | small   |    0.910 |    410,208 |
-        | tiny    |        – |          9 |
+        | tiny    |        - |          9 |
     """
     columns = list(columns if columns is not None else records[0] if records else [])
     for column in columns:
@@ -191,7 +191,7 @@ def _is_number(value: object) -> bool:
 
 def _cell(value: object, digits: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
+        return "-"
     if isinstance(value, float):
         return f"{value:,.{digits}f}"
     if _is_number(value):

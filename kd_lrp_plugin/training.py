@@ -301,7 +301,10 @@ class _Run:
         with _Meter(self.box.criterion) as meter:
             for images, targets in show.track(loader, what):
                 images, targets = images.to(self.device), targets.to(self.device)
-                meter.update(self.box.forward_process(images, targets), targets)
+                if len(targets) > 1:
+                    meter.update(self.box.forward_process(images, targets), targets)
+                else:  # one image alone has no relation to others, only a prediction
+                    meter.count(self.student(images), targets)
         return meter.summary(prefix)
 
     def _save(self, file: Path, metrics: Mapping[str, float]) -> None:
@@ -323,7 +326,7 @@ class _Meter:
     def __init__(self, criterion: nn.Module) -> None:
         self.latest: dict[str, Tensor] = {}
         self.images = 0
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
         self._criterion = criterion
         self._terms: dict[str, nn.Module] = {
             name: term for name, (term, _) in getattr(criterion, "term_dict", {}).items()
@@ -351,15 +354,23 @@ class _Meter:
         self._logits = None
 
     def update(self, loss: Tensor, targets: Tensor) -> None:
+        """Count a batch that the criterion has just seen."""
         assert self._logits is not None
-        n = len(targets)
-        self.images += n
-        correct = (self._logits.detach().argmax(1) == targets).float().mean()
-        for name, value in {"loss": loss.detach(), "accuracy": correct, **self.latest}.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value * n
+        for name, value in {"loss": loss.detach(), **self.latest}.items():
+            self._add(name, value, len(targets))
+        self.count(self._logits, targets)
+
+    def count(self, logits: Tensor, targets: Tensor) -> None:
+        """Count the predictions of a batch."""
+        self.images += len(targets)
+        self._add("accuracy", (logits.detach().argmax(1) == targets).float().mean(), len(targets))
+
+    def _add(self, name: str, mean: Tensor, n: int) -> None:
+        total, count = self._sums.get(name, (torch.zeros_like(mean), 0))
+        self._sums[name] = total + mean * n, count + n
 
     def summary(self, prefix: str) -> dict[str, float]:
-        means = {f"{prefix}_{k}": float(v) / max(self.images, 1) for k, v in self._sums.items()}
+        means = {f"{prefix}_{k}": float(total) / n for k, (total, n) in self._sums.items()}
         for name, term in self._terms.items():
             if isinstance(term, RecordedLoss):
                 means[f"{prefix}_{name}_zero_maps"] = float(term.zero_maps)
