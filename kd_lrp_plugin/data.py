@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder
 from kd_lrp_plugin.checks import check_known, message
 
 CLASSES = ("glioma", "meningioma", "notumor", "pituitary")
-PARTS = ("all", "fit", "holdout")
+_PARTS = ("all", "fit", "holdout")
 _SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
@@ -39,7 +39,7 @@ def make_transforms(
     Raises:
         ValueError: if ``image_size`` is not a positive integer or ``std`` not positive.
     """
-    _check_positive("make_transforms", "image_size", image_size)
+    _check_integer("make_transforms", "image_size", image_size)
     if std <= 0:
         raise ValueError(message("make_transforms", "std above 0", std, "Use 0.5."))
     bilinear = transforms.InterpolationMode.BILINEAR
@@ -170,7 +170,6 @@ _VIEWS = {
         ),
     ),
 }
-_CONTRAST = (0.35, 0.65)
 _SKULL = (1.03, 1.13, 1.21)  # outer borders of fluid, bone and scalp, as part of the brain's radius
 
 # Brightness of the tissues in the two kinds of contrast that every image mixes.
@@ -251,9 +250,9 @@ class Phantom(Dataset):
         cache: bool = False,
     ) -> None:
         check_known("Phantom split", split, _SPLITS)
-        _check_positive("Phantom", "size", size)
-        _check_positive("Phantom", "image_size", image_size, least=32)
-        _check_positive("Phantom", "seed", seed, least=0)
+        _check_integer("Phantom", "size", size)
+        _check_integer("Phantom", "image_size", image_size, least=32)
+        _check_integer("Phantom", "seed", seed, least=0)
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
         self.transform = _choose_transform("Phantom", transform, image_size, augment)
         self._cache: dict[int, np.ndarray] | None = {} if cache else None
@@ -473,12 +472,12 @@ class _Slice:
         x, y = self.somewhere(0.12)
         self.swelling(x, y, radius * rng.uniform(1.2, 1.9))
         reach = self.distance(x, y, radius, radius * rng.uniform(0.75, 1), rng.uniform(0, pi))
-        reach += 0.25 * np.clip(self.noise(9), -1.5, 1.5)
+        reach += 0.35 * np.clip(self.noise(12), -1.3, 1.3)
         ring = np.exp(-(((reach - 0.8) / rng.uniform(0.12, 0.25)) ** 2))
         core = self.within(reach, 0.65, 0.2)
         patchy = 0.3 * self.sign() + 0.7 * self.noise(18)
         ringed = rng.uniform(0.4, 1.0)
-        change = ringed * (1.5 * ring - 0.9 * core) + (1 - ringed) * patchy
+        change = ringed * (1.5 * ring - 0.6 * core) + (1 - ringed) * patchy
         away = self.within(-self.depth, -0.06, 0.02)
         amount = self.within(reach, 1, 1.5 * self.pixel / radius) * away
         self.blend(amount, self.tone["white"] + contrast * change)
@@ -525,7 +524,7 @@ def _draw(kind: str, size: int, rng: np.random.Generator) -> Scene:
     head.anatomy()
     head.look_alikes()
     draw = {"glioma": head.glioma, "meningioma": head.meningioma, "pituitary": head.pituitary}
-    contrast = rng.uniform(*_CONTRAST)
+    contrast = rng.uniform(0.3, 0.65)
     tumour = draw[kind](contrast) if kind in draw else np.zeros((size, size), bool)
     sella = head.pixels(*head.at(head.view.sella, 0.0))
     return Scene(head.scan(), tumour, head.depth > 0, sella, head.name)
@@ -587,7 +586,7 @@ class FolderImages(ImageFolder):
         transform: Callable[[Image.Image], Any] | None = None,
         augment: bool = False,
     ) -> None:
-        check_known("FolderImages part", part, PARTS)
+        check_known("FolderImages part", part, _PARTS)
         self.folder = _find_folder(root, name)
         where = self.folder / split
         if not where.is_dir():
@@ -674,6 +673,6 @@ def _choose_transform(
     return transform
 
 
-def _check_positive(where: str, name: str, value: object, least: int = 1) -> None:
+def _check_integer(where: str, name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(message(where, f"an integer {name} of {least} or more", repr(value), ""))

@@ -95,10 +95,11 @@ class SmallNet(nn.Module):
         return self.head(torch.cat([x, y], 1).mean((2, 3)))
 
 
-def small_net(seed: int = 232) -> tuple[nn.Module, Tensor, Tensor]:
+def small_net(seed: int = 176) -> tuple[nn.Module, Tensor, Tensor]:
     """The net with random weights, some scales negative, and a batch for it.
 
-    Of 400 seeds this one keeps farthest from every kink, in both modes (see below).
+    Of 1,500 seeds this one keeps farthest from every kink, and every denominator farthest from
+    zero, in both modes.
     """
     net = randomize(SmallNet(), seed)
     scales = torch.cat([m.weight for m in net.modules() if isinstance(m, nn.BatchNorm2d)])
@@ -116,7 +117,7 @@ def distance_from_kinks(net: nn.Module, images: Tensor) -> float:
     distances: list[float] = []
     handles = [
         net.get_submodule(name).register_forward_hook(
-            lambda _, __, y, at=at: distances.extend(float((y - z).abs().min()) for z in at)
+            lambda _, __, y, at=at: distances.extend((y - z).abs().min().item() for z in at)
         )
         for name, at in kinks.items()
     ]

@@ -1,0 +1,56 @@
+"""The plugin under torchdistill's own, unmodified example script.
+
+The script is not part of torchdistill's wheel; give the path of a copy from its repository
+(examples/torchvision/image_classification.py):
+
+    python examples/torchdistill_script.py --script PATH
+
+Trains a teacher with kd-lrp first, since the script would go on with random weights without one.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
+TEACHER = CONFIGS / "ce" / "mobilenetv2_100.yaml"
+STUDENT = CONFIGS / "lrp_cosine" / "mobilenetv2_035_from_mobilenetv2_100-script.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--script", type=Path, help="torchdistill's image_classification.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/script"), help="working folder")
+    parser.add_argument("--short", action="store_true", help="tiny data, one epoch: a trial")
+    args = parser.parse_args()
+    if args.script is None:
+        print("skipped: no --script; it lies in torchdistill's repository, not in its wheel")
+        return
+    if not args.script.is_file():
+        sys.exit(f"--script: expected a file, got none at {args.script}.")
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    from kd_lrp_plugin.config import resolve_config
+    from kd_lrp_plugin.training import distill
+
+    changes = ["models.model.kwargs.num_classes=5"]
+    small = []
+    if args.short:
+        small = ["image_size=32", "train.num_epochs=1", "num_workers=0"]
+        for split in ("train", "val", "test"):
+            small.append(f"datasets.phantom/{split}.init.kwargs.size=64")
+    teacher = args.out / "runs/phantom/ce/mobilenetv2_100-script/0"
+    if not teacher.exists():
+        distill(TEACHER, changes + small, teacher)
+    config = args.out / "student.yaml"
+    config.write_text(resolve_config(STUDENT, small), encoding="utf-8")
+    command = [sys.executable, args.script.resolve(), "--config", config.name, "--device", "cpu"]
+    print(" ".join(map(str, command)))
+    subprocess.run([*command, "--seed", "0"], cwd=args.out, check=True)
+
+
+if __name__ == "__main__":
+    main()
