@@ -1,3 +1,44 @@
-"""Explanation-guided knowledge distillation for torchdistill and plain PyTorch loops."""
+"""Explanation-guided knowledge distillation for torchdistill and plain PyTorch loops.
+
+The core needs no torchdistill; its YAML reaches it through ``kd_lrp_plugin.torchdistill``.
+"""
+
+from kd_lrp_plugin.losses import (
+    LOSSES,
+    correlation_cosine,
+    correlation_l2,
+    kl_divergence,
+    relation_cosine,
+    relation_l2,
+    resize_maps,
+    semantic_cosine,
+    semantic_l2,
+    zero_maps,
+)
+from kd_lrp_plugin.relevance import Recording, record, relevance_maps
+from kd_lrp_plugin.rules import METHODS, RULES
+from kd_lrp_plugin.students import build_model, load_weights, thesis_student, thesis_teacher
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "LOSSES",
+    "METHODS",
+    "RULES",
+    "Recording",
+    "build_model",
+    "correlation_cosine",
+    "correlation_l2",
+    "kl_divergence",
+    "load_weights",
+    "record",
+    "relation_cosine",
+    "relation_l2",
+    "relevance_maps",
+    "resize_maps",
+    "semantic_cosine",
+    "semantic_l2",
+    "thesis_student",
+    "thesis_teacher",
+    "zero_maps",
+]

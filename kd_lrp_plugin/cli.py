@@ -62,7 +62,7 @@ def distill(
 
         kd-lrp distill my.yaml --set num_epochs=2 --set train.optimizer.kwargs.lr=0.001 --seed 1
     """
-    with _Show() as show, _errors_in_words():
+    with Show() as show, _errors_in_words():
         folder = out or training.default_run_folder(config, seed)
         summary = training.distill(config, overrides or [], folder, seed, device, show)
     console.print(
@@ -100,10 +100,10 @@ def _errors_in_words() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-class _Show(training.Silence):
+class Show(training.Silence):
     """Progress bars and a line per epoch."""
 
-    def __enter__(self) -> "_Show":
+    def __enter__(self) -> "Show":
         self._progress = Progress(
             TextColumn("{task.description:>16}"),
             BarColumn(),

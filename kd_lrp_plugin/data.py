@@ -1,7 +1,7 @@
 """Images to train on: a procedural brain-MRI phantom, and folders with one sub-folder per class.
 
-The phantom needs no files and no licence. It is a drawing, not anatomy: good for trying, testing and
-demonstrating, no ground for any clinical claim.
+The phantom needs no files and no licence. It is a drawing, not anatomy: good for trying, testing
+and demonstrating, no ground for any clinical claim.
 """
 
 import csv
@@ -210,9 +210,10 @@ class Phantom(Dataset):
     look-alikes (vessels, calcifications, cysts, a bright sinus, a normal gland) are drawn
     independently of the class.
 
-    Image ``index`` depends only on ``(split, seed, index)``, and its geometry not on ``image_size``:
-    not on ``size``, call order, worker or any global state. Each split and seed is an independent
-    random stream, so splits share no image. Each run of four indices holds every class once.
+    Image ``index`` depends only on ``(split, seed, index)``: not on ``size``, call order, worker or
+    any global state. ``image_size`` changes the sampling and the noise, not what is drawn. Each
+    split and seed is an independent random stream, so no two share an image. Each run of four
+    indices holds every class once.
 
     Args:
         split: train, val or test.
@@ -299,7 +300,7 @@ class Phantom(Dataset):
 
 
 class _Slice:
-    """One slice in the making: a canvas in head coordinates, and the random stream it is drawn from.
+    """One slice in the making: a canvas in head coordinates, and its random stream.
 
     What depends on the image size is drawn last, so that the geometry does not depend on it.
     """
@@ -351,7 +352,7 @@ class _Slice:
         return radius * cos(angle), radius * sin(angle)
 
     def somewhere(self, nearest: float) -> tuple[float, float]:
-        """A random point of the brain, away from the notch and ``nearest`` or more from the skull."""
+        """A random point of the brain, off the notch, ``nearest`` or more from the skull."""
         angle = self.view.sella + self.rng.uniform(2.2 * self.view.notch[1], pi) * self.sign()
         whole = float(self.outline(angle))
         return self.at(angle, whole - (whole - nearest) * self.rng.uniform(0.2, 1) ** 0.5)
@@ -416,15 +417,15 @@ class _Slice:
 
     def anatomy(self) -> None:
         """Everything of the head that belongs there."""
-        tone, bone = self.tone, 1.13 * self.border
+        tone, (fluid, bone, scalp) = self.tone, _SKULL
         self.parts(self.view.outside)
-        self.blend(self.within(self.radius, 1.21 * self.border), tone["fat"])
+        self.blend(self.within(self.radius, scalp * self.border), tone["fat"])
         self.canvas *= 1 + 0.2 * self.noise(20)
-        self.blend(self.within(self.radius, bone), tone["bone"])
+        self.blend(self.within(self.radius, bone * self.border), tone["bone"])
         marrow = np.exp(-(((self.radius - 1.08 * self.border) / 0.012) ** 2))
         self.blend(self.rng.uniform(0, 0.7) * marrow, tone["fat"])
-        self.blend(self.within(self.radius, 1.03 * self.border), tone["fluid"])
-        # Cortex: a grey ribbon along the border and along the furrows, which follow a noise's zeros.
+        self.blend(self.within(self.radius, fluid * self.border), tone["fluid"])
+        # Cortex: a grey ribbon along the border and the furrows, which follow a noise's zeros.
         furrow = np.abs(self.noise(int(self.rng.integers(13, 20))))
         outer = self.within(self.depth, 0.26, 0.2)
         grey = np.maximum(
@@ -574,6 +575,8 @@ class FolderImages(ImageFolder):
         ValueError: for an unknown part, other classes than asked for, or a class too small to cut.
     """
 
+    samples: list[tuple[str, int]]
+
     def __init__(
         self,
         root: str | None = None,
@@ -622,14 +625,18 @@ class FolderImages(ImageFolder):
         for label, name in enumerate(self.classes):
             paths = sorted(path for path, target in self.samples if target == label)
             run = min(32, max(1, round(len(paths) * min(holdout, 1 - holdout))))
-            before = len(held)
-            for place, path in enumerate(paths):
-                turn = place // run
-                out = floor((turn + 1) * holdout + 0.5) > floor(turn * holdout + 0.5)
+            members: dict[object, list[str]] = {}  # by group, in the order of their first files
+            for path in paths:
                 short = Path(path).relative_to(self.folder).parts
                 group = groups.get((short[0], name, short[-1]), groups.get(short[-1:], path))
-                if decided.setdefault(group, out):
-                    held.add(path)
+                members.setdefault(group, []).append(path)
+            before, place = len(held), 0
+            for group, files in members.items():
+                turn = place // run
+                place += len(files)
+                out = floor((turn + 1) * holdout + 0.5) > floor(turn * holdout + 0.5)
+                if decided.setdefault(group, out):  # an earlier class may have decided
+                    held.update(files)
             if not 0 < len(held) - before < len(paths):
                 fix = f"Give more images than {len(paths)} (or more groups), or part: all."
                 got = f"{len(held) - before} of {len(paths)} of class {name!r}"
@@ -653,13 +660,15 @@ def _read_groups(manifest: Path) -> Mapping[tuple[str, ...], object]:
         return {}
     with manifest.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    keys = (
-        ("split", "class", "file") if rows and {"split", "class"} <= rows[0].keys() else ("file",)
-    )
-    if not rows or not {"file", "group"} <= rows[0].keys():
+    columns = set(rows[0]) if rows else set()
+    if not {"file", "group"} <= columns:
         return {}
-    # The tuple keeps a group's name apart from a path.
-    return {tuple(row[key] for key in keys): ("group", row["group"]) for row in rows}
+    before = ("split", "class") if {"split", "class"} <= columns else ()
+    # The tuple as value keeps a group's name apart from a path.
+    return {
+        (*(row[column] for column in before), Path(row["file"]).name): ("group", row["group"])
+        for row in rows
+    }
 
 
 def _choose_transform(

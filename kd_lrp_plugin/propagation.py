@@ -16,6 +16,7 @@ from timm.layers.linear import Linear as TimmLinear
 from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from kd_lrp_plugin import rules
@@ -116,6 +117,7 @@ class Propagation:
         self._name = name
         # Nothing but relevance ever flows back through a frozen model, so its graph is not kept.
         self._frozen = not any(parameter.requires_grad for parameter in model.parameters())
+        self._tapped = {model.get_submodule(name) for name in layers}
         self._versions: dict[str, int] = {}
         self._undo: list[Callable[[], None]] = []
         self._convolved = WeakTensorKeyDictionary()
@@ -173,11 +175,11 @@ class Propagation:
                 ).remove
             )
             self._behind(module.drop, lambda _, __, y: self._norm(module, inputs.pop(), y))
-        elif isinstance(module, nn.BatchNorm2d):
-            self._behind(module, lambda m, args, y: self._norm(m, args[0], y))
         elif isinstance(module, nn.SyncBatchNorm):
             if module.training:
                 self._refuse(name, module, "batch norm over one process")
+        elif isinstance(module, BatchNorm):
+            self._behind(module, lambda m, args, y: self._norm(m, args[0], y))
         elif type(module).forward in PLAIN_LINEAR:
             self._behind(module, self._linear)
         elif lrp and isinstance(module, GATES):
@@ -258,7 +260,7 @@ class Propagation:
         layer: nn.Conv2d | nn.Linear,
         rule: rules.Rule,
         linear_map: LinearMap,
-        norm: nn.BatchNorm2d | None = None,
+        norm: BatchNorm | None = None,
         raw: Tensor | None = None,
     ) -> Tensor:
         """Detour around a layer, or around a convolution and its ``norm`` with input ``raw``."""
@@ -282,19 +284,19 @@ class Propagation:
         (source,) = inputs
         linear_map = _convolution_map(module, source)
         result = self._affine(output, source, module, self._method.convolution, linear_map)
-        tapped = any(self._model.get_submodule(name) is module for name in self._layers)
-        if not tapped:
+        if module not in self._tapped:  # else relevance must stop over between it and its norm
             self._convolved[result] = (module, source, linear_map)
         return result
 
-    def _norm(self, module: nn.BatchNorm2d, raw: Tensor, output: Tensor) -> Tensor:
+    def _norm(self, module: BatchNorm, raw: Tensor, output: Tensor) -> Tensor:
         if raw in self._convolved:
             convolution, source, linear_map = self._convolved.pop(raw)
             rule = self._method.convolution
             return self._affine(output, source, convolution, rule, linear_map, module, raw)
 
         def propagate(g: Tensor, *tensors: Any) -> Tensor:
-            return g * _norm_scale(module.eps, *tensors).view(1, -1, 1, 1)
+            scale = _norm_scale(module.eps, *tensors)
+            return g * scale.view(-1, *[1] * (g.ndim - 2))
 
         tensors = _norm_tensors(module, raw)
         return self._detour(output, raw, propagate, *tensors, overwrites=True)
@@ -314,11 +316,15 @@ class Propagation:
 
     # --- checks before a relevance pass -------------------------------------------------------
 
-    def check_way(self, logits: Tensor) -> None:
-        """Raise ``ValueError`` unless relevance can flow from ``logits`` to every tap."""
+    def check_heard(self) -> None:
+        """Raise ``ValueError`` unless a forward pass has gone through every tapped layer."""
         if missing := [name for name in self._layers if name not in self.taps]:
             fix = "Run the model inside the context, and choose layers that it uses."
             raise ValueError(message(self._name, f"a forward pass through {missing}", "none", fix))
+
+    def check_way(self, logits: Tensor) -> None:
+        """Raise ``ValueError`` unless relevance can flow from ``logits`` to every tap."""
+        self.check_heard()
         for name, tap in self.taps.items():
             if tap._version != self._versions[name]:
                 fix = "Choose the module around it, whose output stays as it is."
@@ -397,7 +403,7 @@ def _convolution_map(module: nn.Conv2d, source: Tensor) -> LinearMap:
     )
 
 
-def _norm_tensors(norm: nn.BatchNorm2d, raw: Tensor | None) -> tuple[Tensor | None, ...]:
+def _norm_tensors(norm: BatchNorm, raw: Tensor | None) -> tuple[Tensor | None, ...]:
     """What :func:`_norm_scale` needs: the norm's weight, and the variance or where it is from."""
     if norm.training or norm.running_var is None:
         return norm.weight, None, raw

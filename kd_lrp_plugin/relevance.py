@@ -106,6 +106,7 @@ class Recording:
     @property
     def activations(self) -> list[Float[Tensor, "n c h w"]]:
         """Output of each tapped layer, in the model's graph: features for a relation loss."""
+        self._propagation.check_heard()
         return [self._propagation.taps[layer] for layer in self.layers]
 
     def maps(

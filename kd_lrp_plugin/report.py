@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 CAPTION = "Relevance is laid over the image, each map divided by its own maximum."
@@ -131,6 +132,44 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
     figure.supxlabel(CAPTION + (f" Outline: {outline}." if masked else ""), fontsize=9)
     if title:
         figure.suptitle(title, fontsize=13)
+    return figure
+
+
+def curves_figure(records: Sequence[Mapping[str, float]], title: str = "") -> Figure:
+    """One panel per quantity over the epochs: training and validation in one panel.
+
+    Args:
+        records: one per epoch, with the key "epoch" and values named ``train_x`` and ``val_x``.
+        title: above the figure.
+
+    Returns:
+        A figure of its own, outside of pyplot.
+
+    Example:
+        >>> records = [{"epoch": 1, "train_loss": 2.0, "val_loss": 3.0}]
+        >>> [ax.get_title() for ax in curves_figure(records).get_axes()]
+        ['loss']
+    """
+    names = [key.removeprefix("train_") for key in records[0] if key.startswith("train_")]
+    names.sort(key=lambda name: {"accuracy": 0, "loss": 1}.get(name, 2))
+    width = min(4, len(names))
+    height = -(-len(names) // width)
+    figure = Figure(figsize=(2.9 * width, 2.3 * height), dpi=120, layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False).flat
+    epochs = [record["epoch"] for record in records]
+    for name, ax in zip(names, axes, strict=False):
+        for part, style in {"train": "--", "val": "-"}.items():
+            values = [record.get(f"{part}_{name}", math.nan) for record in records]
+            ax.plot(epochs, values, style, marker="." if len(epochs) < 30 else "", label=part)
+        ax.set_title(name, fontsize=10)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.3)
+    for ax in figure.get_axes()[len(names) :]:
+        ax.set_visible(False)
+    figure.get_axes()[0].legend(fontsize=8)
+    figure.supxlabel("epoch", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=12)
     return figure
 
 

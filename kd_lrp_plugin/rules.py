@@ -208,24 +208,25 @@ def hard_sigmoid_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return g * ((x > -3) & (x < 3)) / 6
 
 
-def batch_variance(x: Float[Tensor, "n c h w"]) -> Float[Tensor, " c"]:
+def batch_variance(x: Float[Tensor, "n c *map"]) -> Float[Tensor, " c"]:
     """Biased variance of each channel over batch and map, as train-mode batch norm has it."""
     return _BatchVariance.apply(x)
 
 
 class _BatchVariance(torch.autograd.Function):
-    """``x.var((0, 2, 3))``, which PyTorch computes several times more slowly on the CPU."""
+    """``x.var`` over those axes, which PyTorch computes several times more slowly on the CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        mean = x.mean((0, 2, 3), keepdim=True)
+        axes = [0, *range(2, x.ndim)]
+        mean = x.mean(axes, keepdim=True)
         ctx.save_for_backward(x, mean)
-        return (x - mean).square_().mean((0, 2, 3))
+        return (x - mean).square_().mean(axes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
-        weight = (grads[0] * (2 * x.shape[1] / x.numel())).view(1, -1, 1, 1)
+        weight = (grads[0] * (2 * x.shape[1] / x.numel())).view_as(mean)
         return (x - mean) * weight
 
 

@@ -149,7 +149,8 @@ class RecordedLoss(nn.Module):
         target: which class's relevance is compared: the "label", or the "teacher"'s first choice.
 
     Attributes:
-        zero_maps: maps without any relevance seen so far, of student and teacher together.
+        zero_maps: maps without any relevance seen so far, of student and teacher together; None
+            for a loss that compares features.
     """
 
     def __init__(self, key: str, target: str = "label") -> None:
@@ -157,7 +158,12 @@ class RecordedLoss(nn.Module):
         check_known(f"{key}: target", target, ("label", "teacher"))
         self.key = key
         self.target = target
-        self.zero_maps: Tensor | int = 0
+        self.zero_maps: Tensor | int | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting zero maps anew."""
+        self.zero_maps = None if COMPARISONS[self.key].methods is None else 0
 
     def forward(
         self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor
@@ -185,7 +191,7 @@ class RecordedLoss(nn.Module):
                 height, width = of_student.shape[-2:]
                 of_teacher = losses.resize_maps(of_teacher, (height, width))
                 zeros = losses.zero_maps(of_student).sum() + losses.zero_maps(of_teacher).sum()
-                self.zero_maps = self.zero_maps + zeros
+                self.zero_maps = zeros + (self.zero_maps or 0)
             distances.append(comparison.distance(of_student, of_teacher))
         return torch.stack(distances).mean()
 

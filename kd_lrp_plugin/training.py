@@ -35,6 +35,7 @@ from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.config import only_sections, resolve_config
 from kd_lrp_plugin.data import check_same_classes, make_transforms
 from kd_lrp_plugin.efficiency import count_parameters
+from kd_lrp_plugin.report import curves_figure
 from kd_lrp_plugin.students import load_weights
 from kd_lrp_plugin.torchdistill import RecordedLoss, check_finite
 
@@ -117,8 +118,8 @@ def distill(
         The summary, as in the run folder.
 
     The folder holds ``config.yaml`` (overrides applied), ``metrics.jsonl`` (a line per epoch),
-    TensorBoard events, ``best.pt`` (weights of the best epoch on the validation set) and
-    ``summary.json``. Until the run is finished its name ends in ``.partial``.
+    ``curves.png``, TensorBoard events, ``best.pt`` (weights of the best epoch on the validation
+    set) and ``summary.json``. Until the run is finished its name ends in ``.partial``.
 
     Raises:
         FileExistsError: if the run folder exists, finished or not.
@@ -256,6 +257,8 @@ class _Run:
                     best, best_epoch = quality, epoch
                     self._save(folder / "best.pt", metrics)
                 show.epoch(metrics)
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+        curves_figure(records).savefig(folder / "curves.png")
         load_weights(self.student, folder / "best.pt")
         tested = self._evaluate(self.test_loader, "test", "test", show)
         box.clean_modules()
@@ -345,7 +348,7 @@ class _Meter:
         for name, term in self._terms.items():
             self._handles.append(term.register_forward_hook(read_term(name)))
             if isinstance(term, RecordedLoss):
-                term.zero_maps = 0
+                term.reset()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -372,7 +375,7 @@ class _Meter:
     def summary(self, prefix: str) -> dict[str, float]:
         means = {f"{prefix}_{k}": float(total) / n for k, (total, n) in self._sums.items()}
         for name, term in self._terms.items():
-            if isinstance(term, RecordedLoss):
+            if isinstance(term, RecordedLoss) and term.zero_maps is not None:
                 means[f"{prefix}_{name}_zero_maps"] = float(term.zero_maps)
         return means
 
