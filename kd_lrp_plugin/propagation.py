@@ -62,6 +62,17 @@ PRODUCTS = frozenset({"Mul", "Div", "Bmm"})
 # fmt: on
 
 
+class _Switch:
+    """Whether a relevance pass is on; all that a node of the graph knows of a propagation.
+
+    A node that held the propagation would hold its taps, which hold the graph: a ring that
+    Python cannot see, so that no step would ever be freed.
+    """
+
+    def __init__(self) -> None:
+        self.on = False
+
+
 class _Detour(torch.autograd.Function):
     """``output`` unchanged; in a relevance pass its gradient goes to ``source`` by ``rule``.
 
@@ -73,13 +84,13 @@ class _Detour(torch.autograd.Function):
         ctx: Any,
         output: Tensor,
         source: Tensor | None,
-        propagation: "Propagation",
+        switch: _Switch,
         rule: Callable[..., Tensor] | None,
         overwrites: bool,
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.propagation = propagation
+        ctx.switch = switch
         ctx.rule = rule
         ctx.save_for_backward(*tensors)
         if overwrites:
@@ -93,7 +104,7 @@ class _Detour(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (g,) = grads
         rest = (None,) * (3 + len(ctx.saved_tensors))
-        if not ctx.propagation.active:
+        if not ctx.switch.on:
             return g, None, *rest
         if g is None or ctx.rule is None:
             return None, None, *rest
@@ -105,12 +116,11 @@ class Propagation:
 
     Attributes:
         taps: output of each tapped layer in the latest forward pass, by name.
-        active: whether a relevance pass is on; read by every detour.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], method: Method, name: str) -> None:
         self.taps: dict[str, Tensor] = {}
-        self.active = False
+        self._switch = _Switch()
         self._model = model
         self._layers = layers
         self._method = method
@@ -136,11 +146,11 @@ class Propagation:
     @contextmanager
     def relevance_pass(self) -> Iterator[None]:
         """Gradients taken inside the context follow the rules."""
-        self.active = True
+        self._switch.on = True
         try:
             yield
         finally:
-            self.active = False
+            self._switch.on = False
 
     # --- hooks --------------------------------------------------------------------------------
 
@@ -251,7 +261,7 @@ class Propagation:
     ) -> Tensor:
         if self._frozen:
             output = output.detach()
-        return _Detour.apply(output, source, self, rule, overwrites, *tensors)
+        return _Detour.apply(output, source, self._switch, rule, overwrites, *tensors)
 
     def _affine(
         self,
@@ -426,7 +436,7 @@ def _norm_scale(
 
 
 def _is_detour(node: Any) -> bool:
-    return isinstance(getattr(node, "propagation", None), Propagation)
+    return isinstance(getattr(node, "switch", None), _Switch)
 
 
 def _node(tensor: Tensor) -> Any:

@@ -138,12 +138,16 @@ class TestPhantomAnatomy:
             assert (depth == 1).sum() >= 2
 
     def test_pituitary_tumours_are_small_and_sit_at_the_sella(self):
-        areas = {kind: [s.tumour.sum() / s.brain.sum() for s in scenes_of(kind)] for kind in (0, 3)}
-        assert np.median(areas[PITUITARY]) < np.median(areas[GLIOMA]) / 2
+        glioma, pituitary = (
+            [scene.tumour.sum() / scene.brain.sum() for scene in scenes_of(kind)]
+            for kind in (GLIOMA, PITUITARY)
+        )
+        assert np.median(pituitary) < 0.7 * np.median(glioma)
+        assert max(pituitary) < 0.11
         for scene in scenes_of(PITUITARY):
             rows, columns = np.nonzero(scene.tumour)
             x, y = scene.sella
-            assert np.hypot(columns.mean() - x, rows.mean() - y) < 0.14 * 64
+            assert np.hypot(columns.mean() - x, rows.mean() - y) < 0.08 * 64
 
     def test_the_sella_is_in_the_midline_at_the_base(self):
         for scene in scenes_of(PITUITARY):
@@ -190,7 +194,7 @@ def texture(scene: Scene) -> list[float]:
 
 
 class TestPhantomDifficulty:
-    """Measured with 1,200 and 600 images; the bounds leave about 0.05 on each side."""
+    """Measured: place 0.79, texture 0.83, both 0.96, histogram 0.29. Bounds leave 0.05."""
 
     def test_place_and_texture_are_both_needed_to_tell_the_tumours_apart(self):
         features, targets = [], []
@@ -202,9 +206,9 @@ class TestPhantomDifficulty:
         only_place = neighbours_accuracy([part[:, :6] for part in features], targets)
         only_texture = neighbours_accuracy([part[:, 6:] for part in features], targets)
         both = neighbours_accuracy(features, targets)
-        assert only_place < 0.9
-        assert only_texture < 0.87
-        assert both > max(only_place, only_texture) + 0.05
+        assert only_place < 0.84
+        assert only_texture < 0.88
+        assert both > 0.9
 
     def test_the_grey_value_histogram_does_not_tell_the_classes_apart(self):
         features, targets = [], []
