@@ -479,10 +479,12 @@ class _Slice:
         patchy = 0.3 * self.sign() + 0.7 * self.noise(18)
         ringed = rng.uniform(0.4, 1.0)
         change = ringed * (1.5 * ring - 0.6 * core) + (1 - ringed) * patchy
-        away = self.within(-self.depth, -0.06, 0.02)
+        # Beside the notch the skull is nearer than along the radius.
+        depth = self.depth - 0.1 * _lobe(self.angle, self.view.sella, 2 * self.view.notch[1])
+        away = self.within(-depth, -0.06, 0.02)
         amount = self.within(reach, 1, 1.5 * self.pixel / radius) * away
         self.blend(amount, self.tone["white"] + contrast * change)
-        return (reach < 1) & (self.depth > 0.06)
+        return (reach < 1) & (depth > 0.06)
 
     def meningioma(self, contrast: float) -> Bool[np.ndarray, "h w"]:
         rng, radius = self.rng, self.rng.uniform(0.15, 0.30)

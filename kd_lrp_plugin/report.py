@@ -64,7 +64,7 @@ class MapRow(NamedTuple):
     """One image and the relevance maps of it, for :func:`map_figure`.
 
     Attributes:
-        label: what the image shows, such as its class; may have several lines.
+        label: the image's class; further lines may follow.
         image: grey or RGB; integers in [0, 255] or fractions in [0, 1].
         maps: from a column's heading to its relevance map, of any size. Relevance below zero is
             not shown.
@@ -84,8 +84,8 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
     """A row per image: the image, and each of its maps laid over it, in one colour scale.
 
     Every map is divided by its own maximum, so colours compare places within a map, not amounts
-    between maps; the figure says so. A wrong prediction, one that is not the row's label, is set
-    in red with a cross.
+    between maps; the figure says so. A wrong prediction, one that differs from the first line of
+    the row's label, is set in red with a cross.
 
     Args:
         rows: with the same columns in each.
@@ -109,7 +109,9 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
         fix = "Give each row a map for every column."
         raise ValueError(f"map_figure: expected rows with the same columns, got {got}. {fix}")
     height, width = len(rows), 1 + len(columns[0])
-    figure = Figure(figsize=(1.9 * width + 0.9, 2.1 * height + 0.9), dpi=120, layout="compressed")
+    printed = any(row.predictions for row in rows)
+    size = (1.75 * width + 1.2, (2.0 if printed else 1.78) * height + 0.9)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     axes = figure.subplots(height, width, squeeze=False)
     for row, line in zip(rows, axes, strict=True):
         base = _rgb(row.image)
@@ -118,15 +120,16 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
         for ax, (name, relevance) in zip(line[1:], row.maps.items(), strict=True):
             _show(ax, _overlay(base, np.asarray(relevance)), row.mask)
             if not (np.asarray(relevance) > 0).any():
-                ax.text(
-                    0.5, 0.04, "no relevance", color="white", ha="center", transform=ax.transAxes
-                )
+                sign = ax.text(0.5, 0.06, "no relevance", transform=ax.transAxes, ha="center")
+                sign.set(color="white", backgroundcolor="#000000a0", fontsize=9)
             if name in row.predictions:
                 _caption(ax, row.label, *row.predictions[name])
     for ax, name in zip(axes[0], ["image", *columns[0]], strict=True):
         ax.set_title(name, fontsize=11)
     scale = ScalarMappable(cmap=_blended(np.full(3, 0.35)))
-    bar = figure.colorbar(scale, ax=axes, aspect=12 * height, pad=0.01, ticks=[0, 0.5, 1])
+    bar = figure.colorbar(
+        scale, ax=axes, shrink=min(1, 2.5 / height), aspect=25, pad=0.01, ticks=[0, 0.5, 1]
+    )
     bar.set_label("relevance / maximum of the map", fontsize=10)
     masked = any(row.mask is not None and np.any(row.mask) for row in rows)
     figure.supxlabel(CAPTION + (f" Outline: {outline}." if masked else ""), fontsize=9)
@@ -187,7 +190,7 @@ def _rgb(image: Any) -> Float[np.ndarray, "h w 3"]:
 
 def _blend(base: Any, heat: Any) -> Any:
     """Colours of relevance ``heat`` (in [0, 1]) over ``base``: the stronger, the more opaque."""
-    opacity = 0.9 * np.sqrt(heat)[..., None]
+    opacity = 0.85 * heat[..., None] ** 0.8
     return (1 - opacity) * base + opacity * _HEAT(heat)[..., :3]
 
 
@@ -215,7 +218,7 @@ def _show(ax: Axes, picture: Float[np.ndarray, "h w 3"], mask: Any) -> None:
 
 
 def _caption(ax: Axes, label: str, predicted: str, confidence: float) -> None:
-    right = predicted == label
+    right = predicted == label.split("\n")[0]
     colour = "black" if right else "#c01818"
     sign = "" if right else " ✗"
     ax.set_xlabel(f"{predicted} {confidence:.2f}{sign}", fontsize=10, color=colour)

@@ -35,7 +35,7 @@ def drawn(split: str, size: int) -> tuple[list[Scene], np.ndarray]:
 
 
 def scenes_of(kind: int) -> list[Scene]:
-    scenes, targets = drawn("train", 800)
+    scenes, targets = drawn("train", 600)
     return [scene for scene, target in zip(scenes, targets, strict=True) if target == kind]
 
 
@@ -122,7 +122,7 @@ class TestPhantomStream:
 
 class TestPhantomAnatomy:
     def test_only_notumor_has_an_empty_mask(self):
-        scenes, targets = drawn("train", 800)
+        scenes, targets = drawn("train", 600)
         areas = np.array([scene.tumour.sum() for scene in scenes])
         assert (areas[targets == NOTUMOR] == 0).all()
         assert areas[targets != NOTUMOR].min() >= 6
@@ -194,26 +194,26 @@ def texture(scene: Scene) -> list[float]:
 
 
 class TestPhantomDifficulty:
-    """Measured: place 0.79, texture 0.83, both 0.96, histogram 0.29. Bounds leave 0.05."""
+    """Measured: place 0.78, texture 0.81, both 0.93, histogram 0.28. Bounds leave 0.05."""
 
     def test_place_and_texture_are_both_needed_to_tell_the_tumours_apart(self):
         features, targets = [], []
         for split in ("train", "test"):
-            scenes, labels = drawn(split, 800)
+            scenes, labels = drawn(split, 600)
             keep = np.flatnonzero(labels != NOTUMOR)
             features.append(np.array([place(scenes[i]) + texture(scenes[i]) for i in keep]))
             targets.append(labels[keep])
         only_place = neighbours_accuracy([part[:, :6] for part in features], targets)
         only_texture = neighbours_accuracy([part[:, 6:] for part in features], targets)
         both = neighbours_accuracy(features, targets)
-        assert only_place < 0.84
-        assert only_texture < 0.88
-        assert both > 0.9
+        assert only_place < 0.83
+        assert only_texture < 0.865
+        assert both > 0.885
 
     def test_the_grey_value_histogram_does_not_tell_the_classes_apart(self):
         features, targets = [], []
         for split in ("train", "test"):
-            scenes, labels = drawn(split, 800)
+            scenes, labels = drawn(split, 600)
             counts = [np.histogram(scene.image, 32, (0, 256))[0] for scene in scenes]
             features.append(np.sqrt(np.array(counts) / 64**2))
             targets.append(labels)

@@ -13,8 +13,10 @@ from captum.attr import LayerGradCam, LayerGradientXActivation
 from reference import LRP, PLAIN, randomize
 from timm.layers import StdConv2d
 from timm.models._efficientnet_blocks import SqueezeExcite
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
+from kd_lrp_plugin import rules
 from kd_lrp_plugin.losses import correlation_l2, relation_cosine, semantic_cosine, semantic_l2
 from kd_lrp_plugin.relevance import record, relevance_maps
 
@@ -235,7 +237,10 @@ CONSERVING += [(name, "lrp_zplus") for name in ("mobilenetv2_035", "densenet121"
 
 
 @pytest.mark.parametrize(("name", "method"), CONSERVING)
-def test_relevance_is_conserved_at_every_tap_without_biases(name, method):
+def test_relevance_is_conserved_at_every_tap_without_biases(name, method, monkeypatch):
+    # A stabiliser keeps eps / |y| of the relevance of each y. With 1e-6 that is up to 4e-4 of the
+    # small logits of untrained networks (mobilenetv2_100, vgg19), and ten times less with 1e-7.
+    monkeypatch.setattr(rules, "EPSILON", 1e-8)
     model = deepcopy(calibrated(name))
     for module in model.modules():
         for key in ("bias", "running_mean"):
@@ -251,7 +256,7 @@ def test_relevance_is_conserved_at_every_tap_without_biases(name, method):
     assert score.abs().min() > 1e-3
     for relevance in recording.maps(logits, targets, signed=True):
         assert relevance.abs().max() > 0
-        torch.testing.assert_close(relevance.sum((1, 2)), score, rtol=1e-4, atol=0)
+        torch.testing.assert_close(relevance.sum((1, 2)), score, rtol=1e-5, atol=0)
 
 
 def naive_total(model: nn.Module, layer: str, images: Tensor, targets: Tensor) -> float:
@@ -261,7 +266,7 @@ def naive_total(model: nn.Module, layer: str, images: Tensor, targets: Tensor) -
     score = model(images).gather(1, targets[:, None]).sum()
     handle.remove()
     (grad,) = torch.autograd.grad(score, kept[0])
-    return float((kept[0] * grad).sum())
+    return (kept[0] * grad).sum().item()
 
 
 def test_plain_gradients_through_batch_statistics_sum_to_nothing_but_relevance_does_not():
@@ -367,12 +372,12 @@ def test_maps_do_not_depend_on_which_other_layers_are_tapped(method):
 def test_tapping_a_convolution_before_its_norm_changes_no_other_map_or_is_refused(method):
     net, images, targets = small_net()
     alone = relevance_maps(net, images, targets, ["silu"], method, signed=True)[0]
-    try:
-        both = relevance_maps(net, images, targets, ["silu", "pointwise"], method, signed=True)
-    except ValueError as error:
-        assert "pointwise" in str(error)
-    else:
-        torch.testing.assert_close(both[0], alone, rtol=1e-9, atol=1e-10)
+    both = right_or_refused(
+        lambda: relevance_maps(net, images, targets, ["silu", "pointwise"], method, signed=True)[0],
+        naming="pointwise",
+    )
+    if both is not None:
+        torch.testing.assert_close(both, alone, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -538,6 +543,16 @@ def net_maps(
     return relevance_maps(net, images, torch.tensor([0, 2, 1]), ["conv"], method, signed=True)[0]
 
 
+def right_or_refused(compute: Callable[[], Tensor], naming: str) -> Tensor | None:
+    """What ``compute`` gives, or nothing if it refuses with a message that says ``naming``."""
+    try:
+        return compute()
+    except ValueError as error:
+        if naming.lower() not in str(error).lower():
+            raise
+        return None
+
+
 class TestUnknownNames:
     def test_a_misspelt_method_is_answered_with_near_matches(self):
         with pytest.raises(ValueError, match=r"lrp_epsilom.*'lrp_epsilon'"):
@@ -586,7 +601,7 @@ class TestRecordingsThatCannotWork:
     def test_a_layer_that_runs_twice_is_refused(self, method):
         images, targets = torch.randn(1, 3, 5, 5), torch.tensor([0])
         net = Net(lambda net, x: net.act(net.act(x) + 1), act=nn.ReLU())
-        with pytest.raises(ValueError, match="'act'.*second"):
+        with pytest.raises(ValueError, match=r"'act'.*second"):
             relevance_maps(net, images, targets, ["act"], method)
 
     def test_a_layer_that_never_runs_is_refused(self, method):
@@ -743,12 +758,11 @@ def test_a_convolution_whose_output_also_skips_its_norm_is_right_or_refused(meth
     twin.middle = twice
     twin.twin = deepcopy(twin.second)
     images, targets = torch.randn(2, 3, 5, 5).double(), torch.tensor([0, 2])
-    try:
-        got = relevance_maps(net, images, targets, ["conv"], method, signed=True)
-    except ValueError as error:
-        assert "second" in str(error)
-    else:
-        expected = relevance_maps(twin, images, targets, ["conv"], method, signed=True)
+    got = right_or_refused(
+        lambda: relevance_maps(net, images, targets, ["conv"], method, signed=True)[0], "second"
+    )
+    if got is not None:
+        (expected,) = relevance_maps(twin, images, targets, ["conv"], method, signed=True)
         torch.testing.assert_close(got, expected)
 
 
@@ -778,12 +792,11 @@ def test_a_tap_that_the_model_overwrites_is_right_or_refused(method, change):
     modules = {"tap": nn.BatchNorm2d(4), "relu": nn.ReLU(inplace=True)}
     net = randomize(Net(overwrite, **modules), 12).eval()
     expected = randomize(Net(apart, tap=nn.BatchNorm2d(4), relu=nn.ReLU()), 12).eval()
-    try:
-        got = relevance_maps(net, images, targets, ["tap"], method, signed=True)
-    except ValueError as error:
-        assert "in place" in str(error)
-    else:
-        wanted = relevance_maps(expected, images, targets, ["tap"], method, signed=True)
+    got = right_or_refused(
+        lambda: relevance_maps(net, images, targets, ["tap"], method, signed=True)[0], "in place"
+    )
+    if got is not None:
+        (wanted,) = relevance_maps(expected, images, targets, ["tap"], method, signed=True)
         torch.testing.assert_close(got, wanted)
 
 
@@ -805,11 +818,10 @@ def test_batch_norm_in_the_head_does_not_mix_images_or_is_refused(method):
     net = Head().double().train()
     images, weights = torch.randn(4, 3, 6, 6).double(), torch.zeros(4, 3).double()
     weights[0, 1] = 1.0
-    try:
-        (got,) = relevance_maps(net, images, weights, ["conv"], method, signed=True)
-    except ValueError as error:
-        assert "norm" in str(error).lower()
-    else:
+    got = right_or_refused(
+        lambda: relevance_maps(net, images, weights, ["conv"], method, signed=True)[0], "norm"
+    )
+    if got is not None:
         assert got[0].abs().max() > 0
         assert got[1:].abs().max() == 0
 
@@ -818,7 +830,7 @@ class OwnForward(nn.BatchNorm2d):
     """A batch norm with something of its own behind it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(super().forward(x))
+        return F.silu(super().forward(x))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -827,13 +839,38 @@ def test_a_batch_norm_with_its_own_forward_is_right_or_refused(method):
         return net.norm(x)
 
     def apart(net: nn.Module, x: Tensor) -> Tensor:
-        return net.relu(net.norm(x))
+        return net.silu(net.norm(x))
 
-    try:
-        got = net_maps(norm, method, norm=OwnForward(4))
-    except ValueError as error:
-        assert "OwnForward" in str(error) or "ReluBackward" in str(error)
-    else:
-        torch.testing.assert_close(
-            got, net_maps(apart, method, norm=nn.BatchNorm2d(4), relu=nn.ReLU())
-        )
+    got = right_or_refused(lambda: net_maps(norm, method, norm=OwnForward(4)), "OwnForward")
+    if got is not None:
+        expected = net_maps(apart, method, norm=nn.BatchNorm2d(4), silu=nn.SiLU())
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("outer", METHODS)
+def test_recording_a_model_that_is_being_recorded_is_right_or_refused(outer):
+    net, images, targets = small_net()
+    expected = relevance_maps(net, images, targets, TAPS, outer, signed=True)[0]
+
+    def nested() -> Tensor:
+        with record(net, TAPS, outer) as recording, record(net, TAPS, "lrp_zplus"):
+            logits = net(images)
+        return recording.maps(logits, targets, signed=True)[0]
+
+    got = right_or_refused(nested, naming="record")
+    if got is not None:
+        # Taps of the inner recording stand behind a stabilised identity at most.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_channels_last_features_of_a_transformer_are_right_or_refused():
+    """timm's Swin hands on (n, h, w, c): summing over its second axis would be no map."""
+    model = SwinTransformer(
+        img_size=48, patch_size=4, window_size=3, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
+    ).eval()
+    images, targets = batch(48)
+    got = right_or_refused(
+        lambda: relevance_maps(model, images, targets, "auto", "gradient_activation")[0], "(n, c"
+    )
+    if got is not None:
+        assert got.shape == (2, 12, 12)
