@@ -6,7 +6,6 @@ Copy the four marked places into your own loop.
 """
 
 import argparse
-from itertools import chain
 
 import timm
 import torch
@@ -30,10 +29,11 @@ loader = DataLoader(Phantom(size=48, image_size=64, cache=True), batch_size=16, 
 # Stands for the teacher that you have: ten epochs of ordinary training.
 teacher = timm.create_model("resnet10t", num_classes=4)
 optimizer = torch.optim.AdamW(teacher.parameters(), lr=1e-3)
-for images, labels in chain(*[loader] * 10):
-    optimizer.zero_grad()
-    functional.cross_entropy(teacher(images), labels).backward()
-    optimizer.step()
+for _ in range(10):
+    for images, labels in loader:
+        optimizer.zero_grad()
+        functional.cross_entropy(teacher(images), labels).backward()
+        optimizer.step()
 
 # 1. The teacher is frozen and in eval mode.
 teacher.eval().requires_grad_(False)

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
-TEACHER = CONFIGS / "ce" / "mobilenetv2_100.yaml"
-STUDENT = CONFIGS / "lrp_cosine" / "mobilenetv2_035_from_mobilenetv2_100-script.yaml"
+TEACHER = CONFIGS / "ce" / "resnet10t.yaml"
+STUDENT = CONFIGS / "lrp_cosine" / "test_resnet_from_resnet10t-script.yaml"
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         small = ["image_size=32", "train.num_epochs=1", "num_workers=0"]
         for split in ("train", "val", "test"):
             small.append(f"datasets.phantom/{split}.init.kwargs.size=64")
-    teacher = args.out / "runs/phantom/ce/mobilenetv2_100-script/0"
+    teacher = args.out / "runs/phantom/ce/resnet10t-script/0"
     if not teacher.exists():
         distill(TEACHER, changes + small, teacher)
     config = args.out / "student.yaml"

@@ -53,12 +53,12 @@ def check_targets(where: str, targets: Tensor, logits: Tensor) -> None:
                 )
             )
         return
-    if targets.shape != (n,):
+    if targets.shape != (n,) or targets.dtype == torch.bool:
         raise ValueError(
             message(
                 where,
                 f"class indices of shape {(n,)}",
-                tuple(targets.shape),
+                f"{tuple(targets.shape)} of {targets.dtype}",
                 "Give one index per image, or floating-point weights of shape (n, classes).",
             )
         )

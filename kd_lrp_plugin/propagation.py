@@ -8,9 +8,11 @@ input. So whoever takes a gradient during a relevance pass gets relevance.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from timm.layers import BatchNormAct2d
+from timm.layers import activations as timm_act
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
 from timm.layers.padding import get_same_padding
@@ -23,23 +25,17 @@ from kd_lrp_plugin import rules
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.rules import LinearMap, Method
 
+# fmt: off
 ACTIVATIONS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.PReLU,
-    nn.ELU,
-    nn.SiLU,
-    nn.Mish,
-    nn.GELU,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.Tanh,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU, nn.Hardswish,
+    nn.Hardtanh, nn.Tanh, timm_act.Swish, timm_act.Mish, timm_act.HardSwish, timm_act.Tanh,
+    timm_act.GELU, timm_act.GELUTanh,
 )
 """Elementwise modules that hand relevance on unchanged."""
 
-GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, timm_act.Sigmoid, timm_act.HardSigmoid)
 """Modules whose output is a factor, not a feature: no relevance flows through them."""
+# fmt: on
 
 PLAIN_CONVOLUTIONS = (nn.Conv2d.forward, Conv2dSame.forward)
 """What a convolution must do to be one linear map and a bias; timm's own variants included."""
@@ -60,6 +56,9 @@ LINEAR_OPERATIONS = frozenset({
 PRODUCTS = frozenset({"Mul", "Div", "Bmm"})
 """Linear, too, as long as one operand carries no relevance."""
 # fmt: on
+
+
+_LISTENED_TO: WeakSet[nn.Module] = WeakSet()
 
 
 class _Switch:
@@ -135,10 +134,15 @@ class Propagation:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Serve the forward passes inside the context; leave no trace on the model."""
+        if self._model in _LISTENED_TO:
+            fix = "Close the first recording, or ask it for all layers."
+            raise ValueError(message("record", "a model that is not being recorded", "one", fix))
         try:
+            _LISTENED_TO.add(self._model)
             self._install()
             yield
         finally:
+            _LISTENED_TO.discard(self._model)
             while self._undo:
                 self._undo.pop()()
             self._convolved.clear()
@@ -176,7 +180,7 @@ class Propagation:
                 self._behind(module, self._convolution)
             elif lrp:
                 self._refuse(name, module, "a convolution with zero padding and its own weights")
-        elif isinstance(module, BatchNormAct2d):
+        elif isinstance(module, BatchNormAct2d) and _runs(module, BatchNormAct2d):
             # The value before the activation passes through `drop`; the input is seen here only.
             inputs: list[Tensor] = []
             self._undo.append(
@@ -185,18 +189,18 @@ class Propagation:
                 ).remove
             )
             self._behind(module.drop, lambda _, __, y: self._norm(module, inputs.pop(), y))
-        elif isinstance(module, nn.SyncBatchNorm):
-            if module.training:
-                self._refuse(name, module, "batch norm over one process")
-        elif isinstance(module, BatchNorm):
+        elif isinstance(module, BatchNorm) and _runs(module, BatchNorm):
             self._behind(module, lambda m, args, y: self._norm(m, args[0], y))
+        elif isinstance(module, BatchNorm):  # over several processes, or with more than the norm
+            if lrp or module.training:
+                self._refuse(name, module, "a batch norm of PyTorch or timm, within one process")
         elif type(module).forward in PLAIN_LINEAR:
             self._behind(module, self._linear)
         elif lrp and isinstance(module, GATES):
             self._behind(module, self._gate)
         elif lrp and isinstance(module, ACTIVATIONS):
             self._behind(module, self._activation(rules.activation))
-        elif isinstance(module, nn.Hardsigmoid):
+        elif isinstance(module, (nn.Hardsigmoid, timm_act.HardSigmoid)):
             self._behind(module, self._activation(rules.hard_sigmoid_gradient))
 
     def _behind(
@@ -294,13 +298,14 @@ class Propagation:
         (source,) = inputs
         linear_map = _convolution_map(module, source)
         result = self._affine(output, source, module, self._method.convolution, linear_map)
-        if module not in self._tapped:  # else relevance must stop over between it and its norm
-            self._convolved[result] = (module, source, linear_map)
+        self._convolved[result] = (module, source, linear_map)
         return result
 
     def _norm(self, module: BatchNorm, raw: Tensor, output: Tensor) -> Tensor:
-        if raw in self._convolved:
-            convolution, source, linear_map = self._convolved.pop(raw)
+        convolution, source, linear_map = self._convolved.pop(raw, (None, raw, None))
+        if convolution in self._tapped:
+            self._check_norm_apart(convolution)
+        elif convolution is not None:
             rule = self._method.convolution
             return self._affine(output, source, convolution, rule, linear_map, module, raw)
 
@@ -323,6 +328,13 @@ class Propagation:
 
     def _gate(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         return self._detour(output, None, None)
+
+    def _check_norm_apart(self, convolution: nn.Module) -> None:
+        if not self._method.is_gradient:
+            (name,) = (n for n, m in self._model.named_modules() if m is convolution)
+            fix = "Choose the batch norm behind it: for LRP the two are one layer."
+            got = "a convolution with one"
+            raise ValueError(message(f"layer {name!r}", "no batch norm behind it", got, fix))
 
     # --- checks before a relevance pass -------------------------------------------------------
 
@@ -376,8 +388,10 @@ class Propagation:
         return alive
 
     def _check_node(self, node: Any, carried: list[bool]) -> None:
-        if self._method.is_gradient or not any(carried) or _is_detour(node):
+        if not any(carried) or _is_detour(node):
             return
+        if self._method.is_gradient and not getattr(node, "_saved_training", False):
+            return  # the gradient is right everywhere but through the statistics of a batch
         operation = node.name().removeprefix("torch::autograd::").rstrip("0123456789")
         kind = operation.removesuffix("Backward")
         if kind in LINEAR_OPERATIONS or (
@@ -433,6 +447,11 @@ def _norm_scale(
         variance = rules.batch_variance(raw)
     scale = (variance + eps).rsqrt()
     return scale if weight is None else scale * weight
+
+
+def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module's forward pass is that of ``kind``, also if it inherits it."""
+    return type(module).forward is kind.forward
 
 
 def _is_detour(node: Any) -> bool:

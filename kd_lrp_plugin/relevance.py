@@ -147,7 +147,7 @@ class Recording:
             if targets.is_floating_point():
                 scores = (logits * targets).sum(1)
             else:
-                scores = logits.gather(1, targets[:, None]).squeeze(1)
+                scores = logits.gather(1, targets[:, None].long()).squeeze(1)
         activations = self.activations
         replay = _Replay(activations, scores)
         captum = LayerGradientXActivation(replay, list(replay.taps), multiply_by_inputs=False)
@@ -200,10 +200,13 @@ def _layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:
         last = max(entry["reduction"] for entry in info)
         by_reduction = {e["reduction"]: e["module"] for e in info if e["reduction"] < last}
         layers = list(by_reduction.values())
+    if getattr(model, "output_fmt", "NCHW") not in ("NCHW", None):
+        got = f"{type(model).__name__}, whose maps are {model.output_fmt}"
+        raise ValueError(message("record", "layers with output (n, c, h, w)", got, "Use a CNN."))
     names = [layers] if isinstance(layers, str) else list(layers)
     known = [name for name, _ in model.named_modules() if name]
     if not names:
-        raise ValueError(message("layers", "at least one layer name", names, "Or use 'auto'."))
+        raise ValueError(message("layers", "at least one layer name", names, "Name the layers."))
     for name in names:
         if name not in known:
             raise ValueError(unknown_name("layer", name, known))

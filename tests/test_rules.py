@@ -402,7 +402,8 @@ def test_maps_agree_with_captum_on_a_plain_chain(chain, method):
             layer.rule = linear()
         elif isinstance(layer, nn.Flatten | nn.AvgPool2d):
             layer.rule = lrp_rules.EpsilonRule()
-    expected = CaptumLRP(model.layers).attribute(images, target=targets).detach().sum(1)
+    inputs = images.clone().requires_grad_()
+    expected = CaptumLRP(model.layers).attribute(inputs, target=targets).detach().sum(1)
     assert_maps_close(got, expected)
 
 
