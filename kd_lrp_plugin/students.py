@@ -49,8 +49,9 @@ def build_model(
     Heads: "linear", timm's own, but started with small weights (standard deviation 0.01, as
     torchvision's MobileNetV2): timm's start grows as the classes get fewer, and four of them give
     a first cross entropy of 3 to 6 in place of 1.4; "mlp", linear layers with ReLU behind the
-    model's own pooling; "flatten_mlp", the same layers on the whole last feature map, unpooled, which ties the model
-    to one image size. The thesis does not state the activations of its heads: ReLU is our choice.
+    model's own pooling; "flatten_mlp", the same layers on the whole last feature map, unpooled,
+    which ties the model to one image size. The thesis does not state the activations of its
+    heads: ReLU is our choice.
 
     Args:
         name: a name in ``timm.list_models()``.

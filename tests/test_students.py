@@ -59,7 +59,15 @@ class TestHeads:
         torch.manual_seed(0)
         ours = build_model(SMALL, 3)
         torch.manual_seed(0)
-        assert torch.equal(logits(ours), logits(timm.create_model(SMALL, num_classes=3)))
+        theirs = timm.create_model(SMALL, num_classes=3)
+        theirs.classifier.load_state_dict(ours.classifier.state_dict())
+        assert torch.equal(logits(ours), logits(theirs))
+
+    def test_linear_starts_undecided(self):
+        loss = torch.nn.functional.cross_entropy(
+            build_model(SMALL, 4)(torch.randn(8, 3, 64, 64)), torch.arange(8) % 4
+        )
+        assert abs(float(loss) - 1.386) < 0.3
 
     def test_mlp_is_the_three_layers_behind_pooling(self):
         model = build_model(SMALL, 3, "mlp", hidden=(8, 4)).eval()
