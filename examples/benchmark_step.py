@@ -7,9 +7,10 @@ Plain KD step: teacher's forward without gradients, student's forward, cross ent
 Adam. Every other case adds one loss to it, at the last of the taps or at all of them. Teacher
 (frozen, eval mode) and student (train mode) are of one architecture, images and labels are noise.
 
-Time: all cases run in turn, round after round, after one round that is not counted. Each time is
-divided by that of the same round's plain step; the table shows the median of these ratios. On the
-CPU with one thread it is the process's CPU time, which other programs disturb less; else wall time.
+Time: every round runs all cases once, in an order of its own; the first round is not counted. Each
+time is divided by that of the same round's plain step; the table shows the median of these ratios.
+On the CPU with one thread it is the process's CPU time, which other programs disturb less; else
+wall time.
 
 Memory: peak above what teacher, student and batch take. On the CPU each case runs two steps in a
 process of its own, forked after these are built, and the growth of its largest resident set is
@@ -26,6 +27,7 @@ import csv
 import gc
 import importlib.util
 import multiprocessing
+import random
 import resource
 import sys
 import time
@@ -199,15 +201,16 @@ def measure_times(setting: Setting, runs: dict, args: argparse.Namespace) -> dic
     """Median ratio to the plain step of the same round, and the plain step's median seconds."""
     on_gpu = setting.images.is_cuda
     clock = time.perf_counter if on_gpu or args.threads > 1 else time.process_time
+    order = random.Random(0)
     rounds: list[dict] = []
     for _ in track(range(args.rounds + 1), "rounds", console=Console(stderr=True)):
         seconds = {}
-        for key, run in runs.items():
+        for key in order.sample(list(runs), len(runs)):
             gc.collect()
             if on_gpu:
                 torch.cuda.synchronize()
             started = clock()
-            run_step(setting, *run)
+            run_step(setting, *runs[key])
             if on_gpu:
                 torch.cuda.synchronize()
             seconds[key] = clock() - started
