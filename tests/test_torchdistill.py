@@ -37,7 +37,7 @@ def io(model: nn.Module, key: str, images: torch.Tensor) -> dict:
 
 
 def method_for(key: str) -> str:
-    return "grad_cam" if key.startswith("GradCAM") else "lrp_zplus"
+    return "grad_cam" if key.startswith("GradCAM") else "gradient_activation"
 
 
 def test_every_key_is_registered():
@@ -265,7 +265,14 @@ def test_zero_maps_are_counted():
     with torch.no_grad():
         student.fc.weight.zero_()
     procedure = rim.recorder(LAYERS)
+    of_student, of_teacher = io(student, procedure, images), io(teacher, procedure, images)
     loss = rim.RecordedLoss("LRPSemanticCosineLoss")
-    value = loss(io(student, procedure, images), io(teacher, procedure, images), targets)
-    assert float(loss.zero_maps) == 8  # every map of the student, two layers of four images
+    value = loss(of_student, of_teacher, targets)
+    with record(teacher.eval(), LAYERS) as recording:
+        logits = teacher(images)
+    maps = recording.maps(logits, targets)
+    of_the_teacher = sum(int(losses.zero_maps(m).sum()) for m in maps)
+    assert float(loss.zero_maps) == 8 + of_the_teacher  # two layers of four images
     assert float(value) == pytest.approx(1.0)
+    loss.reset()
+    assert loss.zero_maps == 0
