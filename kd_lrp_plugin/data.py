@@ -53,6 +53,23 @@ def make_transforms(
     return transforms.Compose(steps)
 
 
+def preprocessing(dataset: Any) -> dict[str, Any] | None:
+    """The arguments of :func:`make_transforms` that prepare images as the data set does.
+
+    None if its transform is anything but a resize and a normalisation.
+    """
+    steps = getattr(getattr(dataset, "transform", None), "transforms", [])
+    kinds = (transforms.Resize, transforms.ToTensor, transforms.Normalize)
+    if len(steps) != 3 or not all(isinstance(s, k) for s, k in zip(steps, kinds, strict=True)):
+        return None
+    resize, _, normalize = steps
+    return {
+        "image_size": resize.size[0],
+        "mean": float(normalize.mean[0]),
+        "std": float(normalize.std[0]),
+    }
+
+
 def check_same_classes(**datasets: Any) -> None:
     """Raise ``ValueError`` unless all named datasets list the same classes in the same order.
 

@@ -15,7 +15,6 @@ from timm.layers import BatchNormAct2d
 from timm.layers import activations as timm_act
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
-from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -278,13 +277,13 @@ class Propagation:
         raw: Tensor | None = None,
     ) -> Tensor:
         """Detour around a layer, or around a convolution and its ``norm`` with input ``raw``."""
-        weights = _norm_tensors(norm, raw) if norm is not None else ()
+        weights = rules.norm_tensors(norm, raw) if norm is not None else ()
         needs = self._method.needs_output
 
         def propagate(g: Tensor, *tensors: Any) -> Tensor:
             weight, x, y, *scale = tensors
             if norm is not None:
-                factor = _norm_scale(norm.eps, *scale)
+                factor = rules.norm_scale(norm.eps, *scale)
                 weight = weight * factor.view(-1, 1, 1, 1)
             return rule(g, x, y, weight, linear_map)
 
@@ -296,7 +295,7 @@ class Propagation:
 
     def _convolution(self, module: nn.Conv2d, inputs: tuple, output: Tensor) -> Tensor:
         (source,) = inputs
-        linear_map = _convolution_map(module, source)
+        linear_map = rules.convolution_of(module, source)
         result = self._affine(output, source, module, self._method.convolution, linear_map)
         self._convolved[result] = (module, source, linear_map)
         return result
@@ -310,10 +309,10 @@ class Propagation:
             return self._affine(output, source, convolution, rule, linear_map, module, raw)
 
         def propagate(g: Tensor, *tensors: Any) -> Tensor:
-            scale = _norm_scale(module.eps, *tensors)
+            scale = rules.norm_scale(module.eps, *tensors)
             return g * scale.view(-1, *[1] * (g.ndim - 2))
 
-        tensors = _norm_tensors(module, raw)
+        tensors = rules.norm_tensors(module, raw)
         return self._detour(output, raw, propagate, *tensors, overwrites=True)
 
     def _linear(self, module: nn.Linear, inputs: tuple, output: Tensor) -> Tensor:
@@ -410,43 +409,6 @@ class Propagation:
 
 def _padded_oddly(module: nn.Conv2d) -> bool:
     return module.padding_mode != "zeros" or module.padding == "same"
-
-
-def _convolution_map(module: nn.Conv2d, source: Tensor) -> LinearMap:
-    if isinstance(module, Conv2dSame):
-        sizes = zip(
-            source.shape[-2:], module.kernel_size, module.stride, module.dilation, strict=True
-        )
-        vertical, horizontal = (get_same_padding(*size) for size in sizes)
-    else:
-        padding = (0, 0) if module.padding == "valid" else module.padding
-        vertical, horizontal = (2 * int(p) for p in padding)
-    sides = (horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2)
-    return rules.convolution(
-        tuple(source.shape), module.stride, sides, module.dilation, module.groups
-    )
-
-
-def _norm_tensors(norm: BatchNorm, raw: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What :func:`_norm_scale` needs: the norm's weight, and the variance or where it is from."""
-    if norm.training or norm.running_var is None:
-        return norm.weight, None, raw
-    return norm.weight, norm.running_var, None
-
-
-def _norm_scale(
-    eps: float, weight: Tensor | None, variance: Tensor | None, raw: Tensor | None
-) -> Tensor:
-    """γ/√(variance + eps): batch norm as the affine map that relevance sees.
-
-    The variance of a batch stays in the graph: no relevance flows through it, but the derivative
-    of a loss on the map does.
-    """
-    if variance is None:
-        assert raw is not None  # one of the two, by _norm_tensors
-        variance = rules.batch_variance(raw)
-    scale = (variance + eps).rsqrt()
-    return scale if weight is None else scale * weight
 
 
 def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -18,7 +18,10 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.padding import get_same_padding
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from kd_lrp_plugin.registry import Registry
 
@@ -81,6 +84,20 @@ def convolution(
         return back if even else F.pad(back, [-p for p in outer])
 
     return LinearMap(apply, transpose)
+
+
+def convolution_of(module: nn.Conv2d, source: Tensor) -> LinearMap:
+    """The map of a module on ``source``, timm's convolutions with "same" padding included."""
+    if isinstance(module, Conv2dSame):
+        sizes = zip(
+            source.shape[-2:], module.kernel_size, module.stride, module.dilation, strict=True
+        )
+        vertical, horizontal = (get_same_padding(*size) for size in sizes)
+    else:
+        padding = (0, 0) if module.padding == "valid" else module.padding
+        vertical, horizontal = (2 * int(p) for p in padding)
+    sides = (horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2)
+    return convolution(tuple(source.shape), module.stride, sides, module.dilation, module.groups)
 
 
 class _TransposedConvolution(torch.autograd.Function):
@@ -228,6 +245,28 @@ class _BatchVariance(torch.autograd.Function):
         x, mean = ctx.saved_tensors
         weight = (grads[0] * (2 * x.shape[1] / x.numel())).view_as(mean)
         return (x - mean) * weight
+
+
+def norm_tensors(norm: BatchNorm, raw: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What :func:`norm_scale` needs: the norm's weight, and the variance or where it is from."""
+    if norm.training or norm.running_var is None:
+        return norm.weight, None, raw
+    return norm.weight, norm.running_var, None
+
+
+def norm_scale(
+    eps: float, weight: Tensor | None, variance: Tensor | None, raw: Tensor | None
+) -> Tensor:
+    """γ/√(variance + eps): batch norm as the affine map that relevance sees.
+
+    The variance of a batch stays in the graph: no relevance flows through it, but the derivative
+    of a loss on the map does.
+    """
+    if variance is None:
+        assert raw is not None  # one of the two, by norm_tensors
+        variance = batch_variance(raw)
+    scale = (variance + eps).rsqrt()
+    return scale if weight is None else scale * weight
 
 
 # --- methods ----------------------------------------------------------------------------------

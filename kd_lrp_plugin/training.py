@@ -28,12 +28,11 @@ from torchdistill.datasets.util import build_data_loader
 from torchdistill.losses import registry as loss_registry
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import get_model
-from torchvision import transforms
 
 from kd_lrp_plugin import __version__
 from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.config import only_sections, resolve_config
-from kd_lrp_plugin.data import check_same_classes, make_transforms
+from kd_lrp_plugin.data import check_same_classes, make_transforms, preprocessing
 from kd_lrp_plugin.efficiency import count_parameters
 from kd_lrp_plugin.report import curves_figure
 from kd_lrp_plugin.students import load_weights
@@ -182,7 +181,7 @@ class _Run:
         if all(hasattr(part, "classes") for part in parts.values()):
             check_same_classes(**parts)
         self.classes = list(getattr(parts["val"], "classes", []))
-        self.preprocessing = _preprocessing(parts["val"])
+        self.preprocessing = preprocessing(parts["val"])
         teacher_config = models.get("teacher_model")
         teacher = self._model("teacher", teacher_config) if teacher_config else None
         student = self._model("student", models.get("student_model") or models.get("model"))
@@ -383,20 +382,6 @@ class _Meter:
 # --- a finished run ---------------------------------------------------------------------------
 
 
-def _preprocessing(dataset: Any) -> dict[str, Any] | None:
-    """How the data set prepares an image, if that is a resize and a normalisation."""
-    steps = getattr(getattr(dataset, "transform", None), "transforms", [])
-    kinds = (transforms.Resize, transforms.ToTensor, transforms.Normalize)
-    if len(steps) != 3 or not all(isinstance(s, k) for s, k in zip(steps, kinds, strict=True)):
-        return None
-    resize, _, normalize = steps
-    return {
-        "image_size": resize.size[0],
-        "mean": float(normalize.mean[0]),
-        "std": float(normalize.std[0]),
-    }
-
-
 def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """The trained student of a run folder, in evaluation mode, and the run's summary.
 
@@ -429,11 +414,10 @@ def predict(folder: str | Path, images: Sequence[str | Path]) -> list[dict[str, 
         ValueError: for a file that is no image, or a run with a preprocessing of its own.
     """
     model, summary = load_run(folder)
-    preprocessing = summary["preprocessing"]
-    if preprocessing is None:
+    if summary["preprocessing"] is None:
         fix = "Load the model with training.load_run, and prepare the images as in training."
         raise ValueError(message("predict", "a known preprocessing", "a custom one", fix))
-    prepare = make_transforms(**preprocessing)
+    prepare = make_transforms(**summary["preprocessing"])
     records = []
     for file in images:
         try:

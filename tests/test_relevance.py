@@ -1,5 +1,6 @@
 """Maps from a recorded forward pass: exact derivatives, known facts, clean models, refusals."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -874,3 +875,21 @@ def test_channels_last_features_of_a_transformer_are_right_or_refused():
     )
     if got is not None:
         assert got.shape == (2, 12, 12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_step_outlives_it(method):
+    student = build("mobilenetv2_035", 64)
+    teacher = build("mobilenetv2_035", 64).eval().requires_grad_(False)
+    images, targets = batch(64)
+    left = []
+    for model in (student, teacher):
+        with record(model, ["blocks.2", "blocks.4"], method) as recording:
+            logits = model(images)
+        logits.recording = recording  # as torchdistill's forward procedure does
+        maps = recording.maps(logits, targets, create_graph=model is student)
+        if model is student:
+            sum(m.square().mean() for m in maps).backward()
+        left += [weakref.ref(tensor) for tensor in (*recording.activations, *maps, logits)]
+    del recording, logits, maps
+    assert [reference() for reference in left] == [None] * len(left)
