@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="tiny data, one epoch: a trial")
     args = parser.parse_args()
     started = time.time()
-    sizes, epochs, image_size = ((32, 16, 16), 1, 32) if args.short else ((1600, 300, 400), 8, 64)
+    sizes, epochs, image_size = ((32, 16, 16), 1, 32) if args.short else ((1200, 200, 300), 6, 64)
     changes = [f"image_size={image_size}", f"train.num_epochs={epochs}", "num_workers=0"]
     for split, size in zip(("train", "val", "test"), sizes, strict=True):
         changes.append(f"datasets.phantom/{split}.init.kwargs.size={size}")

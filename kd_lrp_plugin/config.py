@@ -27,6 +27,9 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
         fix = "Give the path of a YAML file, for example one of torchdistill_configs."
         raise FileNotFoundError(message("config", "a file", f"none at {path}", fix))
     root = _compose(str(path), Path(path).read_text(encoding="utf-8"))
+    if not isinstance(root, yaml.MappingNode):
+        fix = "See torchdistill_configs."
+        raise ValueError(message(str(path), "a mapping of sections", repr(root.value), fix))
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:

@@ -123,7 +123,7 @@ class Propagation:
         self._layers = layers
         self._method = method
         self._name = name
-        # Nothing but relevance ever flows back through a frozen model, so its graph is not kept.
+        self._only_relevance = False
         self._frozen = not any(parameter.requires_grad for parameter in model.parameters())
         self._tapped = {model.get_submodule(name) for name in layers}
         self._versions: dict[str, int] = {}
@@ -236,6 +236,10 @@ class Propagation:
             if torch.is_inference(output):
                 fix = "Leave torch.inference_mode for a recorded forward pass."
                 raise ValueError(message(where, "an output with a graph", "inference mode", fix))
+            if not self.taps:
+                # Through a frozen model that starts here, nothing else ever flows back: the
+                # ordinary graph need not be kept.
+                self._only_relevance = self._frozen and not output.requires_grad
             tap = output if output.requires_grad else output.detach().requires_grad_()
             self.taps[name] = tap
             self._versions[name] = tap._version
@@ -262,7 +266,7 @@ class Propagation:
         *tensors: Tensor | None,
         overwrites: bool = False,
     ) -> Tensor:
-        if self._frozen:
+        if self._only_relevance:
             output = output.detach()
         return _Detour.apply(output, source, self._switch, rule, overwrites, *tensors)
 

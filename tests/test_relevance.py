@@ -893,3 +893,15 @@ def test_nothing_of_a_step_outlives_it(method):
         left += [weakref.ref(tensor) for tensor in (*recording.activations, *maps, logits)]
     del recording, logits, maps
     assert [reference() for reference in left] == [None] * len(left)
+
+
+def test_the_input_of_a_frozen_model_keeps_its_gradient():
+    model = build("mobilenetv2_035", 64).eval().requires_grad_(False)
+    images, targets = batch(64)
+    images.requires_grad_()
+    (expected,) = torch.autograd.grad(model(images).sum(), images)
+    with record(model, ["blocks.2"]) as recording:
+        logits = model(images)
+    recording.maps(logits, targets)
+    (got,) = torch.autograd.grad(logits.sum(), images)
+    torch.testing.assert_close(got, expected)

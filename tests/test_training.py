@@ -1,385 +1,314 @@
-"""The driver: from a shipped config, cut small, to a run folder."""
+"""The driver: configs and overrides, run folders, checks before work, the command line."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
+import yaml
+from torch import nn
+from typer.testing import CliRunner
 
-from kd_lrp_plugin import training
+from kd_lrp_plugin import students, training
+from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.config import resolve_config
-from kd_lrp_plugin.data import Phantom
-from kd_lrp_plugin.students import build_model, load_weights
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs"
-TEACHER = Path("torchdistill_configs/phantom/ce/resnet10t.yaml")
-BASELINE = Path("torchdistill_configs/phantom/ce/test_resnet.yaml")
-KD = Path("torchdistill_configs/phantom/kd/test_resnet_from_resnet10t.yaml")
-LRP = Path("torchdistill_configs/phantom/lrp_cosine/test_resnet_from_resnet10t.yaml")
-# Nine images in batches of four: the last batch of validation and test is one image.
-TINY = ["image_size=32", "batch_size=4", "num_workers=0", "train.num_epochs=1"]
-TINY += ["datasets.phantom/train.init.kwargs.size=12"]
-TINY += [f"datasets.phantom/{split}.init.kwargs.size=9" for split in ("val", "test")]
-CHECKPOINT = "models.teacher_model.src_ckpt"
-CLASSES = ["glioma", "meningioma", "notumor", "pituitary"]
-
-
-def distill(config: Path, *overrides: str, **kwargs: Any) -> dict:
-    return training.distill(config, [*TINY, *overrides], device="cpu", **kwargs)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with copies of the configs, a teacher and a student trained with it."""
-    folder = tmp_path_factory.mktemp("place")
-    shutil.copytree(CONFIGS, folder / "torchdistill_configs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        distill(TEACHER)
-        distill(LRP, "train.num_epochs=2", seed=3)
-    return folder
+PHANTOM = sorted((CONFIGS / "phantom").rglob("*.yaml"))
+MRI = sorted((CONFIGS / "brain_mri").rglob("*.yaml"))
+TEACHER = CONFIGS / "phantom/ce/resnet10t.yaml"
+BASELINE = CONFIGS / "phantom/ce/test_resnet.yaml"
+KD = CONFIGS / "phantom/kd/test_resnet_from_resnet10t.yaml"
+LRP = CONFIGS / "phantom/lrp_cosine/test_resnet_from_resnet10t.yaml"
+SMALL = ["image_size=48", "batch_size=8", "num_workers=0", "train.num_epochs=1"] + [
+    f"datasets.phantom/{split}.init.kwargs.size={size}"
+    for split, size in {"train": 16, "val": 9, "test": 8}.items()  # 9: a last batch of one
+]
 
 
 @pytest.fixture
-def here(place, monkeypatch) -> Path:
-    monkeypatch.chdir(place)
-    return place
-
-
-@pytest.fixture
-def student_run(here) -> Path:
-    return here / "runs/phantom/lrp_cosine/test_resnet_from_resnet10t/3"
-
-
-def metrics_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def summary_of(run: Path) -> dict:
-    return json.loads((run / "summary.json").read_text())
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "best.pt", weights_only=True)["model"]
-
-
-class TestRunFolder:
-    @pytest.mark.parametrize("run", ["ce/resnet10t/0", "lrp_cosine/test_resnet_from_resnet10t/3"])
-    def test_holds_config_metrics_curves_weights_and_summary(self, here, run):
-        files = {file.name for file in (here / "runs/phantom" / run).iterdir()}
-        events = {file for file in files if file.startswith("events.out.tfevents")}
-        assert len(events) == 1
-        expected = {"config.yaml", "metrics.jsonl", "curves.png", "best.pt", "summary.json"}
-        assert files - events == expected
-
-    def test_is_the_only_thing_left_beside_it(self, student_run):
-        assert [path.name for path in student_run.parent.iterdir()] == ["3"]
-
-    def test_config_is_the_one_that_ran(self, student_run):
-        text = (student_run / "config.yaml").read_text(encoding="utf-8")
-        assert text == resolve_config(LRP, [*TINY, "train.num_epochs=2"])
-
-    def test_summary_agrees_with_the_epochs(self, student_run):
-        summary, epochs = summary_of(student_run), metrics_of(student_run)
-        assert [epoch["epoch"] for epoch in epochs] == [1, 2]
-        best = max(epochs, key=lambda epoch: (epoch["val_accuracy"], -epoch["val_loss"]))
-        assert summary["best_epoch"] == best["epoch"]
-        assert summary["val_accuracy"] == best["val_accuracy"]
-        assert summary["epochs"] == 2
-        assert summary["seed"] == 3
-        assert summary["overrides"] == [*TINY, "train.num_epochs=2"]
-        assert summary["classes"] == CLASSES
-        assert summary["preprocessing"] == {"image_size": 32, "mean": 0.5, "std": 0.5}
-        saved = torch.load(student_run / "best.pt", weights_only=True)
-        assert saved["epoch"] == best["epoch"]
-        assert saved["best_value"] == best["val_accuracy"]
-        assert saved["classes"] == CLASSES
-
-    def test_test_accuracy_is_that_of_the_saved_weights(self, student_run):
-        model, summary = training.load_run(student_run)
-        data = Phantom("test", size=9, image_size=32)
-        images = torch.stack([data[index][0] for index in range(9)])
-        with torch.no_grad():
-            hits = model(images).argmax(1) == torch.tensor(data.targets)
-        assert summary["test_accuracy"] == pytest.approx(hits.float().mean().item())
-
-    @pytest.mark.parametrize("part", ["train", "val"])
-    def test_every_term_is_logged_and_they_sum_to_the_loss(self, student_run, part):
-        weights = {"ce": 0.4, "kl": 0.4, "semantic": 0.1, "relation": 0.1}
-        for epoch in metrics_of(student_run):
-            total = sum(weight * epoch[f"{part}_{name}"] for name, weight in weights.items())
-            assert epoch[f"{part}_loss"] == pytest.approx(total, rel=1e-4)
-            assert epoch[f"{part}_semantic_zero_maps"] >= 0
-            assert f"{part}_relation_zero_maps" not in epoch
-
-    def test_a_last_batch_of_one_image_counts_in_the_accuracy(self, student_run):
-        summary, epochs = summary_of(student_run), metrics_of(student_run)
-        for accuracy in [summary["test_accuracy"], *(e["val_accuracy"] for e in epochs)]:
-            assert accuracy * 9 == pytest.approx(round(accuracy * 9), abs=1e-4)
-        assert all(torch.isfinite(torch.tensor(e["val_relation"])) for e in epochs)
-
-    def test_weights_load_into_a_new_model(self, student_run):
-        model = build_model("test_resnet", 4)
-        assert load_weights(model, student_run / "best.pt") == []
-        state = weights_of(student_run)
-        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-
-
-def test_the_default_folder_follows_the_configs_path():
-    folder = training.default_run_folder(LRP, 5)
-    assert folder == Path("runs/phantom/lrp_cosine/test_resnet_from_resnet10t/5")
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(here, tmp_path):
-    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
-        distill(BASELINE, out=tmp_path / name, seed=seed)
-    a, b, c = (weights_of(tmp_path / name) for name in "abc")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not torch.equal(a["conv1.0.weight"], c["conv1.0.weight"])
-    timeless = [
-        [{k: v for k, v in e.items() if k != "images_per_second"} for e in metrics_of(tmp_path / n)]
-        for n in "ab"
-    ]
-    assert timeless[0] == timeless[1]
-
-
-# --- runs that do not begin -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("taken", ["run", "run.partial"])
-def test_a_folder_that_is_there_is_refused_and_left_alone(here, tmp_path, taken):
-    (tmp_path / taken).mkdir()
-    (tmp_path / taken / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=rf"run folder: expected a new one, got .*{taken},"):
-        distill(BASELINE, out=tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == [taken]
-    assert (tmp_path / taken / "mine.txt").read_text() == "mine"
-
-
-def test_a_missing_teacher_is_answered_with_the_command_that_makes_it(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = r"Make it with: kd-lrp distill torchdistill_configs/phantom/ce/resnet10t\.yaml"
-    with pytest.raises(FileNotFoundError, match=command):
-        distill(CONFIGS.parent / LRP)
-    assert list(tmp_path.iterdir()) == []
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("config", "override", "words"),
-    [
-        (LRP, "train.criterion.key=DisWOTPlusLos", "Did you mean 'DisWOTPlusLoss'"),
-        (LRP, "train.criterion.kwargs.semantic.key=LRPCosineLoss", "LRPSemanticCosineLoss"),
-        (LRP, "train.criterion.kwargs={aplha: 1.0}", "Did you mean 'alpha'"),
-        (LRP, "train.criterion.kwargs.alpha=0.5", "sum 1"),
-        (KD, "train.criterion.kwargs.sub_terms.kd.criterion.key=KDLos", "'kd'.*'KDLoss'"),
-        (LRP, "train.teacher.forward_proc.init.kwargs={layer: [layer2]}", "'layers'"),
-        (BASELINE, "models.model.kwargs={nam: test_resnet, num_classes: 4}", "'name'"),
-        (BASELINE, "models.model.kwargs.name=test_resnt", "'test_resnet'"),
-        (BASELINE, "datasets.phantom/val.init.kwargs={siz: 9}", "'size'"),
-        (BASELINE, "test.test_data_loader.dataset_id=phantom/tset", "'phantom/test'"),
-        (BASELINE, "models.model.kwargs.num_classes=3", "kwargs.num_classes to 4"),
-        (KD, "models.student_model.kwargs.num_classes=2", "student_model.kwargs.num_classes to 4"),
-        (BASELINE, "train=null", "a section 'train'"),
-        (BASELINE, "test={}", "a section 'test'"),
-    ],
-)
-def test_a_config_that_cannot_run_is_refused_before_anything_is_made(
-    here, tmp_path, config, override, words
-):
-    with pytest.raises(ValueError, match=words):
-        distill(config, override, out=tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
+@pytest.fixture
+def teacher(workplace) -> Path:
+    """A teacher's checkpoint at the place where the phantom's configs look for it."""
+    torch.manual_seed(0)
+    file = Path("runs/phantom/ce/resnet10t/0/best.pt")
+    file.parent.mkdir(parents=True)
+    classes = ["glioma", "meningioma", "notumor", "pituitary"]
+    state = students.build_model("resnet10t", 4).state_dict()
+    torch.save({"model": state, "classes": classes}, file)
+    return file
 
 
-@pytest.mark.parametrize("text", ["", "- 1\n", "models: {}\n"])
-def test_a_file_that_is_no_config_is_refused(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match="config: expected a section 'datasets'"):
-        training.distill(tmp_path / "config.yaml", out=tmp_path / "run")
+class TestConfig:
+    def text(self, *overrides: str) -> dict:
+        return yaml.compose(resolve_config(LRP, overrides), yaml.FullLoader)
+
+    def value(self, node: yaml.Node, path: str) -> str:
+        for key in path.split("."):
+            children = (
+                {k.value: v for k, v in node.value}
+                if isinstance(node, yaml.MappingNode)
+                else dict(zip(map(str, range(99)), node.value, strict=False))
+            )
+            node = children[key]
+        return node.value
+
+    def test_an_override_reaches_every_alias(self):
+        node = self.text("num_workers=7")
+        for loader in ("train_data_loader", "val_data_loader"):
+            assert self.value(node, f"train.{loader}.kwargs.num_workers") == "7"
+        node = self.text("train.teacher.forward_proc.init.kwargs.method=lrp_zplus")
+        where = "train.student.forward_proc.init.kwargs.method"
+        assert self.value(node, where) == "lrp_zplus"
+
+    def test_an_override_reaches_a_list_item_and_adds_a_key(self):
+        node = self.text(
+            "train.teacher.forward_proc.init.kwargs.layers.1=layer1", "+train.teacher.note=x"
+        )
+        assert self.value(node, "train.student.forward_proc.init.kwargs.layers.1") == "layer1"
+        assert self.value(node, "train.teacher.note") == "x"
+
+    def test_tags_survive(self):
+        assert resolve_config(LRP).count("!import_call") == 4
+
+    @pytest.mark.parametrize(
+        ("override", "words"),
+        [
+            ("train.nun_epochs=3", "Did you mean 'num_epochs'"),
+            ("train.num_epochs", "key=value"),
+            ("train.num_epochs.x=1", "keys on the way"),
+            ("train.num_epochs=[1", "YAML"),
+        ],
+    )
+    def test_a_wrong_override_is_explained(self, override, words):
+        with pytest.raises(ValueError, match=words):
+            resolve_config(LRP, [override])
+
+    def test_a_missing_or_broken_file_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            resolve_config("nowhere.yaml")
+        broken = tmp_path / "broken.yaml"
+        broken.write_text("a: [1")
+        with pytest.raises(ValueError, match=r"broken\.yaml"):
+            resolve_config(broken)
 
 
-def folder_of(root: Path, split: str, classes: Iterable[str]) -> str:
-    """Override that puts a folder of images in the place of a split of the phantom."""
-    for name in classes:
-        (root / split / name).mkdir(parents=True)
-        for number in range(3):
-            Image.new("L", (32, 32), 40 * number).save(root / split / name / f"{number}.png")
-    kwargs = f"{{root: {root}, split: {split}, image_size: 32}}"
-    init = f"{{key: kd_lrp_plugin.torchdistill.folder_images, init: {{kwargs: {kwargs}}}}}"
-    return f"datasets.phantom/{split}=!import_call {init}"
+@pytest.mark.parametrize("config", PHANTOM + MRI, ids=lambda p: "-".join(p.parts[-3:]))
+def test_a_config_opens_with_question_row_and_its_own_command(config):
+    lines = config.read_text(encoding="utf-8").splitlines()
+    place = config.relative_to(CONFIGS.parent)
+    assert lines[0].startswith("# Question: ")
+    assert lines[1].startswith("# Row: ")
+    assert lines[2] == f"# Run: kd-lrp distill {place}"
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_sets_that_disagree_on_the_classes_are_refused(here, tmp_path, split):
-    other = folder_of(tmp_path / "data", split, ["glioma", "meningioma", "pituitary", "zebra"])
-    with pytest.raises(ValueError, match="sets with the same classes.*zebra"):
-        distill(BASELINE, other, out=tmp_path / "run")
-    assert not (tmp_path / "run.partial").exists()
+@pytest.mark.parametrize("config", PHANTOM, ids=lambda p: "-".join(p.parts[-2:]))
+def test_a_phantom_config_trains(config, teacher):
+    extra = []
+    if "script" in config.stem:
+        extra = ["models.teacher_model.src_ckpt=null"]
+    summary = training.distill(config, SMALL + extra, "out")
+    written = {file.name.split(".tfevents")[0] for file in Path("out").iterdir()}
+    assert written >= {"config.yaml", "metrics.jsonl", "best.pt", "summary.json", "curves.png"}
+    assert not list(Path("out").glob("*.draft"))
+    (line,) = Path("out/metrics.jsonl").read_text().splitlines()
+    metrics = json.loads(line)
+    assert summary["val_accuracy"] == metrics["val_accuracy"]
+    assert all(isinstance(value, int | float) for value in metrics.values())
+    if "lrp" in str(config) and "script" not in config.stem:
+        for part in ("train", "val"):
+            for term in ("ce", "kl", "semantic", "relation"):
+                assert f"{part}_{term}" in metrics
 
 
-def test_folders_train_as_the_phantom_does(here, tmp_path):
-    names = ["cat", "dog"]
-    sets = [folder_of(tmp_path / "data", split, names) for split in ("train", "val", "test")]
-    summary = distill(BASELINE, *sets, out=tmp_path / "run")
-    assert summary["classes"] == names
+@pytest.mark.parametrize("config", MRI, ids=lambda p: "-".join(p.parts[-2:]))
+def test_a_brain_mri_config_takes_a_step(config, data_folder, workplace):
+    assert (data_folder / "brain_mri").is_dir()
+    small = ["image_size=64", "num_workers=0", "batch_size=4"]
+    if config.parent.name != "ce":
+        teacher = students.build_model(
+            "mobilenetv2_100", 4, "flatten_mlp", image_size=64, timm_kwargs={"pad_type": "same"}
+        )
+        torch.save(teacher.state_dict(), "teacher.pt")
+        small.append("models.teacher_model.src_ckpt=teacher.pt")
+    torch.manual_seed(0)
+    run = training._Run(training._load_config(resolve_config(config, small)), torch.device("cpu"))
+    run.box.pre_epoch_process(epoch=1)
+    images, targets, supplement = next(iter(run.box.train_data_loader))
+    loss = run.box.forward_process(images, targets, supplement)
+    run.box.post_forward_process(loss=loss)
+    assert torch.isfinite(loss)
 
 
-def test_a_checkpoint_of_other_classes_is_refused(here, tmp_path):
-    saved = torch.load(here / "runs/phantom/ce/resnet10t/0/best.pt", weights_only=True)
-    saved["classes"] = saved["classes"][::-1]
-    torch.save(saved, tmp_path / "teacher.pt")
-    with pytest.raises(ValueError, match=r"teacher .*teacher\.pt: expected the classes of the da"):
-        distill(KD, f"{CHECKPOINT}={tmp_path / 'teacher.pt'}", out=tmp_path / "run")
-    assert not (tmp_path / "run.partial").exists()
+@pytest.fixture
+def data_folder() -> Path:
+    import os
+
+    if not os.environ.get("KD_LRP_DATA"):
+        pytest.skip("needs brain_mri/ and weights/ in the folder that KD_LRP_DATA names")
+    return Path(os.environ["KD_LRP_DATA"])
 
 
-def test_a_checkpoint_of_another_model_is_refused(here, tmp_path):
-    torch.save(build_model("test_resnet", 4).state_dict(), tmp_path / "teacher.pt")
-    with pytest.raises(ValueError, match=r"models\.teacher_model\.src_ckpt: expected the weights"):
-        distill(KD, f"{CHECKPOINT}={tmp_path / 'teacher.pt'}", out=tmp_path / "run")
+class TestRun:
+    def test_the_same_seed_gives_the_same_student_and_another_seed_another(self, teacher):
+        weights = []
+        for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+            training.distill(LRP, SMALL, out, seed)
+            found = torch.load(Path(out, "best.pt"), weights_only=True)["model"]
+            weights.append(torch.cat([w.flatten().double() for w in found.values()]))
+        assert torch.equal(weights[0], weights[1])
+        assert not torch.equal(weights[0], weights[2])
 
+    def test_a_missing_teacher_names_the_command_that_makes_it(self, workplace):
+        with pytest.raises(FileNotFoundError, match=r"kd-lrp distill .*ce/resnet10t\.yaml"):
+            training.distill(LRP, SMALL, "out")
+        assert list(workplace.iterdir()) == []
 
-# --- runs that break --------------------------------------------------------------------------
+    @pytest.mark.parametrize("name", ["out", "out.partial"])
+    def test_an_existing_folder_is_refused(self, name, workplace):
+        Path(name).mkdir()
+        with pytest.raises(FileExistsError, match=name):
+            training.distill(BASELINE, SMALL, "out")
 
-
-class StopAt(training.Silence):
-    """Stops a run like Ctrl-C as soon as the pass named ``what`` has given a batch."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def track(self, batches: DataLoader, what: str) -> Iterator:
-        for batch in batches:
-            yield batch
-            if what == self.what:
+    def test_a_run_that_dies_leaves_what_it_had_finished_under_partial(self, workplace):
+        class Dies(training.Silence):
+            def epoch(self, metrics):
                 raise KeyboardInterrupt
 
+        with pytest.raises(KeyboardInterrupt):
+            training.distill(BASELINE, SMALL, "out", show=Dies())
+        assert not Path("out").exists()
+        assert Path("out.partial/best.pt").is_file()
 
-@pytest.mark.parametrize("what", ["epoch 1", "epoch 1 val"])
-def test_a_run_that_breaks_before_its_first_epoch_leaves_nothing(here, tmp_path, what):
-    with pytest.raises(KeyboardInterrupt):
-        distill(BASELINE, out=tmp_path / "run", show=StopAt(what))
-    assert list(tmp_path.iterdir()) == []
+    def test_a_run_that_dies_in_its_first_epoch_leaves_nothing(self, workplace):
+        class Dies(training.Silence):
+            def track(self, batches, what):
+                raise KeyboardInterrupt
 
+        with pytest.raises(KeyboardInterrupt):
+            training.distill(BASELINE, SMALL, "out", show=Dies())
+        assert list(workplace.iterdir()) == []
 
-@pytest.mark.parametrize(("what", "finished"), [("epoch 2", 1), ("epoch 2 val", 1), ("test", 2)])
-def test_a_run_that_breaks_later_leaves_what_was_finished(here, tmp_path, what, finished):
-    with pytest.raises(KeyboardInterrupt):
-        distill(BASELINE, "train.num_epochs=2", out=tmp_path / "run", show=StopAt(what))
-    assert [path.name for path in tmp_path.iterdir()] == ["run.partial"]
-    partial = tmp_path / "run.partial"
-    assert [epoch["epoch"] for epoch in metrics_of(partial)] == list(range(1, finished + 1))
-    assert load_weights(build_model("test_resnet", 4), partial / "best.pt") == []
-    assert not (partial / "summary.json").exists()
-    with pytest.raises(FileNotFoundError, match="a finished run"):
-        training.load_run(partial)
+    def test_the_frozen_teacher_is_in_evaluation_mode_with_stock_procedures(self, teacher):
+        modes = []
 
+        class Watches(training.Silence):
+            def track(self, batches, what):
+                for batch in batches:
+                    yield batch
+                    modes.append(run.box.teacher_model.training)
 
-def run_of(config: Path, *overrides: str) -> Any:
-    text = resolve_config(config, [*TINY, *overrides])
-    return training._Run(training._load_config(text), torch.device("cpu"))
+        run = training._Run(training._load_config(resolve_config(KD, SMALL)), torch.device("cpu"))
+        run._train_epoch(1, Watches())
+        assert modes
+        assert not any(modes)
 
+    def test_a_loss_that_is_not_finite_stops_before_the_step_and_is_named(self, workplace):
+        run = training._Run(
+            training._load_config(resolve_config(BASELINE, SMALL)), torch.device("cpu")
+        )
+        head = run.student.get_classifier()
+        with torch.no_grad():
+            head.bias.fill_(torch.nan)
+        before = run.student.conv1[0].weight.detach().clone()
+        with pytest.raises(FloatingPointError, match=r"\['ce'\] not finite"):
+            run._train_epoch(1, training.Silence())
+        assert torch.equal(run.student.conv1[0].weight, before)
 
-@pytest.mark.parametrize(("config", "term"), [(KD, "kd"), (LRP, "kl")])
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_is_named(
-    here, tmp_path, config, term
-):
-    run = run_of(config)
-    run.box.teacher_model.fc.bias.data[0] = torch.nan  # spoils logits, and no relevance map
-    before = {name: value.clone() for name, value in run.student.named_parameters()}
-    with pytest.raises(FloatingPointError, match=rf"\['{term}'\] not finite"):
-        run.train(tmp_path, training.Silence())
-    assert all(torch.equal(value, before[k]) for k, value in run.student.named_parameters())
+    def test_a_head_with_too_few_outputs_is_refused(self, workplace):
+        with pytest.raises(ValueError, match=r"kwargs\.num_classes to 4"):
+            training.distill(BASELINE, [*SMALL, "models.model.kwargs.num_classes=3"], "out")
 
+    def test_a_checkpoint_of_other_classes_is_refused(self, teacher):
+        record = torch.load(teacher, weights_only=True)
+        torch.save(record | {"classes": ["a", "b", "c", "d"]}, teacher)
+        with pytest.raises(ValueError, match="trained on these classes"):
+            training.distill(KD, SMALL, "out")
 
-def test_a_loss_that_is_not_finite_leaves_no_folder(here, tmp_path):
-    teacher = torch.load(here / "runs/phantom/ce/resnet10t/0/best.pt", weights_only=True)
-    teacher["model"]["fc.bias"][0] = torch.nan
-    torch.save(teacher, tmp_path / "teacher.pt")
-    with pytest.raises(FloatingPointError, match="'kd'"):
-        distill(KD, f"{CHECKPOINT}={tmp_path / 'teacher.pt'}", out=tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["teacher.pt"]
+    def test_class_folders_that_disagree_are_refused(self, workplace):
+        from PIL import Image
 
+        for split, classes in {"Training": "ab", "Testing": "ac"}.items():
+            for name in classes:
+                Path("set", split, name).mkdir(parents=True)
+                for place in range(20):
+                    Image.new("L", (8, 8)).save(Path("set", split, name, f"{place}.png"))
+        overrides = ["datasets.brain_mri/train.init.kwargs.root=set", "num_workers=0"]
+        for split in ("train", "val", "test"):
+            overrides.append(f"datasets.brain_mri/{split}.init.kwargs.classes=null")
+        overrides.append("models.model.kwargs.weights=null")
+        config = CONFIGS / "brain_mri/ce/mobilenetv2_035.yaml"
+        with pytest.raises(ValueError, match="sets with the same classes"):
+            training.distill(config, overrides, "out")
 
-@pytest.mark.parametrize("config", [KD, LRP])
-def test_the_teacher_stays_as_it_is_in_evaluation_mode(here, tmp_path, config):
-    run = run_of(config)
-    teacher, modes = run.box.teacher_model, []
-    teacher.train()
-    teacher.bn1.register_forward_hook(lambda module, *_: modes.append(module.training))
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    run.train(tmp_path, training.Silence())
-    assert modes
-    assert not any(modes)
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-
-
-# --- finished runs ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def save_image(tmp_path) -> Callable[[int], Path]:
-    def save(index: int) -> Path:
-        file = tmp_path / f"{index}.png"
-        Phantom("test", size=9, image_size=32).image(index).save(file)
-        return file
-
-    return save
-
-
-class TestPredict:
-    def test_gives_each_image_the_probabilities_of_the_student(self, student_run, save_image):
-        files = [save_image(0), save_image(1)]
-        records = training.predict(student_run, files)
-        model, _ = training.load_run(student_run)
-        data = Phantom("test", size=9, image_size=32)
-        for index, (file, record) in enumerate(zip(files, records, strict=True)):
-            with torch.no_grad():
-                expected = model(data[index][0][None])[0].softmax(0)
-            assert record["file"] == str(file)
-            assert list(record["all"]) == CLASSES
-            assert list(record["all"].values()) == pytest.approx(expected.tolist(), abs=1e-6)
-            assert record["class"] == CLASSES[int(expected.argmax())]
-            assert record["probability"] == max(record["all"].values())
-
-    def test_takes_images_of_any_size_and_mode(self, student_run, tmp_path):
-        Image.new("L", (100, 60)).save(tmp_path / "grey.png")
-        (record,) = training.predict(student_run, [tmp_path / "grey.png"])
-        assert sum(record["all"].values()) == pytest.approx(1, abs=1e-5)
-
-    def test_refuses_a_file_that_is_no_image(self, student_run, tmp_path):
-        (tmp_path / "note.txt").write_text("no image")
-        with pytest.raises(ValueError, match=r"predict .*note\.txt: expected an image"):
-            training.predict(student_run, [tmp_path / "note.txt"])
-
-    def test_names_an_image_that_is_not_there(self, student_run, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"expected an image, got none at .*absent"):
-            training.predict(student_run, [tmp_path / "absent.png"])
-
-    def test_refuses_a_folder_without_a_run(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="run: expected a finished run, got none at"):
-            training.predict(tmp_path, [])
+    @pytest.mark.parametrize(
+        ("override", "words"),
+        [
+            ("train.criterion.key=WeightedSum", "Did you mean 'WeightedSumLoss'"),
+            ("models.model.kwargs.name=resnet10", "resnet10t"),
+            ("+models.model.kwargs.weights=nowhere.safetensors", "nowhere"),
+            ("test=null", "section 'test'"),
+        ],
+    )
+    def test_a_wrong_value_is_explained_before_any_work(self, override, words, workplace):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            training.distill(BASELINE, [*SMALL, override], "out")
+        assert list(workplace.iterdir()) == []
 
 
-def test_a_loaded_run_is_in_evaluation_mode_and_needs_no_data_or_teacher(
-    student_run, tmp_path, monkeypatch
-):
-    shutil.copytree(student_run, tmp_path / "run")
-    monkeypatch.chdir(tmp_path)
-    model, summary = training.load_run("run")
-    assert not any(module.training for module in model.modules())
-    assert summary == summary_of(student_run)
+class TestFinishedRun:
+    @pytest.fixture
+    def run(self, workplace) -> Path:
+        training.distill(BASELINE, SMALL, "run")
+        return Path("run")
+
+    def test_predicts_what_the_loaded_student_predicts(self, run):
+        from kd_lrp_plugin.data import Phantom
+
+        data = Phantom("test", size=2, image_size=48)
+        data.image(0).save("one.png")
+        (record,) = training.predict(run, ["one.png"])
+        model, summary = training.load_run(run)
+        with torch.no_grad():
+            expected = model(data[0][0][None])[0].softmax(0)
+        assert isinstance(model, nn.Module)
+        assert list(record["all"]) == summary["classes"]
+        assert torch.allclose(torch.tensor(list(record["all"].values())), expected, atol=1e-5)
+
+    def test_names_a_file_that_is_no_image_and_a_folder_that_is_no_run(self, run):
+        Path("text.png").write_text("no image")
+        with pytest.raises(ValueError, match=r"text\.png"):
+            training.predict(run, ["text.png"])
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            training.predict("nowhere", ["text.png"])
 
 
-def test_a_run_that_started_from_weights_loads_without_them(here, tmp_path):
-    torch.save(build_model("test_resnet", 4).state_dict(), tmp_path / "start.pt")
-    distill(BASELINE, f"+models.model.kwargs.weights={tmp_path / 'start.pt'}", out=tmp_path / "run")
-    (tmp_path / "start.pt").unlink()
-    model, _ = training.load_run(tmp_path / "run")
-    state = weights_of(tmp_path / "run")
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+class TestCommandLine:
+    def test_help_teaches(self):
+        for command, words in {
+            "distill": "with its teacher",
+            "predict": "Not for clinical",
+        }.items():
+            result = CliRunner().invoke(app, [command, "--help"])
+            assert result.exit_code == 0
+            assert words in result.output
+            assert command in CliRunner().invoke(app, ["--help"]).output
+
+    def test_distills_and_predicts(self, workplace):
+        flags = [word for override in SMALL for word in ("--set", override)]
+        result = CliRunner().invoke(app, ["distill", str(BASELINE), *flags, "--seed", "5"])
+        assert result.exit_code == 0, result.output
+        assert "test accuracy" in result.output
+        run = Path("runs/phantom/ce/test_resnet/5")
+        assert json.loads((run / "summary.json").read_text())["seed"] == 5
+
+    def test_an_error_is_one_message_without_a_traceback(self, workplace):
+        result = CliRunner().invoke(app, ["distill", "nowhere.yaml"])
+        assert result.exit_code == 1
+        assert "nowhere.yaml" in result.output
+        assert "Traceback" not in result.output
