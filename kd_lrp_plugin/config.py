@@ -35,7 +35,7 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
         if not separator:
             fix = "For example train.num_epochs=2."
             raise ValueError(message("--set", "key=value", repr(override), fix))
-        _apply(root, key, _compose(f"--set {key}", value))
+        _apply(root, key, _number(_compose(f"--set {key}", value)))
     return yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True)
 
 
@@ -54,7 +54,10 @@ def _apply(root: yaml.Node, dotted: str, value: yaml.Node) -> None:
     for key in parents:
         node = _children(node, dotted)[_known_key(node, key, dotted)]
     children = _children(node, dotted)
-    if last in children:
+    if isinstance(node, yaml.MappingNode) and _is_key(root, children.get(last)):
+        # A data set's name, say: what uses it changes, not the name.
+        node.value = [(k, value if k.value == last else child) for k, child in node.value]
+    elif last in children:
         target = children[last]
         # In place, so that every alias of the node sees the new value.
         target.__class__ = value.__class__
@@ -63,6 +66,24 @@ def _apply(root: yaml.Node, dotted: str, value: yaml.Node) -> None:
         node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", last), value))
     else:
         _known_key(node, last, dotted)
+
+
+def _is_key(root: yaml.Node, target: yaml.Node | None) -> bool:
+    """Whether a mapping somewhere below ``root`` has this very node as a key."""
+    if isinstance(root, yaml.MappingNode):
+        return any(key is target or _is_key(value, target) for key, value in root.value)
+    return isinstance(root, yaml.SequenceNode) and any(_is_key(n, target) for n in root.value)
+
+
+def _number(node: yaml.Node) -> yaml.Node:
+    """YAML 1.1 takes 1e-3 for text; a person who types it means a number."""
+    if isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.endswith(":str"):
+        try:
+            float(node.value)
+        except ValueError:
+            return node
+        node.tag = "tag:yaml.org,2002:float"
+    return node
 
 
 def _children(node: yaml.Node, dotted: str) -> dict[str, yaml.Node]:

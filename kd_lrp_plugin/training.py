@@ -86,6 +86,7 @@ def _check_losses(train: Mapping[str, Any]) -> None:
         known = loss_registry.HIGH_LEVEL_LOSS_DICT
         check_known("train.criterion.key", criterion.get("key"), known)
         for name, term in ((criterion.get("kwargs") or {}).get("sub_terms") or {}).items():
+            check_known(f"train.criterion: {name!r}: key", "criterion", term)
             check_known(f"train.criterion: loss of {name!r}", term["criterion"]["key"], middle)
 
 
@@ -183,9 +184,11 @@ class _Run:
         self.classes = list(getattr(parts["val"], "classes", []))
         self.preprocessing = preprocessing(parts["val"])
         teacher_config = models.get("teacher_model")
-        teacher = self._model("teacher", teacher_config) if teacher_config else None
-        student = self._model("student", models.get("student_model") or models.get("model"))
-        for role, model in {"teacher": teacher, "student": student}.items():
+        teacher = self._model("teacher_model", teacher_config) if teacher_config else None
+        own = "student_model" if models.get("student_model") else "model"
+        check_known("models: key", own, models)
+        student = self._model(own, models[own])
+        for role, model in {"teacher_model": teacher, own: student}.items():
             if model is not None:
                 self._check_head(role, model, parts["val"])
         arguments = (datasets, train, device, None, False, 1)
@@ -193,6 +196,12 @@ class _Run:
             self.box = get_training_box(student, *arguments)
         else:
             self.box = get_distillation_box(teacher, student, *arguments)
+        if self.box.num_epochs < 1:
+            got, fix = self.box.num_epochs, "Set train.num_epochs."
+            raise ValueError(message("train", "1 epoch or more", got, fix))
+        if len(self.box.train_data_loader) == 0:
+            fix = "Lower batch_size, or set drop_last: False."
+            raise ValueError(message("train_data_loader", "a batch or more", "none", fix))
         self.test_loader = build_data_loader(parts["test"], loaders["test"], False)
 
     def _model(self, role: str, config: dict[str, Any]) -> nn.Module:
@@ -206,10 +215,10 @@ class _Run:
                 made_by = config.get("_made_by")
                 fix = f"Make it with: {made_by}" if made_by else "Train it, or correct src_ckpt."
                 raise FileNotFoundError(
-                    message(f"models.{role}_model.src_ckpt", "a checkpoint", f"none at {file}", fix)
+                    message(f"models.{role}.src_ckpt", "a checkpoint", f"none at {file}", fix)
                 )
             self._check_classes(role, file)
-            load_weights(model, file, f"models.{role}_model.src_ckpt")
+            load_weights(model, file, f"models.{role}.src_ckpt")
         return model.to(self.device)
 
     def _check_classes(self, role: str, file: Path) -> None:
@@ -230,8 +239,8 @@ class _Run:
         model.train(was_training)
         needed = len(self.classes) or max(getattr(dataset, "targets", [0])) + 1
         if outputs < needed:
-            fix = f"Set models.{role}_model.kwargs.num_classes to {needed}."
-            raise ValueError(message(f"{role} model", f"{needed} outputs or more", outputs, fix))
+            fix = f"Set models.{role}.kwargs.num_classes to {needed}."
+            raise ValueError(message(f"models.{role}", f"{needed} outputs or more", outputs, fix))
 
     @property
     def student(self) -> nn.Module:
@@ -251,7 +260,7 @@ class _Run:
                     lines.write(json.dumps(metrics) + "\n")
                 for name, value in metrics.items():
                     board.add_scalar(name, value, epoch)
-                quality = (metrics["val_accuracy"], -metrics["val_loss"])
+                quality = (metrics["val_accuracy"], -metrics.get("val_loss", 0.0))
                 if quality > best:
                     best, best_epoch = quality, epoch
                     self._save(folder / "best.pt", metrics)

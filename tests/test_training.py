@@ -73,6 +73,24 @@ class TestConfig:
         assert self.value(node, "train.student.forward_proc.init.kwargs.layers.1") == "layer1"
         assert self.value(node, "train.teacher.note") == "x"
 
+    def test_choosing_another_set_leaves_the_sets_alone(self):
+        node = self.text("test.test_data_loader.dataset_id=phantom/val")
+        assert self.value(node, "test.test_data_loader.dataset_id") == "phantom/val"
+        assert self.value(node, "train.val_data_loader.dataset_id") == "phantom/val"
+        (datasets,) = (v for k, v in node.value if k.value == "datasets")
+        assert [k.value for k, _ in datasets.value] == [
+            "phantom/train",
+            "phantom/val",
+            "phantom/test",
+        ]
+
+    def test_a_power_of_ten_is_a_number(self):
+        text = resolve_config(LRP, ["train.optimizer.kwargs.lr=1e-3"])
+        node = yaml.compose(text, yaml.FullLoader)
+        for key in ("train", "optimizer", "kwargs", "lr"):
+            (node,) = (v for k, v in node.value if k.value == key)
+        assert yaml.SafeLoader("").construct_yaml_float(node) == 0.001
+
     def test_tags_survive(self):
         assert resolve_config(LRP).count("!import_call") == 4
 
@@ -253,6 +271,8 @@ class TestRun:
             ("models.model.kwargs.name=resnet10", "resnet10t"),
             ("+models.model.kwargs.weights=nowhere.safetensors", "nowhere"),
             ("test=null", "section 'test'"),
+            ("test.test_data_loader.dataset_id=phantom/tset", "Did you mean 'phantom/test'"),
+            ("batch_size=999", "batch_size"),
         ],
     )
     def test_a_wrong_value_is_explained_before_any_work(self, override, words, workplace):
