@@ -54,7 +54,7 @@ class TestUnknownName:
     def test_a_long_list_is_cut_to_the_nearest(self):
         names = [f"model_{i:03}" for i in range(50)] + ["epsilon"]
         assert unknown_name("model", "epsilom", names).startswith(
-            "model: expected one of ['epsilon'], got"
+            "model: expected one of 51 names such as ['epsilon'], got"
         )
         assert unknown_name("model", "xyz", names).count("model_") == 12 - 1
 
