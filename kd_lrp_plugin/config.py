@@ -17,7 +17,8 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
     Args:
         path: a torchdistill YAML file.
         overrides: ``key.of.keys=value`` each, with the value in YAML; a number picks a list item,
-            and ``+`` in front adds a key. An anchored value changes wherever it is used.
+            and ``+`` in front adds a key. An anchored value changes wherever it is used, except
+            that the name of a data set keeps: only what refers to it changes.
 
     Raises:
         FileNotFoundError: if there is no such file.
