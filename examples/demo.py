@@ -2,8 +2,8 @@
 
 Trains a ResNet teacher on the built-in brain-MRI phantom, distils a student thirteen times
 smaller from it, once by plain KD and once with relevance maps (LRP + cosine), and compares them:
-a table on the terminal and in OUT/table.md, a figure in OUT/maps.png. Runs that are finished are
-used again.
+a table on the terminal and in OUT/table.md, a figure in OUT/maps.png. Stopped and started again
+it goes on, and uses the runs that are finished.
 
     python examples/demo.py --out demo
 """
@@ -20,7 +20,8 @@ from kd_lrp_plugin.data import Phantom
 from kd_lrp_plugin.efficiency import count_macs, count_parameters
 from kd_lrp_plugin.evaluation import agreement, mass_inside
 from kd_lrp_plugin.relevance import record
-from kd_lrp_plugin.training import distill, load_run
+from kd_lrp_plugin.results import load_run
+from kd_lrp_plugin.training import distill
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
 PAIR = "test_resnet_from_resnet10t.yaml"
@@ -49,12 +50,11 @@ def main() -> None:
     models = {}
     for name, config in RUNS.items():
         folder = args.out / "runs" / name.replace(" + ", "_").lower()
-        if not (folder / "summary.json").exists():
-            print(f"\n{name}: {config}")
-            teacher = f"models.teacher_model.src_ckpt={args.out}/runs/teacher/best.pt"
-            extra = [] if name == "teacher" else [teacher]
-            with cli.Show() as show:
-                distill(CONFIGS / config, changes + extra, folder, args.seed, show=show)
+        print(f"\n{name}: {config}")
+        teacher = f"models.teacher_model.src_ckpt={args.out}/runs/teacher/best.pt"
+        extra = [] if name == "teacher" else [teacher]
+        with cli.Show() as show:
+            distill(CONFIGS / config, changes + extra, folder, args.seed, show=show)
         models[name] = load_run(folder)
 
     images = Phantom("test", size=sizes[2], image_size=image_size)

@@ -1,18 +1,22 @@
-"""The command line ``kd-lrp``: arguments, files, printing."""
+"""The command line ``kd-lrp``: arguments, printing, signals."""
 
 import logging
+import os
+import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.data import DataLoader
 
-from kd_lrp_plugin import training
+from kd_lrp_plugin import checking, report, results, training
+from kd_lrp_plugin.config import resolve_config, unsafe_tags
+from kd_lrp_plugin.processes import FirstFailed, joined
+from kd_lrp_plugin.progress import Silence
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,8 +24,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Explanation-guided knowledge distillation on torchdistill configs.",
 )
-console = Console()
+RANK = int(os.environ.get("RANK", 0))  # torchrun's: the first process speaks for all
+console = Console(quiet=RANK > 0)
 errors = Console(stderr=True)
+
+ConfigFile = Annotated[Path, typer.Argument(help="A torchdistill YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a value of the config; repeatable. Keys are joined by dots, "
+        "`+` in front adds one.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")
+]
+Safe = Annotated[
+    bool,
+    typer.Option(
+        "--safe", help="Refuse YAML tags and imports that could run code of the config's author."
+    ),
+]
 
 
 @app.callback()
@@ -34,41 +59,117 @@ def main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the
 
 @app.command()
 def distill(
-    config: Annotated[Path, typer.Argument(help="A torchdistill YAML file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change a value of the config; repeatable. Keys are joined by dots, "
-            "`+` in front adds one.",
-        ),
-    ] = None,
+    config: ConfigFile,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Run folder; default runs/DATASET/METHOD/CONFIG/SEED."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every random number generator.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")
-    ] = None,
+    device: Device = None,
+    safe: Safe = False,
 ) -> None:
     """Train the student of a config, with its teacher if it has one, and test it.
 
     A config without a teacher trains that model alone: this is how teachers and baselines are
-    made. Examples:
+    made. A run that was stopped or killed goes on when the same command is given again. Examples:
 
         kd-lrp distill torchdistill_configs/phantom/ce/mobilenetv2_100.yaml
 
         kd-lrp distill my.yaml --set num_epochs=2 --set train.optimizer.kwargs.lr=0.001 --seed 1
+
+        torchrun --nproc_per_node=2 -m kd_lrp_plugin.cli distill my.yaml
     """
-    with Show() as show, _errors_in_words():
-        folder = out or training.default_run_folder(config, seed)
-        summary = training.distill(config, overrides or [], folder, seed, device, show)
+    folder = out or training.default_run_folder(config, seed)
+    last = f"What the finished epochs made is in {folder}; the same command goes on from there."
+    with Show() as show, _errors_in_words(last):
+        summary = training.distill(config, overrides or [], folder, seed, device, show, safe)
     console.print(
         f"test accuracy {summary['test_accuracy']:.4f} with the weights of epoch "
-        f"{summary['best_epoch']} (validation {summary['val_accuracy']:.4f}); written to {folder}"
+        f"{summary['best_epoch']} (validation {summary['val_accuracy']:.4f}); written to {folder}",
+        soft_wrap=True,
     )
+
+
+@app.command()
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    device: Device = None,
+    safe: Safe = False,
+) -> None:
+    """Build everything that a config names, take one step, and say what is wrong.
+
+    Reports every problem with its place in the file; nothing is written. `distill` does the same
+    before it trains. Example:
+
+        kd-lrp check my.yaml --set batch_size=64
+    """
+    with Show() as show, _errors_in_words():
+        read = resolve_config(config, overrides or [])
+        problems, remarks = unsafe_tags(read) if safe else [], []
+        if not problems:
+            with joined(device) as here:
+                findings = checking.check(read, here, show)
+            problems, remarks = findings.problems, findings.remarks
+    for remark in remarks:
+        console.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)
+    for problem in problems:
+        errors.print(problem, markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        errors.print(f"[red]{len(problems)} problem{'s' * (len(problems) > 1)}[/]")
+        raise typer.Exit(1)
+    console.print("models, data, losses and a step of each stage: no problem found")
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that kd-lrp distill has finished.")],
+    resamples: Annotated[
+        int, typer.Option(help="Of the bootstrap interval of the accuracy.", min=100)
+    ] = 2000,
+) -> None:
+    """Everything about finished runs: accuracy, per class, calibration, agreement, cost.
+
+    Writes evaluation.json, confusion.png and reliability.png into each folder, and prints a row
+    for each student and teacher. Latency is of this machine, now. Example:
+
+        kd-lrp evaluate runs/phantom/kd/*/0
+    """
+    rows, details = [], []
+    with Show() as show, _errors_in_words():
+        for run in show.track(runs, "evaluating", len(runs)):
+            found = results.evaluate(run, resamples)
+            roles = [role for role in ("student", "teacher") if role in found]
+            rows += [_row(str(run), role, found[role]) for role in roles]
+            details.append(found)
+    print(report.table(rows))
+    for run, found in zip(runs, details, strict=True):
+        print(f"\n{run}: student by class\n")
+        print(report.table(found["student"]["per_class"]))
+        if both := found.get("student_and_teacher"):
+            print(f"\nstudent and teacher agree on {both['agreement']:.3f} of the images")
+        print(f"written: {run}/evaluation.json, confusion.png, reliability.png")
+
+
+def _row(run: str, role: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = found["accuracy_interval"]
+    cost = found["cost"] or {}
+    return {
+        "run": run,
+        "model": role,
+        "accuracy": found["accuracy"],
+        "95 % interval": f"{low:.3f}-{high:.3f}",
+        "balanced": found["balanced_accuracy"],
+        "macro F1": found["macro_f1"],
+        "AUC": found["macro_auc"],
+        "ECE": found["calibration_error"],
+        "parameters": cost.get("parameters"),
+        "MACs": cost.get("macs"),
+        "MB": cost.get("megabytes"),
+        "ms": cost.get("latency_ms_batch_1"),
+        "images/s": cost.get("images_per_second_batch_32"),
+    }
 
 
 @app.command()
@@ -78,7 +179,7 @@ def predict(
 ) -> None:
     """Classify image files with the student of a run. Not for clinical use."""
     with _errors_in_words():
-        records = training.predict(run, images)
+        records = results.predict(run, images)
     table = Table("file", "class", "probability")
     for record in records:
         table.add_row(record["file"], record["class"], f"{record['probability']:.3f}")
@@ -86,21 +187,36 @@ def predict(
 
 
 @contextmanager
-def _errors_in_words() -> Iterator[None]:
-    """An expected error becomes its message and exit code 1; any other keeps its traceback."""
+def _errors_in_words(stopped: str = "") -> Iterator[None]:
+    """An expected error becomes its message and exit code 1; any other keeps its traceback.
+
+    A stop, by Ctrl-C or SIGTERM, is no error, and exits with code 130.
+    """
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        errors.print("[red]Stopped.[/] What was made is in the folder that ends in .partial.")
+        if RANK == 0:
+            errors.print(f"[red]Stopped.[/] {stopped}", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
-    except (ValueError, OSError, TypeError, FloatingPointError) as error:
-        errors.print("[red]Error:[/]", end=" ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    except FirstFailed as error:
+        raise typer.Exit(1) from error
+    except (ValueError, OSError, TypeError, KeyError, FloatingPointError) as error:
+        process = f" in process {RANK}" if RANK else ""
+        errors.print(f"[red]Error{process}:[/]", end=" ")
+        words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        errors.print(words, markup=False, highlight=False, soft_wrap=True)
         logging.getLogger(__name__).info("traceback", exc_info=error)
         raise typer.Exit(1) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-class Show(training.Silence):
+class Show(Silence):
     """Progress bars and a line per epoch."""
 
     def __enter__(self) -> "Show":
@@ -118,12 +234,17 @@ class Show(training.Silence):
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def track(self, batches: DataLoader, what: str) -> Iterable:
-        task = self._progress.add_task(what, total=len(batches))
-        for batch in batches:
-            yield batch
-            self._progress.advance(task)
-        self._progress.remove_task(task)
+    def track(self, items: Iterable, what: str, total: int) -> Iterable:
+        task = self._progress.add_task(what, total=total)
+        try:
+            for item in items:
+                yield item
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
+
+    def note(self, text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def epoch(self, metrics: Mapping[str, float]) -> None:
         terms = [

@@ -1,18 +1,102 @@
-"""The text of a config: read, changed from the command line, written again.
+"""A config before any of its tags is read: changed from the command line, searched, checked.
 
-torchdistill's tags can call code, so overrides work on the text's nodes, before any tag is read.
+torchdistill's tags can call code, so all of this works on the nodes of the text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import yaml
 
 from kd_lrp_plugin.checks import check_known, message
 
+# What --safe lets a tag import or call, without its last name; none of it runs other code.
+HARMLESS = {
+    "kd_lrp_plugin.torchdistill": (
+        "recorder",
+        "phantom",
+        "folder_images",
+        "weight_schedule",
+        "class_weights",
+        "mixup",
+    ),
+    "torch.utils.data": ("RandomSampler", "SequentialSampler"),
+    "torch": ("tensor",),
+    "torchvision.transforms": (
+        "Compose",
+        "Resize",
+        "CenterCrop",
+        "RandomCrop",
+        "RandomResizedCrop",
+        "RandomHorizontalFlip",
+        "RandomVerticalFlip",
+        "RandomRotation",
+        "RandomAffine",
+        "ColorJitter",
+        "Grayscale",
+        "ToTensor",
+        "Normalize",
+    ),
+}
+_TEXT_TAGS = ("!join", "!pathjoin", "!expanduser", "!abspath")
+_CALL_TAGS = ("!import_get", "!import_call")
 
-def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
-    """The text of a config with overrides applied, tags still unread.
+
+@dataclass(frozen=True)
+class Config:
+    """A config with overrides applied.
+
+    Attributes:
+        path: its file.
+        root: its nodes; each knows its place in the file, or the override that it came from.
+    """
+
+    path: str
+    root: yaml.MappingNode
+
+    @property
+    def text(self) -> str:
+        """The config as YAML, tags still unread."""
+        return yaml.serialize(self.root, Dumper=yaml.SafeDumper, allow_unicode=True)
+
+    def only(self, *sections: str) -> "Config":
+        """The config without its other top-level sections; their aliases stay resolved."""
+        pairs = [(key, value) for key, value in self.root.value if key.value in sections]
+        mark = self.root.start_mark
+        return Config(self.path, yaml.MappingNode(self.root.tag, pairs, mark, self.root.end_mark))
+
+    def place(self, dotted: str) -> str:
+        """Where a key stands, as ``file:line``, or the override that set it.
+
+        Args:
+            dotted: keys joined by dots; followed as far as they lead.
+        """
+        node: yaml.Node = self.root
+        mark = node.start_mark
+        rest = dotted
+        while rest:
+            pairs = _pairs(node)
+            # Keys may hold dots themselves: the longest that fits.
+            fits = [key for key in pairs if rest == key or rest.startswith(f"{key}.")]
+            if not fits:
+                break
+            key = max(fits, key=len)
+            mark, node = pairs[key]
+            rest = rest[len(key) + 1 :]
+        return self.show(mark)
+
+    @staticmethod
+    def show(mark: yaml.Mark) -> str:
+        """A place as people read it."""
+        if mark.name.startswith("--set"):
+            return shorten(mark.name, 60, placeholder="...")
+        return f"{mark.name}:{mark.line + 1}"
+
+
+def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A config with overrides applied.
 
     Args:
         path: a torchdistill YAML file.
@@ -36,16 +120,83 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> str:
         if not separator:
             fix = "For example train.num_epochs=2."
             raise ValueError(message("--set", "key=value", repr(override), fix))
-        _apply(root, key, _number(_compose(f"--set {key}", value)))
-    return yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True)
+        _apply(root, key, _number(_compose(f"--set {override}", value)))
+    return Config(str(path), root)
+
+
+def unsafe_tags(config: Config) -> list[str]:
+    """What of a config could run code beyond :data:`HARMLESS`, a message with its place each."""
+    found = []
+    for node in _walk(config.root):
+        if node.tag.startswith("tag:yaml.org,2002:python/"):
+            found.append((node, node.tag))
+        elif node.tag in _CALL_TAGS:
+            values = {key: child for key, (_, child) in _pairs(node).items()}
+            named = ".".join(
+                str(values[key].value) for key in ("package", "key") if values.get(key) is not None
+            )
+            package, _, name = named.rpartition(".")
+            if name not in HARMLESS.get(package, ()):
+                found.append((node, f"{node.tag} of {named!r}"))
+        elif node.tag.startswith("!") and node.tag not in _TEXT_TAGS:
+            found.append((node, node.tag))
+    pairs = _pairs(config.root)
+    if "dependencies" in pairs:
+        for node in _walk(pairs["dependencies"][1]):
+            if isinstance(node, yaml.ScalarNode) and node.value not in ("", *HARMLESS):
+                found.append((node, f"a dependency on {node.value!r}"))
+    for _, model in _pairs(pairs["models"][1]).values() if "models" in pairs else ():
+        if (hub := _pairs(model).get("repo_or_dir")) and hub[1].value:
+            found.append((hub[1], "repo_or_dir, which loads a model's code"))
+    fix = "Read the config, and leave --safe out if you trust it."
+    return [
+        message(config.show(n.start_mark), "calls known as harmless", got, fix) for n, got in found
+    ]
+
+
+def _pairs(node: yaml.Node) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
+    """The children of a node by key, and the place of each: that of the key, or of an override."""
+    if isinstance(node, yaml.MappingNode):
+        return {
+            key.value: (child.start_mark if _overridden(child) else key.start_mark, child)
+            for key, child in node.value
+        }
+    if isinstance(node, yaml.SequenceNode):
+        return {str(place): (child.start_mark, child) for place, child in enumerate(node.value)}
+    return {}
+
+
+def _overridden(node: yaml.Node) -> bool:
+    return node.start_mark is not None and node.start_mark.name.startswith("--set")
+
+
+def _walk(node: yaml.Node) -> Iterator[yaml.Node]:
+    """A node and all below it, each once."""
+    seen: set[int] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        if isinstance(node, yaml.MappingNode):
+            stack += [part for pair in reversed(node.value) for part in reversed(pair)]
+        elif isinstance(node, yaml.SequenceNode):
+            stack += reversed(node.value)
 
 
 def _compose(where: str, text: str) -> yaml.Node:
+    loader = yaml.FullLoader(text)
+    loader.name = where  # what each node's place names
     try:
-        node = yaml.compose(text, Loader=yaml.FullLoader)
+        node = loader.get_single_node()
     except yaml.YAMLError as error:
         raise ValueError(message(where, "YAML", str(error), "Correct the text there.")) from error
-    return node if node is not None else yaml.ScalarNode("tag:yaml.org,2002:null", "")
+    if node is None:
+        mark = loader.get_mark()
+        return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, mark)
+    return node
 
 
 def _apply(root: yaml.Node, dotted: str, value: yaml.Node) -> None:
@@ -88,21 +239,12 @@ def _number(node: yaml.Node) -> yaml.Node:
 
 
 def _children(node: yaml.Node, dotted: str) -> dict[str, yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        return {key.value: child for key, child in node.value}
-    if isinstance(node, yaml.SequenceNode):
-        return {str(place): child for place, child in enumerate(node.value)}
-    fix = "Name a key further up."
-    raise ValueError(message(f"--set {dotted}", "keys on the way", repr(node.value), fix))
+    if isinstance(node, yaml.ScalarNode):
+        fix = "Name a key further up."
+        raise ValueError(message(f"--set {dotted}", "keys on the way", repr(node.value), fix))
+    return {key: child for key, (_, child) in _pairs(node).items()}
 
 
 def _known_key(node: yaml.Node, key: str, dotted: str) -> str:
     check_known(f"--set {dotted}: key", key, _children(node, dotted))
     return key
-
-
-def only_sections(text: str, keep: Sequence[str]) -> str:
-    """The text with only the top-level sections ``keep``; their aliases stay resolved."""
-    root = _compose("config", text)
-    root.value = [(key, value) for key, value in root.value if key.value in keep]
-    return yaml.serialize(root, Dumper=yaml.SafeDumper, allow_unicode=True)

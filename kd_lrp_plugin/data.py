@@ -5,8 +5,11 @@ and demonstrating, no ground for any clinical claim.
 """
 
 import csv
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from math import floor
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,9 @@ from torchvision.datasets import ImageFolder
 
 from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.phantom import CLASSES, Scene, draw
+from kd_lrp_plugin.progress import Silence
+
+logger = logging.getLogger(__name__)
 
 _PARTS = ("all", "fit", "holdout")
 _SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -204,6 +210,8 @@ class FolderImages(ImageFolder):
         image_size: side in pixels, see :func:`make_transforms`.
         transform: applied to the PIL image; without it, :func:`make_transforms` with ``augment``.
         augment: see :func:`make_transforms`; refused together with ``transform``.
+        skip_corrupt: leave out the files that cannot be read, which are named in the log;
+            every file is read for it. Otherwise the first one that is met raises an error.
 
     Raises:
         FileNotFoundError: if the folder of the split is not there.
@@ -223,6 +231,7 @@ class FolderImages(ImageFolder):
         image_size: int = 224,
         transform: Callable[[Image.Image], Any] | None = None,
         augment: bool = False,
+        skip_corrupt: bool = False,
     ) -> None:
         check_known("FolderImages part", part, _PARTS)
         self.folder = _find_folder(root, name)
@@ -242,8 +251,12 @@ class FolderImages(ImageFolder):
         if part != "all":
             held = self._held_out(holdout)
             self.samples = [s for s in self.samples if (s[0] in held) == (part == "holdout")]
-            self.imgs = self.samples
-            self.targets = [label for _, label in self.samples]
+        if skip_corrupt and (broken := unreadable_images(self)):
+            shown = "; ".join(f"{file} ({why})" for file, why in broken.items())
+            logger.warning("%d of %d images left out: %s", len(broken), len(self), shown)
+            self.samples = [s for s in self.samples if s[0] not in broken]
+        self.imgs = self.samples
+        self.targets = [label for _, label in self.samples]
 
     def mask(self, index: int) -> Bool[np.ndarray, "h w"] | None:
         """Outline from ``<root>/masks/<split>/<class>/<name>.png``; None where there is none."""
@@ -277,6 +290,37 @@ class FolderImages(ImageFolder):
                 got = f"{len(held) - before} of {len(paths)} of class {name!r}"
                 raise ValueError(message("FolderImages", "some images held out", got, fix))
         return held
+
+
+def unreadable_images(dataset: Any, show: Silence | None = None) -> dict[str, str]:
+    """The files of a data set that cannot be read to the end, and why.
+
+    Args:
+        dataset: with ``samples`` (file, label), as torchvision's folders have; of others nothing
+            is known, and nothing returned.
+        show: told how far the reading is.
+
+    Example:
+        >>> unreadable_images(Phantom(size=4))
+        {}
+    """
+    files = [str(file) for file, _ in getattr(dataset, "samples", [])]
+    stamps = [os.stat(file).st_mtime_ns for file in files]
+    with ThreadPoolExecutor() as pool:
+        reasons = pool.map(_why_unreadable, files, stamps)
+        tracked = (show or Silence()).track(reasons, "reading images", len(files))
+        return {file: why for file, why in zip(files, tracked, strict=True) if why}
+
+
+@cache
+def _why_unreadable(file: str, stamp: int) -> str | None:
+    """Asked again for an unchanged file, the answer is remembered."""
+    try:
+        with Image.open(file) as image:
+            image.convert("RGB")
+    except Exception as error:  # Pillow raises many kinds
+        return f"{type(error).__name__}: {error}".replace(f"'{file}'", "it")
+    return None
 
 
 def _find_folder(root: str | None, name: str) -> Path:

@@ -96,9 +96,26 @@ def build_model(
         channels = (timm_kwargs or {}).get("in_chans", 3)
         width = _unpooled_width(where, model, name, (1, channels, image_size, image_size))
         _place_head(where, model, name, width, hidden, num_classes)
+    arguments: Any = {"model_name": name, "num_classes": num_classes, **(timm_kwargs or {})}
+    arguments["drop_rate"] = dropout
+    # A plain attribute, so that it is neither saved nor moved.
+    model.__dict__["timm_arguments"] = arguments if head == "linear" else None
     if weights is not None:
         load_weights(model, weights, where)
     return model
+
+
+def timm_arguments(model: nn.Module) -> dict[str, Any] | None:
+    """What ``timm.create_model`` needs to build this model without us.
+
+    None where it cannot: the heads "mlp" and "flatten_mlp" are ours, and other models are not
+    timm's.
+
+    Example:
+        >>> timm_arguments(build_model("mobilenetv2_035", num_classes=4))["model_name"]
+        'mobilenetv2_035'
+    """
+    return getattr(model, "timm_arguments", None)
 
 
 def thesis_teacher(num_classes: int = 4, image_size: int = 224) -> nn.Module:

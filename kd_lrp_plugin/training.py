@@ -1,93 +1,43 @@
 """The driver: one torchdistill config in, one run folder out.
 
 It runs torchdistill's own boxes, with a teacher or without, and adds what its example script
-leaves out: overrides, validation of every loss term, checks before any work is done, and a run
-folder that is complete or not there.
+leaves out: overrides, a check before any work is done, validation of every loss term, a run that
+goes on after a kill as if nothing had happened, and several processes on CPUs as well.
 """
 
 import json
-import logging
+import math
 import os
 import platform
-import shutil
-import tempfile
+import resource
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from safetensors.torch import save
+from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
-from torchdistill.common import main_util, yaml_util
-from torchdistill.core.distillation import get_distillation_box
-from torchdistill.core.training import get_training_box
-from torchdistill.datasets.util import build_data_loader
-from torchdistill.losses import registry as loss_registry
-from torchdistill.models.official import get_image_classification_model
-from torchdistill.models.registry import get_model
+from torchdistill.common import main_util
 
-from kd_lrp_plugin import __version__
-from kd_lrp_plugin.checks import check_known, message
-from kd_lrp_plugin.config import only_sections, resolve_config
-from kd_lrp_plugin.data import check_same_classes, make_transforms, preprocessing
+from kd_lrp_plugin.checking import check
+from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.efficiency import count_parameters
+from kd_lrp_plugin.experiment import Experiment, construct
+from kd_lrp_plugin.meter import Meter
+from kd_lrp_plugin.processes import Processes, joined
+from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.report import curves_figure
-from kd_lrp_plugin.students import load_weights
-from kd_lrp_plugin.torchdistill import RecordedLoss, check_finite
-
-logger = logging.getLogger(__name__)
-
-
-class Silence:
-    """What a run tells while it works: here, nothing. The command line shows it."""
-
-    def track(self, batches: DataLoader, what: str) -> Iterable:
-        """Pass the batches on; a subclass shows how far they are."""
-        return batches
-
-    def epoch(self, metrics: Mapping[str, float]) -> None:
-        """Told the metrics of a finished epoch."""
-
-
-# --- one run ----------------------------------------------------------------------------------
-
-
-def _read(text: str) -> Any:
-    """A config with torchdistill's tags resolved, its dependencies imported."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "config.yaml")
-        file.write_text(text, encoding="utf-8")
-        config = yaml_util.load_yaml_file(str(file))
-    if isinstance(config, dict):
-        main_util.import_dependencies(config.get("dependencies"))
-    return config
-
-
-def _load_config(text: str) -> dict[str, Any]:
-    config = _read(text)
-    for key in ("datasets", "models", "train", "test"):
-        if not isinstance(config, dict) or not config.get(key):
-            got = sorted(config) if isinstance(config, dict) else type(config).__name__
-            fix = f"Add the section {key!r}; see torchdistill_configs."
-            raise ValueError(message("config", f"a section {key!r}", got, fix))
-    _check_losses(config["train"])
-    return config
-
-
-def _check_losses(train: Mapping[str, Any]) -> None:
-    stages = [train[key] for key in train if key.startswith("stage")] or [train]
-    middle = loss_registry.MIDDLE_LEVEL_LOSS_DICT | loss_registry.LOW_LEVEL_LOSS_DICT
-    middle |= loss_registry.LOSS_DICT
-    for stage in stages:
-        criterion = stage.get("criterion") or {}
-        known = loss_registry.HIGH_LEVEL_LOSS_DICT
-        check_known("train.criterion.key", criterion.get("key"), known)
-        for name, term in ((criterion.get("kwargs") or {}).get("sub_terms") or {}).items():
-            check_known(f"train.criterion: {name!r}: key", "criterion", term)
-            check_known(f"train.criterion: loss of {name!r}", term["criterion"]["key"], middle)
+from kd_lrp_plugin.results import predictions_csv
+from kd_lrp_plugin.runs import RunFolder, read_checkpoint
+from kd_lrp_plugin.students import load_weights, timm_arguments
+from kd_lrp_plugin.torchdistill import check_finite
 
 
 def default_run_folder(path: str | Path, seed: int) -> Path:
@@ -103,345 +53,296 @@ def distill(
     seed: int = 0,
     device: str | None = None,
     show: Silence | None = None,
+    safe: bool = False,
 ) -> dict[str, Any]:
     """Train the student of a config, with its teacher if it has one, and test it.
 
+    Given again, the same command goes on after the last finished epoch, and ends with the weights
+    that it would have had without the interruption (bitwise on CPUs); on a finished run it only
+    returns the summary. Under torchrun, every process calls it.
+
     Args:
         path: a torchdistill YAML file.
-        overrides: see :func:`resolve_config`.
-        out: the run folder, :func:`default_run_folder` if None. It must not exist yet.
-        seed: of every random number generator.
-        device: such as "cpu" or "cuda:0"; None takes a GPU if there is one.
+        overrides: see :func:`kd_lrp_plugin.config.resolve_config`.
+        out: the run folder (:mod:`kd_lrp_plugin.runs`), :func:`default_run_folder` if None.
+        seed: of every random number generator, anew in each epoch.
+        device: see :func:`kd_lrp_plugin.processes.joined`.
         show: told how the work goes.
+        safe: refuse tags beyond :data:`kd_lrp_plugin.config.HARMLESS`.
 
     Returns:
         The summary, as in the run folder.
 
-    The folder holds ``config.yaml`` (overrides applied), ``metrics.jsonl`` (a line per epoch),
-    ``curves.png``, TensorBoard events, ``best.pt`` (weights of the best epoch on the validation
-    set) and ``summary.json``. Until the run is finished its name ends in ``.partial``.
-
     Raises:
-        FileExistsError: if the run folder exists, finished or not.
-        FileNotFoundError: for a missing config, data set, weights or teacher.
-        ValueError: for a config that cannot be run.
+        FileExistsError: if the run folder holds anything but this run.
+        BlockingIOError: if another process is at work in it.
+        FileNotFoundError: if there is no config.
+        ValueError: for a config that cannot be run, with all its problems.
         FloatingPointError: if a loss is not finite; no step is taken with it.
+        OSError: on a full disk, for example.
     """
-    show = show or Silence()
-    folder = Path(out) if out is not None else default_run_folder(path, seed)
-    partial = folder.with_name(folder.name + ".partial")
-    for taken in (folder, partial):
-        if taken.exists():
-            fix = "Choose another --out or --seed, or delete it."
-            raise FileExistsError(
-                message("run folder", "a new one", f"{taken}, which is there", fix)
-            )
-    text = resolve_config(path, overrides)
-    main_util.set_seed(seed)
-    run = _Run(_load_config(text), torch.device(device or _best_device()))
-    partial.mkdir(parents=True)
-    (partial / "config.yaml").write_text(text, encoding="utf-8")
-    summary = {"config": str(path), "overrides": list(overrides), "seed": seed}
-    try:
-        summary |= run.train(partial, show)
-    except BaseException:
-        if not (partial / "metrics.jsonl").exists():  # nothing of value was made
-            shutil.rmtree(partial)
-        raise
-    _write(partial / "summary.json", json.dumps(summary, indent=2))
-    partial.rename(folder)
-    return summary
+    config = resolve_config(path, overrides)
+    with joined(device) as here, ExitStack() as stack:
+        show = show if show is not None and here.rank == 0 else Silence()
+        folder = RunFolder(out if out is not None else default_run_folder(path, seed))
+        about = {"seed": seed, "processes": here.world}
+        here.first(lambda: stack.enter_context(folder.claimed(config.text, about)) and None)
+        if here.first(lambda: folder.finished):
+            show.note(f"{folder.path} is finished already")
+            return here.first(folder.summary)
+        here.first(lambda: _refuse_problems(config, here, show, safe))
+        main_util.set_seed(seed)
+        run = _Run(Experiment(construct(config), here, seed), folder, seed, show)
+        state = here.first(folder.load)
+        if here.rank == 0:
+            folder.add_session(_session(config, overrides, here))
+        if state is not None:
+            run.restore(state)
+            show.note(f"{folder.path}: going on after epoch {run.epoch}")
+        run.train()
+        return run.test()
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _write(file: Path, text: str) -> None:
-    """All of it or nothing, whenever the process ends."""
-    draft = file.with_name(file.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)
+def _refuse_problems(config: Config, here: Processes, show: Silence, safe: bool) -> None:
+    problems = unsafe_tags(config) if safe else []
+    problems = problems or check(config, here, show).problems
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 class _Run:
-    """Models, data and torchdistill's box of one config."""
+    """The epochs of one experiment, and what they leave in the folder."""
 
-    def __init__(self, config: dict[str, Any], device: torch.device) -> None:
-        self.device = device
-        datasets, models, train = config["datasets"], config["models"], config["train"]
-        known = list(datasets)
-        loaders = {
-            "train": train.get("train_data_loader"),
-            "val": train.get("val_data_loader"),
-            "test": config["test"].get("test_data_loader"),
-        }
-        for name, loader in loaders.items():
-            check_known(f"{name}_data_loader.dataset_id", (loader or {}).get("dataset_id"), known)
-        parts = {name: datasets[loader["dataset_id"]] for name, loader in loaders.items()}
-        if all(hasattr(part, "classes") for part in parts.values()):
-            check_same_classes(**parts)
-        self.classes = list(getattr(parts["val"], "classes", []))
-        self.preprocessing = preprocessing(parts["val"])
-        teacher_config = models.get("teacher_model")
-        teacher = self._model("teacher_model", teacher_config) if teacher_config else None
-        own = "student_model" if models.get("student_model") else "model"
-        check_known("models: key", own, models)
-        student = self._model(own, models[own])
-        for role, model in {"teacher_model": teacher, own: student}.items():
-            if model is not None:
-                self._check_head(role, model, parts["val"])
-        arguments = (datasets, train, device, None, False, 1)
-        if teacher is None:
-            self.box = get_training_box(student, *arguments)
-        else:
-            self.box = get_distillation_box(teacher, student, *arguments)
-        if self.box.num_epochs < 1:
-            got, fix = self.box.num_epochs, "Set train.num_epochs."
-            raise ValueError(message("train", "1 epoch or more", got, fix))
-        if len(self.box.train_data_loader) == 0:
-            fix = "Lower batch_size, or set drop_last: False."
-            raise ValueError(message("train_data_loader", "a batch or more", "none", fix))
-        self.test_loader = build_data_loader(parts["test"], loaders["test"], False)
-
-    def _model(self, role: str, config: dict[str, Any]) -> nn.Module:
-        model = get_image_classification_model(config, False)
-        if model is None:
-            model = get_model(config["key"], config.get("repo_or_dir"), **config["kwargs"])
-        checkpoint = config.get("src_ckpt")
-        if checkpoint:
-            file = Path(os.path.expandvars(checkpoint)).expanduser()
-            if not file.is_file():
-                made_by = config.get("_made_by")
-                fix = f"Make it with: {made_by}" if made_by else "Train it, or correct src_ckpt."
-                raise FileNotFoundError(
-                    message(f"models.{role}.src_ckpt", "a checkpoint", f"none at {file}", fix)
-                )
-            self._check_classes(role, file)
-            load_weights(model, file, f"models.{role}.src_ckpt")
-        return model.to(self.device)
-
-    def _check_classes(self, role: str, file: Path) -> None:
-        if file.suffix == ".safetensors" or not self.classes:
-            return
-        found = torch.load(file, map_location="cpu", weights_only=True)
-        classes = found.get("classes") if isinstance(found, dict) else None
-        if classes and list(classes) != self.classes:
-            got = {"checkpoint": classes, "data": self.classes}
-            fix = "Use a checkpoint that was trained on these classes, in this order."
-            raise ValueError(message(f"{role} {file}", "the classes of the data", got, fix))
-
-    def _check_head(self, role: str, model: nn.Module, dataset: Any) -> None:
-        image, _ = dataset[0]
-        was_training = model.training
-        with torch.no_grad():
-            outputs = model.eval()(image[None].to(self.device)).shape[-1]
-        model.train(was_training)
-        needed = len(self.classes) or max(getattr(dataset, "targets", [0])) + 1
-        if outputs < needed:
-            fix = f"Set models.{role}.kwargs.num_classes to {needed}."
-            raise ValueError(message(f"models.{role}", f"{needed} outputs or more", outputs, fix))
+    def __init__(self, experiment: Experiment, folder: RunFolder, seed: int, show: Silence) -> None:
+        self.experiment, self.folder, self.seed, self.show = experiment, folder, seed, show
+        self.here = experiment.here
+        self.records: list[dict[str, float]] = []
+        self.best: tuple[float, float] | None = None  # monitored value and loss, signed
+        self.best_epoch = 0
+        self.stall = 0  # epochs of this stage since the best one
+        self.monitor = experiment.monitor
 
     @property
-    def student(self) -> nn.Module:
-        return self.box.student_model if hasattr(self.box, "student_model") else self.box.model
+    def epoch(self) -> int:
+        return len(self.records)
 
-    def train(self, folder: Path, show: Silence) -> dict[str, Any]:
-        """All epochs and the test; files go to ``folder`` as they are made."""
-        box, best, started = self.box, (-1.0, 0.0), time.time()
-        best_epoch = 0
-        with SummaryWriter(str(folder)) as board:
-            for epoch in range(1, box.num_epochs + 1):
-                metrics = {"epoch": epoch, "lr": box.optimizer.param_groups[0]["lr"]}
-                metrics |= self._train_epoch(epoch, show)
-                metrics |= self._evaluate(box.val_data_loader, "val", f"epoch {epoch} val", show)
-                box.post_epoch_process(metrics=metrics["val_accuracy"])
-                with (folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(metrics) + "\n")
-                for name, value in metrics.items():
-                    board.add_scalar(name, value, epoch)
-                quality = (metrics["val_accuracy"], -metrics.get("val_loss", 0.0))
-                if quality > best:
-                    best, best_epoch = quality, epoch
-                    self._save(folder / "best.pt", metrics)
-                show.epoch(metrics)
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
-        curves_figure(records).savefig(folder / "curves.png")
-        load_weights(self.student, folder / "best.pt")
-        tested = self._evaluate(self.test_loader, "test", "test", show)
-        box.clean_modules()
-        return {
-            **tested,
-            "best_epoch": best_epoch,
-            "val_accuracy": best[0],
-            "epochs": box.num_epochs,
-            "parameters": count_parameters(self.student),
-            "seconds": round(time.time() - started, 1),
-            "classes": self.classes,
-            "preprocessing": self.preprocessing,
-            "device": str(self.device),
-            "versions": {
-                "kd_lrp_plugin": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.experiment.restore(state["experiment"])
+        self.records = state["records"]
+        self.stall = state["stall"]
+        self.best, self.best_epoch = tuple(state["best"]), state["best_epoch"]
+        if self.here.rank == 0:
+            self._mend_best()
+        # What the file of the best weights says of itself counts: it may be ahead of the rest.
+        self.best, self.best_epoch = self.here.first(lambda: (self.best, self.best_epoch))
 
-    def _train_epoch(self, epoch: int, show: Silence) -> dict[str, float]:
-        box, started = self.box, time.time()
-        box.pre_epoch_process(epoch=epoch)
-        if teacher := getattr(box, "teacher_model", None):
-            teacher.train(box.teacher_updatable)
-        with _Meter(box.criterion) as meter:
-            for images, targets, supplement in show.track(box.train_data_loader, f"epoch {epoch}"):
-                images, targets = images.to(self.device), targets.to(self.device)
-                loss = box.forward_process(images, targets, supplement)
+    def _mend_best(self) -> None:
+        try:
+            record = read_checkpoint(self.folder / "best.pt")
+        except ValueError as error:
+            record = {"epoch": 0}
+            if self.best_epoch != self.epoch:
+                self.show.note(f"{error} The best epoch is sought anew.")
+                self.best = None
+                return
+        if self.best_epoch == self.epoch and record["epoch"] != self.epoch:
+            self._save_best()  # killed between the two files
+        else:
+            self.best, self.best_epoch = tuple(record["quality"]), record["epoch"]
+
+    # --- training -----------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """The epochs that are left; after each, the folder holds all that the next one needs."""
+        if self.experiment.finished:
+            return
+        with ExitStack() as stack:
+            board = None
+            if self.here.rank == 0:
+                place = str(self.folder.path)
+                board = stack.enter_context(SummaryWriter(place, purge_step=self.epoch + 1))
+            while not self.experiment.finished:
+                metrics = self._train_epoch()
+                if board is not None:
+                    for name, value in metrics.items():
+                        board.add_scalar(name, value, self.epoch)
+                    board.flush()
+                self.show.epoch(metrics)
+
+    def _train_epoch(self) -> dict[str, float]:
+        experiment, started = self.experiment, time.time()
+        number = self.epoch + 1
+        # Seeds of its own make an epoch independent of how its process came to it.
+        key = np.random.SeedSequence([self.seed, number, self.here.rank])
+        main_util.set_seed(int(key.generate_state(1)[0]))
+        experiment.begin_epoch()
+        rates = [group["lr"] for group in experiment.box.optimizer.param_groups]
+        metrics = {"epoch": number, "stage": experiment.stage, "lr": rates[0]}
+        metrics |= self._train_batches(number)
+        metrics |= self._evaluate(experiment.val_loader, "val", f"epoch {number} val")[0]
+        metrics["memory_mb"] = round(_memory(self.here), 1)
+        metrics["seconds"] = round(time.time() - started, 2)
+        improved = self._rate(metrics)
+        patience = experiment.stage_config.get("early_stopping") or {}
+        stop = self.stall >= patience.get("patience", math.inf)
+        if experiment.end_epoch(metrics[self.monitor], stop):
+            self.stall = 0
+        self.records.append(metrics)
+        if self.here.rank == 0:
+            self._save(improved)
+        return metrics
+
+    def _train_batches(self, number: int) -> dict[str, float]:
+        box, started = self.experiment.box, time.time()
+        loader = box.train_data_loader
+        with Meter(box.criterion) as meter:
+            for images, targets, supplement in self.show.track(
+                loader, f"epoch {number}", len(loader)
+            ):
+                images, targets = images.to(self.here.device), targets.to(self.here.device)
+                loss = self.experiment.training_loss(images, targets, supplement)
                 check_finite(loss, meter.latest)
                 meter.update(loss, targets)
                 box.post_forward_process(loss=loss)
-        metrics = meter.summary("train")
-        metrics["images_per_second"] = round(meter.images / (time.time() - started), 1)
+        seconds = time.time() - started
+        metrics = meter.summary("train", self.here)
+        images_seen = sum(self.here.gather(meter.images))
+        metrics["images_per_second"] = round(images_seen / seconds, 1)
         return metrics
 
-    @torch.no_grad()
-    def _evaluate(
-        self, loader: DataLoader, prefix: str, what: str, show: Silence
-    ) -> dict[str, float]:
-        """Accuracy and every loss term; relevance included, which needs no graph to be kept."""
-        self.student.eval()
-        with _Meter(self.box.criterion) as meter:
-            for images, targets in show.track(loader, what):
-                images, targets = images.to(self.device), targets.to(self.device)
-                if len(targets) > 1:
-                    meter.update(self.box.forward_process(images, targets), targets)
-                else:  # one image alone has no relation to others, only a prediction
-                    meter.count(self.student(images), targets)
-        return meter.summary(prefix)
+    def _rate(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this epoch is the best so far; counts those without a gain."""
+        sign = 1.0 if self.monitor.endswith("accuracy") else -1.0
+        quality = (sign * metrics[self.monitor], -metrics.get("val_loss", 0.0))
+        patience = self.experiment.stage_config.get("early_stopping") or {}
+        gained = self.best is None or quality[0] > self.best[0] + patience.get("min_delta", 0.0)
+        self.stall = 0 if gained else self.stall + 1
+        improved = self.best is None or quality > self.best
+        if improved:
+            self.best, self.best_epoch = quality, self.epoch + 1
+        return improved
 
-    def _save(self, file: Path, metrics: Mapping[str, float]) -> None:
-        state = {name: tensor.cpu() for name, tensor in self.student.state_dict().items()}
-        record = {"model": state, "classes": self.classes, "epoch": metrics["epoch"]}
-        draft = file.with_name(file.name + ".draft")
-        torch.save(record | {"best_value": metrics["val_accuracy"]}, draft)
-        draft.replace(file)
-
-
-class _Meter:
-    """Means over a pass, read off torchdistill's criterion while it works.
-
-    Attributes:
-        latest: the terms of the latest batch.
-        images: how many were seen.
-    """
-
-    def __init__(self, criterion: nn.Module) -> None:
-        self.latest: dict[str, Tensor] = {}
-        self.images = 0
-        self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._criterion = criterion
-        self._terms: dict[str, nn.Module] = {
-            name: term for name, (term, _) in getattr(criterion, "term_dict", {}).items()
-        }
-        self._logits: Tensor | None = None
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> "_Meter":
-        def read_logits(_: nn.Module, inputs: tuple) -> None:
-            self._logits = inputs[0]["student"]["."]["output"]
-
-        def read_term(name: str) -> Callable[..., None]:
-            return lambda _, __, value: self.latest.__setitem__(name, value.detach())
-
-        self._handles = [self._criterion.register_forward_pre_hook(read_logits)]
-        for name, term in self._terms.items():
-            self._handles.append(term.register_forward_hook(read_term(name)))
-            if isinstance(term, RecordedLoss):
-                term.reset()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._logits = None
-
-    def update(self, loss: Tensor, targets: Tensor) -> None:
-        """Count a batch that the criterion has just seen."""
-        assert self._logits is not None
-        for name, value in {"loss": loss.detach(), **self.latest}.items():
-            self._add(name, value, len(targets))
-        self.count(self._logits, targets)
-
-    def count(self, logits: Tensor, targets: Tensor) -> None:
-        """Count the predictions of a batch."""
-        self.images += len(targets)
-        self._add("accuracy", (logits.detach().argmax(1) == targets).float().mean(), len(targets))
-
-    def _add(self, name: str, mean: Tensor, n: int) -> None:
-        total, count = self._sums.get(name, (torch.zeros_like(mean), 0))
-        self._sums[name] = total + mean * n, count + n
-
-    def summary(self, prefix: str) -> dict[str, float]:
-        means = {f"{prefix}_{k}": float(total) / n for k, (total, n) in self._sums.items()}
-        for name, term in self._terms.items():
-            if isinstance(term, RecordedLoss) and term.zero_maps is not None:
-                means[f"{prefix}_{name}_zero_maps"] = float(term.zero_maps)
-        return means
-
-
-# --- a finished run ---------------------------------------------------------------------------
-
-
-def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
-    """The trained student of a run folder, in evaluation mode, and the run's summary.
-
-    Raises:
-        FileNotFoundError: if the folder holds no finished run.
-    """
-    folder = Path(folder)
-    if not (folder / "summary.json").is_file():
-        fix = "Give the folder that kd-lrp distill has written; one in .partial is unfinished."
-        raise FileNotFoundError(message("run", "a finished run", f"none at {folder}", fix))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    text = (folder / "config.yaml").read_text(encoding="utf-8")
-    config = _read(only_sections(text, ("dependencies", "models")))
-    entry = config["models"].get("student_model") or config["models"]["model"]
-    kwargs = {k: v for k, v in entry["kwargs"].items() if k != "weights"}
-    model = get_image_classification_model({**entry, "kwargs": kwargs}, False)
-    model = model or get_model(entry["key"], entry.get("repo_or_dir"), **kwargs)
-    load_weights(model, folder / "best.pt")
-    return model.eval(), summary
-
-
-def predict(folder: str | Path, images: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """What the student of a run makes of image files.
-
-    Returns:
-        One record per image: file, class and its probability, and all probabilities by class.
-
-    Raises:
-        FileNotFoundError: if there is no run or no image.
-        ValueError: for a file that is no image, or a run with a preprocessing of its own.
-    """
-    model, summary = load_run(folder)
-    if summary["preprocessing"] is None:
-        fix = "Load the model with training.load_run, and prepare the images as in training."
-        raise ValueError(message("predict", "a known preprocessing", "a custom one", fix))
-    prepare = make_transforms(**summary["preprocessing"])
-    records = []
-    for file in images:
-        try:
-            with Image.open(file) as image:
-                batch = prepare(image.convert("RGB"))[None]
-        except FileNotFoundError:
-            raise FileNotFoundError(message("predict", "an image", f"none at {file}", "")) from None
-        except OSError as error:
-            raise ValueError(message(f"predict {file}", "an image", str(error), "")) from error
-        with torch.no_grad():
-            probabilities = model(batch)[0].softmax(0)
-        names = summary["classes"] or [str(place) for place in range(len(probabilities))]
-        by_class = dict(zip(names, probabilities.tolist(), strict=False))
-        best = max(by_class, key=by_class.__getitem__)
-        records.append(
-            {"file": str(file), "class": best, "probability": by_class[best], "all": by_class}
+    def _save(self, improved: bool) -> None:
+        # First what the next epoch needs; all else can be made again from it.
+        self.folder.save(
+            {
+                "experiment": self.experiment.state(),
+                "records": self.records,
+                "best": list(self.best or (-math.inf, -math.inf)),
+                "best_epoch": self.best_epoch,
+                "stall": self.stall,
+            }
         )
-    return records
+        if improved:
+            self._save_best()
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        self.folder.write("metrics.jsonl", lines)
+
+    def _save_best(self) -> None:
+        state = self.experiment.original.state_dict()
+        record = {
+            "model": {name: tensor.cpu() for name, tensor in state.items()},
+            "classes": self.experiment.classes,
+            "epoch": self.best_epoch,
+            "quality": list(self.best or ()),
+        }
+        self.folder.put("best.pt", lambda file: torch.save(record, file))
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def _evaluate(
+        self, loader: DataLoader, prefix: str, what: str, keep: bool = False
+    ) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
+        """Means of accuracy and every loss term, relevance included; the predictions if kept."""
+        experiment = self.experiment
+        redesigned = experiment.student is not experiment.original
+        with experiment.evaluating(), Meter(experiment.box.criterion, keep) as meter:
+            experiment.original.eval()
+            for images, targets, *_ in self.show.track(loader, what, len(loader)):
+                images, targets = images.to(self.here.device), targets.to(self.here.device)
+                if len(targets) > 1:
+                    logits = experiment.original(images) if redesigned else None
+                    meter.update(experiment.loss(images, targets), targets, logits)
+                else:  # one image alone has no relation to others, only a prediction
+                    of_teacher = experiment.teacher(images) if experiment.teacher else None
+                    meter.count(experiment.original(images), targets, of_teacher)
+        return meter.summary(prefix, self.here), meter.predictions(self.here)
+
+    def test(self) -> dict[str, Any]:
+        """Test the best weights, and write what a finished run has."""
+        experiment, folder = self.experiment, self.folder
+        self.here.first(lambda: None)  # the first process has written the weights
+        load_weights(experiment.original, folder / "best.pt")
+        loader = experiment.test_loader
+        tested, predictions = self._evaluate(loader, "test", "test", keep=True)
+        experiment.box.clean_modules()
+        summary = {
+            **tested,
+            "best_epoch": self.best_epoch,
+            **{k: v for k, v in self.records[self.best_epoch - 1].items() if k[:4] == "val_"},
+            "epochs": self.epoch,
+            "parameters": count_parameters(experiment.original),
+            "seconds": round(sum(record["seconds"] for record in self.records), 1),
+            "classes": experiment.classes,
+            "preprocessing": experiment.preprocessing,
+            "image_shape": list(experiment.test_set[0][0].shape),
+            "seed": self.seed,
+            "device": str(self.here.device),
+        }
+        if self.here.rank == 0:
+            names = _names(experiment.test_set, loader)
+            folder.write("predictions.csv", predictions_csv(predictions, experiment.classes, names))
+            state = {k: v.contiguous() for k, v in experiment.original.state_dict().items()}
+            summary["timm"] = timm_arguments(experiment.original)
+            about = {"timm.create_model": json.dumps(summary["timm"])}
+            folder.put("student.safetensors", lambda file: file.write_bytes(save(state, about)))
+            figure = curves_figure(self.records)
+            folder.put("curves.png", lambda file: figure.savefig(file, format="png"))
+            folder.write("summary.json", json.dumps(summary, indent=2))
+            (folder / "previous.pt").unlink(missing_ok=True)
+        return self.here.first(lambda: summary)
+
+
+def _names(dataset: Any, loader: DataLoader) -> list[str] | None:
+    """The files of a data set in the order of its loader; None where they are not known."""
+    samples = getattr(dataset, "samples", None)
+    if not samples or not isinstance(loader.sampler, SequentialSampler):
+        return None
+    files = [str(file) for file, _ in samples]
+    common = os.path.commonpath(files) if len(files) > 1 else os.path.dirname(files[0])
+    return [os.path.relpath(file, common) for file in files]
+
+
+def _memory(here: Processes) -> float:
+    """The peak so far, in 10^6 bytes: of the GPU where there is one, else of the process."""
+    if here.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(here.device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _session(config: Config, overrides: Sequence[str], here: Processes) -> dict[str, Any]:
+    packages = ("torchvision", "timm", "captum", "torchdistill", "kd_lrp_plugin")
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    cuda = here.device.type == "cuda"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "config": config.path,
+        "overrides": list(overrides),
+        "versions": versions | {name: version(name) for name in packages},
+        "commit": _commit(Path(__file__).parent),
+        "commit_of_config": _commit(Path(config.path).resolve().parent),
+        "device": torch.cuda.get_device_name(here.device) if cuda else str(here.device),
+        "processes": here.world,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that is checked out there, marked if files differ from it; None without git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

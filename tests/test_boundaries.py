@@ -7,18 +7,24 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "kd_lrp_plugin"
 LEVELS = {
-    0: ("registry", "checks"),
-    1: ("config", "rules", "losses", "students", "efficiency", "phantom", "data"),
+    0: ("registry", "checks", "progress"),
+    1: (
+        *("config", "rules", "losses", "students", "efficiency", "phantom", "data"),
+        *("processes", "runs"),
+    ),
     2: ("propagation", "relevance", "evaluation", "report"),
     4: ("torchdistill",),
-    5: ("training", "cli"),
+    5: ("experiment", "meter", "checking", "results", "training", "cli"),
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 WITHIN_A_LEVEL = {
     ("checks", "registry"),
     ("data", "phantom"),
     ("relevance", "propagation"),
-    ("cli", "training"),
+    *(("checking", other) for other in ("experiment", "meter")),
+    ("results", "experiment"),
+    *(("training", other) for other in ("experiment", "meter", "checking", "results")),
+    *(("cli", other) for other in ("training", "checking", "results")),
 }
 CORE = [module for module, level in LEVEL.items() if level < 4]
 
@@ -60,7 +66,7 @@ def test_losses_know_nothing_of_relevance_and_the_report_nothing_of_the_package(
 
 def test_only_the_rim_and_the_driver_import_torchdistill():
     users = {m for m in LEVEL if any(n.split(".")[0] == "torchdistill" for n in imports(m))}
-    assert users == {"torchdistill", "training"}
+    assert users == {"torchdistill", "experiment", "checking", "training"}
 
 
 def test_the_core_leaves_torchdistill_alone():

@@ -5,10 +5,20 @@ import math
 import numpy as np
 import pytest
 from matplotlib import pyplot
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from kd_lrp_plugin.report import CAPTION, MapRow, map_figure, table
+from kd_lrp_plugin.report import (
+    CAPTION,
+    MapRow,
+    confusion_figure,
+    curves_figure,
+    map_figure,
+    reliability_figure,
+    table,
+)
 from kd_lrp_plugin.rules import METHODS
 
 
@@ -128,4 +138,152 @@ class TestMapFigure:
         file = tmp_path / "maps.png"
         map_figure([row()]).savefig(file)
         assert file.read_bytes().startswith(b"\x89PNG")
+        assert pyplot.get_fignums() == []
+
+
+def drawn(figure: Figure) -> list[list[float]]:
+    """Boxes (x0, y0, x1, y1) of all words of a figure, tick labels without text left out."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    words = list(figure.texts)
+    for ax in figure.get_axes():
+        words += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
+        words += [*ax.get_xticklabels(), *ax.get_yticklabels()]
+    boxes = [t.get_window_extent(canvas.get_renderer()) for t in words if t.get_text()]
+    return [list(box.extents) for box in boxes]
+
+
+def line(ax: Axes, label: str) -> tuple[list[float], list[float]]:
+    (found,) = [one for one in ax.get_lines() if one.get_label() == label]
+    return list(found.get_xdata()), list(found.get_ydata())
+
+
+def upright(ax: Axes) -> list[float]:
+    """Where the lines of two points at one x stand."""
+    ends = [list(one.get_xdata()) for one in ax.get_lines()]
+    return [x[0] for x in ends if len(x) == 2 and x[0] == x[1]]
+
+
+class TestCurvesFigure:
+    def test_a_term_of_later_records_gets_its_panel_and_a_gap_before(self):
+        records = [{"epoch": 1, "train_loss": 3.0}, {"epoch": 2, "train_loss": 2.0}]
+        records.append({"epoch": 3, "train_loss": 1.0, "train_lrp": 0.5, "val_accuracy": 0.9})
+        axes = curves_figure(records).get_axes()
+        assert [ax.get_title() for ax in axes if ax.get_visible()] == ["accuracy", "loss", "lrp"]
+        np.testing.assert_equal(line(axes[2], "train"), ([1, 2, 3], [math.nan, math.nan, 0.5]))
+        assert len({ax.get_xlim() for ax in axes[:3]}) == 1
+
+    def test_none_is_a_gap(self):
+        records = [{"epoch": n, "train_loss": v} for n, v in ((1, 2.0), (2, None), (3, 1.0))]
+        (ax,) = curves_figure(records).get_axes()
+        np.testing.assert_equal(line(ax, "train")[1], [2.0, math.nan, 1.0])
+
+    def test_a_thin_line_stands_between_two_stages_and_the_caption_says_so(self):
+        stages = ["stage1", "stage1", "stage2", "stage2", "stage3"]
+        records = [{"epoch": n + 1, "stage": s, "val_x": 0.1} for n, s in enumerate(stages)]
+        figure = curves_figure(records)
+        assert upright(figure.get_axes()[0]) == [2.5, 4.5]
+        assert "new stage" in figure.get_supxlabel()
+
+    def test_without_stages_there_is_no_line_and_no_word_of_one(self):
+        figure = curves_figure([{"epoch": n, "val_x": 0.1} for n in (1, 2, 3)])
+        assert upright(figure.get_axes()[0]) == []
+        assert figure.get_supxlabel() == "epoch"
+
+    def test_nothing_to_draw_is_refused(self):
+        for records in ([], [{"epoch": 1, "lr": 0.1}]):
+            with pytest.raises(ValueError, match="expected values train_x or val_x"):
+                curves_figure(records)
+
+
+class TestConfusionFigure:
+    def test_shows_counts_shares_of_the_true_class_and_accuracy(self):
+        matrices = {"teacher": [[6, 2], [1, 1]], "student": [[8, 0], [2, 0]]}
+        axes = confusion_figure(matrices, ["no", "yes"]).get_axes()
+        titles = [ax.get_title() for ax in axes[:2]]
+        assert titles == ["teacher\naccuracy 0.700", "student\naccuracy 0.800"]
+        assert [text.get_text() for text in axes[0].texts] == ["6", "2", "1", "1"]
+        assert [text.get_position() for text in axes[0].texts][1] == (1, 0)  # predicted yes, is no
+        np.testing.assert_allclose(axes[0].get_images()[0].get_array(), [[0.75, 0.25], [0.5, 0.5]])
+
+    def test_a_class_without_images_is_blank_and_further_outputs_have_numbers(self):
+        matrix = [[3, 0, 1], [0, 4, 0], [0, 0, 0]]
+        ax = confusion_figure({"student": matrix}, ["cat", "dog"]).get_axes()[0]
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "2"]
+        np.testing.assert_array_equal(ax.get_images()[0].get_array()[2], 0)
+
+    def test_only_long_names_are_turned(self):
+        for names, turn in ((["no", "yes"], 0), (["glioma", "notumor"], 45)):
+            ax = confusion_figure({"student": [[1, 0], [0, 1]]}, names).get_axes()[0]
+            assert [label.get_rotation() for label in ax.get_xticklabels()] == [turn, turn]
+
+    @pytest.mark.parametrize("classes", [2, 4, 10])
+    @pytest.mark.parametrize("models", [1, 2])
+    def test_no_words_are_clipped_and_no_counts_overlap(self, classes, models):
+        names = [f"meningioma {i}" for i in range(classes)]
+        matrix = np.full((classes, classes), 1234)
+        figure = confusion_figure({f"model {i}": matrix for i in range(models)}, names, "A title")
+        for x0, y0, x1, y1 in drawn(figure):
+            assert x0 >= 0
+            assert y0 >= 0
+            assert x1 <= figure.bbox.x1
+            assert y1 <= figure.bbox.y1
+        boxes = [text.get_window_extent() for text in figure.get_axes()[0].texts]
+        assert len(boxes) == classes**2
+        for place, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:place])
+
+    @pytest.mark.parametrize("matrices", [{}, {"a": [[1, 2]]}, {"a": [[1]]}, {"a": [1, 2]}])
+    def test_what_is_no_square_matrix_of_the_classes_is_refused(self, matrices):
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            confusion_figure(matrices, ["no", "yes"])
+
+
+class TestReliabilityFigure:
+    def test_points_are_mean_confidence_and_accuracy_of_each_bin_in_use(self):
+        generator = np.random.default_rng(0)
+        confidences = np.append(generator.uniform(0.3, 1, 200), [1.0, 1.0])  # 1 is in the last bin
+        correct = generator.random(202) < confidences
+        upper, lower = reliability_figure({"student": (confidences, correct)}).get_axes()
+        expected, counts = [], []
+        for i in range(15):
+            inside = [
+                (c, right)
+                for c, right in zip(confidences, correct, strict=True)
+                if min(int(c * 15), 14) == i
+            ]
+            counts.append(len(inside))
+            if inside:
+                expected.append([sum(values) / len(inside) for values in zip(*inside, strict=True)])
+        np.testing.assert_allclose(np.transpose(line(upper, "student")), expected)
+        assert lower.patches[0].get_data().values.tolist() == counts
+        assert line(upper, "calibrated") == ([0, 1], [0, 1])
+
+    def test_models_have_one_colour_in_both_panels_and_a_name(self):
+        curve = ([0.9, 0.5], [True, False])
+        upper, lower = reliability_figure({"teacher": curve, "student": curve}).get_axes()
+        words = [text.get_text() for text in upper.get_legend().get_texts()]
+        assert words == ["calibrated", "teacher", "student"]
+        colours = [to_hex(one.get_color()) for one in upper.get_lines()[1:]]
+        assert [to_hex(patch.get_edgecolor()) for patch in lower.patches] == colours
+        assert colours[0] != colours[1]
+
+    @pytest.mark.parametrize(
+        "curve", [([], []), ([0.5], [True, False]), ([1.5], [True]), ([math.nan], [True])]
+    )
+    def test_what_are_no_confidences_is_refused_and_the_model_named(self, curve):
+        with pytest.raises(ValueError, match="student"):
+            reliability_figure({"student": curve})
+
+    def test_nothing_to_draw_is_refused(self):
+        with pytest.raises(ValueError, match="one curve at least"):
+            reliability_figure({})
+
+    def test_all_figures_are_saved_and_pyplot_never_hears_of_them(self, tmp_path):
+        curve = ([0.9, 0.5], [True, False])
+        figures = [reliability_figure({"a": curve}, "A title"), confusion_figure({"a": [[1]]}, "a")]
+        figures.append(curves_figure([{"epoch": 1, "val_x": 1.0}], "A title"))
+        for number, figure in enumerate(figures):
+            figure.savefig(tmp_path / f"{number}.png")
+            assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
         assert pyplot.get_fignums() == []

@@ -6,24 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, SMALL
 from torch import nn
 from typer.testing import CliRunner
 
-from kd_lrp_plugin import students, training
+from kd_lrp_plugin import results, students, training
+from kd_lrp_plugin.checking import check
 from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.experiment import Experiment, construct
+from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.runs import RunFolder
 
-CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs"
 PHANTOM = sorted((CONFIGS / "phantom").rglob("*.yaml"))
 MRI = sorted((CONFIGS / "brain_mri").rglob("*.yaml"))
-TEACHER = CONFIGS / "phantom/ce/resnet10t.yaml"
-BASELINE = CONFIGS / "phantom/ce/test_resnet.yaml"
-KD = CONFIGS / "phantom/kd/test_resnet_from_resnet10t.yaml"
-LRP = CONFIGS / "phantom/lrp_cosine/test_resnet_from_resnet10t.yaml"
-SMALL = ["image_size=48", "batch_size=8", "num_workers=0", "train.num_epochs=1"] + [
-    f"datasets.phantom/{split}.init.kwargs.size={size}"
-    for split, size in {"train": 16, "val": 9, "test": 8}.items()  # 9: a last batch of one
-]
 
 
 @pytest.fixture
@@ -44,9 +40,17 @@ def teacher(workplace) -> Path:
     return file
 
 
+def run_of(config: Path, show: Silence | None = None) -> training._Run:
+    """A run as :func:`training.distill` would begin it."""
+    experiment = Experiment(construct(resolve_config(config, SMALL)), CPU)
+    folder = RunFolder("out")
+    folder.path.mkdir()
+    return training._Run(experiment, folder, 0, show or Silence())
+
+
 class TestConfig:
     def text(self, *overrides: str) -> dict:
-        return yaml.compose(resolve_config(LRP, overrides), yaml.FullLoader)
+        return resolve_config(LRP, overrides).root
 
     def value(self, node: yaml.Node, path: str) -> str:
         for key in path.split("."):
@@ -85,14 +89,14 @@ class TestConfig:
         ]
 
     def test_a_power_of_ten_is_a_number(self):
-        text = resolve_config(LRP, ["train.optimizer.kwargs.lr=1e-3"])
+        text = resolve_config(LRP, ["train.optimizer.kwargs.lr=1e-3"]).text
         node = yaml.compose(text, yaml.FullLoader)
         for key in ("train", "optimizer", "kwargs", "lr"):
             (node,) = (v for k, v in node.value if k.value == key)
         assert yaml.SafeLoader("").construct_yaml_float(node) == 0.001
 
     def test_tags_survive(self):
-        assert resolve_config(LRP).count("!import_call") == 4
+        assert resolve_config(LRP).text.count("!import_call") == 4
 
     @pytest.mark.parametrize(
         ("override", "words"),
@@ -155,12 +159,9 @@ def test_a_brain_mri_config_takes_a_step(config, data_folder, workplace):
         torch.save(teacher.state_dict(), "teacher.pt")
         small.append("models.teacher_model.src_ckpt=teacher.pt")
     torch.manual_seed(0)
-    run = training._Run(training._load_config(resolve_config(config, small)), torch.device("cpu"))
-    run.box.pre_epoch_process(epoch=1)
-    images, targets, supplement = next(iter(run.box.train_data_loader))
-    loss = run.box.forward_process(images, targets, supplement)
-    run.box.post_forward_process(loss=loss)
-    assert torch.isfinite(loss)
+    findings = check(resolve_config(config, small), CPU)
+    assert findings.problems == []
+    assert findings.remarks == []
 
 
 @pytest.fixture
@@ -183,29 +184,13 @@ class TestRun:
         assert not torch.equal(weights[0], weights[2])
 
     def test_a_missing_teacher_names_the_command_that_makes_it(self, workplace):
-        with pytest.raises(FileNotFoundError, match=r"kd-lrp distill .*ce/resnet10t\.yaml"):
+        with pytest.raises(ValueError, match=r"kd-lrp distill .*ce/resnet10t\.yaml"):
             training.distill(LRP, SMALL, "out")
         assert list(workplace.iterdir()) == []
 
-    @pytest.mark.parametrize("name", ["out", "out.partial"])
-    def test_an_existing_folder_is_refused(self, name, workplace):
-        Path(name).mkdir()
-        with pytest.raises(FileExistsError, match=name):
-            training.distill(BASELINE, SMALL, "out")
-
-    def test_a_run_that_dies_leaves_what_it_had_finished_under_partial(self, workplace):
-        class Dies(training.Silence):
-            def epoch(self, metrics):
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            training.distill(BASELINE, SMALL, "out", show=Dies())
-        assert not Path("out").exists()
-        assert Path("out.partial/best.pt").is_file()
-
     def test_a_run_that_dies_in_its_first_epoch_leaves_nothing(self, workplace):
-        class Dies(training.Silence):
-            def track(self, batches, what):
+        class Dies(Silence):
+            def track(self, items, what, total):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -215,28 +200,26 @@ class TestRun:
     def test_the_frozen_teacher_is_in_evaluation_mode_with_stock_procedures(self, teacher):
         modes = []
 
-        class Watches(training.Silence):
-            def track(self, batches, what):
-                for batch in batches:
-                    yield batch
-                    modes.append(run.box.teacher_model.training)
+        class Watches(Silence):
+            def track(self, items, what, total):
+                for item in items:
+                    yield item
+                    modes.append(run.experiment.box.teacher_model.training)
 
-        run = training._Run(training._load_config(resolve_config(KD, SMALL)), torch.device("cpu"))
-        run._train_epoch(1, Watches())
+        run = run_of(KD, Watches())
+        run._train_epoch()
         assert modes
         assert not any(modes)
 
     def test_a_loss_that_is_not_finite_stops_before_the_step_and_is_named(self, workplace):
-        run = training._Run(
-            training._load_config(resolve_config(BASELINE, SMALL)), torch.device("cpu")
-        )
-        head = run.student.get_classifier()
+        run = run_of(BASELINE)
+        head = run.experiment.student.get_classifier()
         with torch.no_grad():
             head.bias.fill_(torch.nan)
-        before = run.student.conv1[0].weight.detach().clone()
+        before = run.experiment.student.conv1[0].weight.detach().clone()
         with pytest.raises(FloatingPointError, match=r"\['ce'\] not finite"):
-            run._train_epoch(1, training.Silence())
-        assert torch.equal(run.student.conv1[0].weight, before)
+            run._train_epoch()
+        assert torch.equal(run.experiment.student.conv1[0].weight, before)
 
     def test_a_head_with_too_few_outputs_is_refused(self, workplace):
         with pytest.raises(ValueError, match=r"kwargs\.num_classes to 4"):
@@ -292,8 +275,8 @@ class TestFinishedRun:
 
         data = Phantom("test", size=2, image_size=48)
         data.image(0).save("one.png")
-        (record,) = training.predict(run, ["one.png"])
-        model, summary = training.load_run(run)
+        (record,) = results.predict(run, ["one.png"])
+        model, summary = results.load_run(run)
         with torch.no_grad():
             expected = model(data[0][0][None])[0].softmax(0)
         assert isinstance(model, nn.Module)
@@ -303,9 +286,9 @@ class TestFinishedRun:
     def test_names_a_file_that_is_no_image_and_a_folder_that_is_no_run(self, run):
         Path("text.png").write_text("no image")
         with pytest.raises(ValueError, match=r"text\.png"):
-            training.predict(run, ["text.png"])
+            results.predict(run, ["text.png"])
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            training.predict("nowhere", ["text.png"])
+            results.predict("nowhere", ["text.png"])
 
 
 class TestCommandLine:

@@ -1,0 +1,172 @@
+"""Finished runs: the student again, its predictions on new images, and its full evaluation."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from kd_lrp_plugin.checks import message
+from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.data import make_transforms
+from kd_lrp_plugin.efficiency import cost
+from kd_lrp_plugin.evaluation import classification_metrics, compare_predictions
+from kd_lrp_plugin.experiment import build_model_of, construct
+from kd_lrp_plugin.report import confusion_figure, reliability_figure
+from kd_lrp_plugin.runs import RunFolder
+from kd_lrp_plugin.students import load_weights
+
+
+def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained student of a run folder, in evaluation mode, and the run's summary.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+    """
+    run = RunFolder(folder)
+    summary = run.summary()
+    model = _models(run)["student"]
+    load_weights(model, run / "best.pt")
+    return model.eval(), summary
+
+
+def _models(run: RunFolder) -> dict[str, nn.Module]:
+    """Student and, if there was one, teacher of a run, untrained."""
+    content = construct(resolve_config(run / "config.yaml").only("dependencies", "models"))
+    built = {}
+    for name, entry in content["models"].items():
+        kwargs = {k: v for k, v in entry["kwargs"].items() if k != "weights"}
+        role = "teacher" if name == "teacher_model" else "student"
+        built[role] = build_model_of({**entry, "kwargs": kwargs}, f"models.{name}")
+    return built
+
+
+def predict(folder: str | Path, images: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """What the student of a run makes of image files.
+
+    Returns:
+        One record per image: file, class and its probability, and all probabilities by class.
+
+    Raises:
+        FileNotFoundError: if there is no run or no image.
+        ValueError: for a file that is no image, or a run with a preprocessing of its own.
+    """
+    model, summary = load_run(folder)
+    if summary["preprocessing"] is None:
+        fix = "Load the model with results.load_run, and prepare the images as in training."
+        raise ValueError(message("predict", "a known preprocessing", "a custom one", fix))
+    prepare = make_transforms(**summary["preprocessing"])
+    records = []
+    for file in images:
+        try:
+            with Image.open(file) as image:
+                batch = prepare(image.convert("RGB"))[None]
+        except FileNotFoundError:
+            raise FileNotFoundError(message("predict", "an image", f"none at {file}", "")) from None
+        except OSError as error:
+            raise ValueError(message(f"predict {file}", "an image", str(error), "")) from error
+        with torch.no_grad():
+            probabilities = model(batch)[0].softmax(0)
+        names = summary["classes"] or [str(place) for place in range(len(probabilities))]
+        by_class = dict(zip(names, probabilities.tolist(), strict=False))
+        best = max(by_class, key=by_class.__getitem__)
+        records.append(
+            {"file": str(file), "class": best, "probability": by_class[best], "all": by_class}
+        )
+    return records
+
+
+def evaluate(folder: str | Path, resamples: int = 2000) -> dict[str, Any]:
+    """Everything that can be said of a run from its predictions on the test set and its models.
+
+    Writes ``evaluation.json``, ``confusion.png`` and ``reliability.png`` into the run folder.
+
+    Args:
+        folder: a finished run.
+        resamples: of the bootstrap interval of the accuracy.
+
+    Returns:
+        By "student", and "teacher" where the run has one: the figures of
+        :func:`~kd_lrp_plugin.evaluation.classification_metrics` and, under "cost", those of
+        :func:`~kd_lrp_plugin.efficiency.cost`, None for images that are not square. Under
+        "student_and_teacher" those of :func:`~kd_lrp_plugin.evaluation.compare_predictions`.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+    """
+    run = RunFolder(folder)
+    summary = run.summary()
+    labels, probabilities = read_predictions((run / "predictions.csv").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {}
+    models = _models(run)
+    for role, values in probabilities.items():
+        figures = classification_metrics(values, labels, summary["classes"], resamples)
+        channels, height, width = summary["image_shape"]
+        figures["cost"] = cost(models[role], height, channels) if height == width else None
+        found[role] = figures
+    if "teacher" in probabilities:
+        found["student_and_teacher"] = compare_predictions(
+            probabilities["student"], probabilities["teacher"], labels
+        )
+    run.write("evaluation.json", json.dumps(found, indent=2))
+    names = [row["class"] for row in found["student"]["per_class"]]
+    matrices = {role: found[role]["confusion_matrix"] for role in probabilities}
+    curves = {
+        role: (values.max(1), values.argmax(1) == labels) for role, values in probabilities.items()
+    }
+    confusion, reliability = confusion_figure(matrices, names), reliability_figure(curves)
+    run.put("confusion.png", lambda file: confusion.savefig(file, format="png"))
+    run.put("reliability.png", lambda file: reliability.savefig(file, format="png"))
+    return found
+
+
+# --- predictions.csv ------------------------------------------------------------------------------
+
+
+def predictions_csv(
+    predictions: Sequence[Mapping[str, Any]], classes: Sequence[str], names: Sequence[str] | None
+) -> str:
+    """A table with a row per image: its name or number, its class, all probabilities.
+
+    Args:
+        predictions: of :meth:`kd_lrp_plugin.meter.Meter.predictions`.
+        classes: their names; outputs beyond them go by number.
+        names: of the images.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    roles = [role for role in ("student", "teacher") if predictions and predictions[0][role]]
+
+    def name(place: int) -> str:
+        return classes[place] if place < len(classes) else str(place)
+
+    titles = [f"{role}: {name(i)}" for role in roles for i in range(len(predictions[0][role]))]
+    writer.writerow(["image", "label", *titles])
+    for place, row in enumerate(predictions):
+        values = [f"{p:.9g}" for role in roles for p in row[role]]
+        writer.writerow([names[place] if names else place, name(row["label"]), *values])
+    return text.getvalue()
+
+
+def read_predictions(text: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """What :func:`predictions_csv` has written.
+
+    Returns:
+        Labels (n,), and by role ("student", "teacher") probabilities (n, outputs).
+    """
+    titles, *rows = csv.reader(io.StringIO(text))
+    places: dict[str, list[int]] = {}
+    for place, title in enumerate(titles[2:], start=2):
+        places.setdefault(title.partition(": ")[0], []).append(place)
+    names = [titles[place].partition(": ")[2] for place in places["student"]]
+    labels = np.array([names.index(row[1]) for row in rows])
+    return labels, {
+        role: np.array([[float(row[place]) for place in columns] for row in rows])
+        for role, columns in places.items()
+    }

@@ -1,0 +1,240 @@
+"""The folder of one run: every file whole or absent, whenever the process ends.
+
+=====================  =========================================================================
+file                   what it holds
+=====================  =========================================================================
+``config.yaml``        the config as it runs, overrides applied
+``environment.json``   seed and processes; per session overrides, versions, commits, device
+``metrics.jsonl``      one line per epoch
+``last.pt``            all that the next epoch needs; ``previous.pt`` the epoch before
+``best.pt``            weights of the best epoch; ``student.safetensors`` the same at the end
+``predictions.csv``    of the test set
+``summary.json``       written last: its presence says that the run is finished
+=====================  =========================================================================
+"""
+
+import difflib
+import json
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from kd_lrp_plugin.checks import message
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = ("last.pt", "previous.pt")
+DRAFT = ".draft"  # ending of a file that is being written
+LOCK = ".lock"
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder; made by :meth:`claimed`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._proved = False
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def finished(self) -> bool:
+        return (self / "summary.json").is_file()
+
+    def summary(self) -> dict[str, Any]:
+        """What the run has come to.
+
+        Raises:
+            FileNotFoundError: if it is not finished, or there is none.
+        """
+        if not self.finished:
+            fix = "Give the folder of a finished run; kd-lrp distill, given again, finishes one."
+            raise FileNotFoundError(message("run", "a finished run", f"none at {self.path}", fix))
+        return json.loads((self / "summary.json").read_text(encoding="utf-8"))
+
+    @contextmanager
+    def claimed(self, config: str, about: Mapping[str, Any]) -> Iterator[None]:
+        """Hold the folder for one run: a new one, or one that this very command has begun.
+
+        Args:
+            config: text of the config.
+            about: the rest of what makes a run, such as its seed, as JSON.
+
+        Raises:
+            FileExistsError: if the folder holds something else, or another run's checkpoint.
+            BlockingIOError: if another process is at work in it.
+        """
+        made = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self / LOCK, blocking=False):
+                self._check_same_run(config, about)
+                try:
+                    yield
+                except BaseException:
+                    if not any((self / name).exists() for name in ("summary.json", *CHECKPOINTS)):
+                        self._clear(made)
+                    raise
+        except Timeout:
+            fix = "Wait for it, or choose another --out or --seed."
+            got = f"{self.path}, where another process is at work"
+            raise BlockingIOError(message("run folder", "a free one", got, fix)) from None
+
+    def _clear(self, made: bool) -> None:
+        """Leave no trace of a run that has made nothing of value."""
+        names = ("environment.json", "config.yaml", "best.pt", "metrics.jsonl", LOCK)
+        drafts = self.path.glob(f"*{DRAFT}")
+        for file in (*(self / name for name in names), *drafts, *self._events()):
+            file.unlink(missing_ok=True)
+        if made and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def _events(self) -> list[Path]:
+        return list(self.path.glob("events.out.tfevents.*"))
+
+    def _check_same_run(self, config: str, about: Mapping[str, Any]) -> None:
+        fix = "Choose another --out or --seed, or delete it."
+        found = {entry.name for entry in self.path.iterdir() if entry.suffix != DRAFT} - {LOCK}
+        if found and not self._is_run():
+            got = f"{self.path}, which holds {sorted(found)[:3]}"
+            raise FileExistsError(message("run folder", "a new one or a run", got, fix))
+        if not found & {"summary.json", *CHECKPOINTS}:  # new, or killed in its first epoch
+            for events in self._events():
+                events.unlink()
+            self.write("environment.json", json.dumps({**about, "sessions": []}, indent=2))
+            self.write("config.yaml", config)
+            return
+        before = json.loads((self / "environment.json").read_text(encoding="utf-8"))
+        differs = [
+            f"{k} {before.get(k)!r}, now {v!r}" for k, v in about.items() if before.get(k) != v
+        ]
+        lines = (self / "config.yaml").read_text(encoding="utf-8").splitlines()
+        for line in difflib.unified_diff(lines, config.splitlines(), n=0, lineterm=""):
+            if line[:1] in "+-" and line[:3] not in ("+++", "---"):
+                words = re.sub(r"&id\d+ ?", "", line[1:]).strip()  # anchors are the writer's
+                differs.append(f"{'now' if line[0] == '+' else 'was'} {words!r}")
+        if differs:
+            got = f"{self.path}, which holds another run: {'; '.join(differs[:6])}"
+            raise FileExistsError(message("run folder", "a new one or this run", got, fix))
+
+    def _is_run(self) -> bool:
+        file = self / "environment.json"
+        try:
+            return "sessions" in json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+
+    def add_session(self, session: Mapping[str, Any]) -> None:
+        """Note under which circumstances the run goes on."""
+        about = json.loads((self / "environment.json").read_text(encoding="utf-8"))
+        about["sessions"].append(dict(session))
+        self.write("environment.json", json.dumps(about, indent=2))
+
+    # --- files --------------------------------------------------------------------------------
+
+    def write(self, name: str, text: str) -> None:
+        """A text file, all of it or nothing."""
+        self.put(name, lambda draft: draft.write_text(text, encoding="utf-8"))
+
+    def put(self, name: str, make: Callable[[Path], object]) -> None:
+        """A file that ``make`` writes at the path it is given: all of it or nothing.
+
+        Raises:
+            OSError: if it cannot be written, such as on a full disk; the old one stays.
+        """
+        draft = self / (name + DRAFT)
+        self._draft(draft, make)
+        draft.replace(self / name)
+        _sync(self.path)
+
+    def _draft(self, draft: Path, make: Callable[[Path], object]) -> None:
+        try:
+            make(draft)
+            _sync(draft)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer turns one into the other
+            draft.unlink(missing_ok=True)
+            fix = "Make room, and give the same command again: it goes on from the last epoch."
+            got = f"{type(error).__name__}: {error}"
+            raise OSError(message(str(draft), "room for a file", got, fix)) from error
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Make ``state`` the last checkpoint, and the last one the previous.
+
+        Raises:
+            OSError: if it cannot be written; the old ones stay.
+            ValueError: if it holds anything but tensors, numbers, text and containers of them.
+        """
+        last, previous = (self / name for name in CHECKPOINTS)
+        draft = self / (last.name + DRAFT)
+        self._draft(draft, lambda file: torch.save(dict(state), file))
+        if not self._proved:  # what cannot be read back must not be found out when it is needed
+            read_checkpoint(draft)
+            self._proved = True
+        if last.exists():
+            last.replace(previous)
+        draft.replace(last)
+        _sync(self.path)
+
+    def load(self) -> dict[str, Any] | None:
+        """The last checkpoint that is whole; None if there is none yet.
+
+        A damaged one is set aside under a name that ends in ``.damaged``.
+
+        Raises:
+            ValueError: if there are checkpoints and all of them are damaged.
+        """
+        files = [self / name for name in CHECKPOINTS if (self / name).exists()]
+        for file in files:
+            try:
+                return read_checkpoint(file)
+            except ValueError as error:
+                logger.warning("%s; the checkpoint before it is used", error)
+                file.replace(file.with_name(file.name + ".damaged"))
+        if files:
+            fix = "Delete the folder to start again."
+            raise ValueError(message(str(self.path), "a whole checkpoint", "damaged ones", fix))
+        return None
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint, read without running code and checked against its checksums.
+
+    Raises:
+        ValueError: if it is damaged, or holds more than tensors, numbers, text and containers.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch.load itself compares no checksums
+            broken = archive.testzip()
+        if broken is None:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        got = f"one with a wrong checksum in {broken}"
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+        got = f"{type(error).__name__}: {error}"
+    except pickle.UnpicklingError as error:
+        got = f"other objects: {str(error).splitlines()[0]}"
+    raise ValueError(message(str(file), "a whole checkpoint of plain tensors", got, ""))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk, so that a later rename cannot overtake it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
