@@ -1,10 +1,12 @@
 """All problems of a config at once, each with its place, before any work is lost to them."""
 
+import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from kd_lrp_plugin.experiment import (
 from kd_lrp_plugin.meter import Meter
 from kd_lrp_plugin.processes import Processes
 from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.registry import unknown_name
 from kd_lrp_plugin.torchdistill import check_finite
 
 logger = logging.getLogger(__name__)
@@ -73,9 +76,16 @@ class Findings:
 
     def add(self, dotted: str, error: Exception | str, place: str | None = None) -> None:
         """Note a problem at a key."""
+        words = " ".join(_words(error).split())  # one line each
+        named, separator, rest = words.partition(": expected ")
+        if separator and " " not in named:  # what the message names is this key or one below
+            if named.split(".")[0] in ("datasets", "models", "train", "test"):
+                dotted, words = named, f"expected {rest}"
+            elif self.config.holds(f"{dotted}.{named}"):
+                dotted, words = f"{dotted}.{named}", f"expected {rest}"
+            elif f".{dotted}".endswith(f".{named}"):
+                words = f"expected {rest}"
         place = place or self.config.place(dotted)
-        # One line each, and no place named twice.
-        words = " ".join(_words(error).split()).removeprefix(f"{dotted}: ")
         self.problems.append(f"{place}  {dotted}: {words}" if dotted else f"{place}  {words}")
 
     @contextmanager
@@ -92,6 +102,8 @@ def _words(error: Exception | str) -> str:
     if isinstance(error, KeyError):
         text = str(error.args[0]) if error.args else ""
         return text if ": expected " in text else f"expected a key {text!r}, got none."
+    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+        return unknown_name(f"name in {error.obj.__name__}", error.name, dir(error.obj))
     if isinstance(error, str | ValueError | OSError):
         return str(error)
     return f"{type(error).__name__}: {error}"
@@ -147,7 +159,7 @@ def _check_keys(findings: Findings, kind: str, dotted: str, section: Any) -> Non
         near = [k for k in get_close_matches(name, known, cutoff=0.75) if k not in section]
         if near:
             fix = f"Did you mean {near[0]!r}?"
-            findings.add(where, message("key", "one that is read", repr(name), fix))
+            findings.add(where, message(where, "a key that is read", repr(name), fix))
         elif kind != "config":  # at the top, people keep their anchors
             findings.remarks.append(f"{findings.config.place(where)}  {where}: nothing reads it")
 
@@ -224,6 +236,7 @@ def _check_stage(
     if optimizer or first:
         with findings.at(f"{dotted}.optimizer"):
             check_known("key", optimizer.get("key"), OPTIM_DICT)
+            _check_keywords(OPTIM_DICT[optimizer["key"]], optimizer["kwargs"])
             trial = OPTIM_DICT[optimizer["key"]](
                 [nn.Parameter(torch.zeros(1))], **optimizer["kwargs"]
             )
@@ -232,6 +245,7 @@ def _check_stage(
     if scheduler and trial is not None:
         with findings.at(f"{dotted}.scheduler"):
             check_known("key", scheduler.get("key"), SCHEDULER_DICT)
+            _check_keywords(SCHEDULER_DICT[scheduler["key"]], scheduler["kwargs"])
             built = SCHEDULER_DICT[scheduler["key"]](trial, **scheduler["kwargs"])
             monitor = train.get("monitor", "val_accuracy")
             mode = "max" if monitor.endswith("accuracy") else "min"
@@ -245,6 +259,13 @@ def _check_stage(
                 fix = "For example {patience: 5, min_delta: 0.001}."
                 raise ValueError(message("early_stopping", "a patience >= 1", stopping, fix))
             _check_keys(findings, "early_stopping", f"{dotted}.early_stopping", stopping)
+
+
+def _check_keywords(function: Callable[..., object], kwargs: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in kwargs:
+            check_known("kwargs", key, parameters)
 
 
 def _check_role(
@@ -340,9 +361,13 @@ def _check_steps(findings: Findings, content: dict[str, Any], here: Processes) -
             while experiment.stage < number:
                 experiment.box.current_epoch = experiment.box.stage_end_epoch - 1
                 experiment.end_epoch(0.0, stop=False)
-            _check_step(findings, dotted, experiment)
-            if findings.problems:
-                return
+            first, box = experiment.epochs_done, experiment.box
+            last = getattr(box, "stage_end_epoch", box.num_epochs) - 1
+            scheduled = "pre_epoch_process" in stages[dotted]  # terms may set in late
+            for box.current_epoch in (first, last) if scheduled else (first,):
+                _check_step(findings, dotted, experiment)
+                if findings.problems:
+                    return
 
 
 def _check_step(findings: Findings, dotted: str, experiment: Experiment) -> None:

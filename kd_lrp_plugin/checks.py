@@ -4,12 +4,18 @@ Every message reads ``{where}: expected {what}, got {value}. {what to do}``. A p
 checks its input once; inner code trusts it.
 """
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from kd_lrp_plugin.registry import unknown_name
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def message(where: str, expected: str, got: object, fix: str) -> str:
@@ -71,3 +77,20 @@ def check_targets(where: str, targets: Tensor, logits: Tensor) -> None:
                 "Set num_classes of the model to the number of classes.",
             )
         )
+
+
+def strict(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Refuse keywords that the function does not have, with the nearest ones."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        known = inspect.signature(function).parameters
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            for key in kwargs:
+                check_known(f"{name}: keyword", key, known)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate

@@ -67,12 +67,20 @@ class Config:
         mark = self.root.start_mark
         return Config(self.path, yaml.MappingNode(self.root.tag, pairs, mark, self.root.end_mark))
 
+    def holds(self, dotted: str) -> bool:
+        """Whether there is such a key."""
+        return not self._follow(dotted)[1]
+
     def place(self, dotted: str) -> str:
         """Where a key stands, as ``file:line``, or the override that set it.
 
         Args:
             dotted: keys joined by dots; followed as far as they lead.
         """
+        return self.show(self._follow(dotted)[0])
+
+    def _follow(self, dotted: str) -> tuple[yaml.Mark, str]:
+        """Where the keys lead, and those that are left over."""
         node: yaml.Node = self.root
         mark = node.start_mark
         rest = dotted
@@ -85,7 +93,7 @@ class Config:
             key = max(fits, key=len)
             mark, node = pairs[key]
             rest = rest[len(key) + 1 :]
-        return self.show(mark)
+        return mark, rest
 
     @staticmethod
     def show(mark: yaml.Mark) -> str:

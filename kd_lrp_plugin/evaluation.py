@@ -24,7 +24,6 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from torch import Tensor
-from torchmetrics.functional import calibration_error
 
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.losses import resize_maps, zero_maps
@@ -208,6 +207,8 @@ def _interval(accuracy: float, n: int, resamples: int, seed: int, confidence: fl
 def _calibration_error(
     values: Float[np.ndarray, "n outputs"], truth: Int[np.ndarray, " n"]
 ) -> float:
+    from torchmetrics.functional import calibration_error  # seconds: not when others are wanted
+
     # torchmetrics counts in float32 and gives a confidence of exactly 1 a bin of its own; the
     # next smaller number lies in the last bin, where it belongs.
     below_one = torch.from_numpy(values.clip(max=1 - 2**-24))

@@ -4,6 +4,10 @@ Every loss is a pure function ``f(student, teacher) -> scalar`` for any PyTorch 
 side is a constant, the gradient reaches the student alone. [T] in the references is the thesis
 this package implements.
 
+The correlation and relation losses compare the samples of a batch with each other. Under several
+processes each sees its own process's part of the batch, not the gathered one, so that their value
+depends on the number of processes; the other losses are means over samples, and theirs does not.
+
 Zero maps, and matrices of norm zero, are defined rather than NaN: their cosine similarity with
 anything is 0 (so the distance is 1) and they pass no gradient. :func:`zero_maps` finds them.
 "Zero" means that no entry reaches the smallest normal number of the data type; maps above that
@@ -99,6 +103,8 @@ def correlation_l2(
 
     with :math:`G` the maps as an (n, h·w) matrix.
 
+    Under several processes the samples are those of one process, not the gathered batch.
+
     Args:
         student: signed maps that carry gradient.
         teacher: signed maps of the same samples, treated as constant; h and w may differ, since
@@ -134,6 +140,8 @@ def correlation_cosine(
 
     .. math:: L = 1 - \frac{\langle M_T, M_S \rangle}{\|M_T\| \|M_S\|}
 
+    Under several processes the samples are those of one process, not the gathered batch.
+
     Args:
         student: signed maps that carry gradient.
         teacher: signed maps of the same samples, treated as constant; h and w may differ.
@@ -167,6 +175,8 @@ def relation_l2(
 
     with :math:`A` the features as an (n, c·h·w) matrix.
 
+    Under several processes the samples are those of one process, not the gathered batch.
+
     Args:
         student: features that carry gradient.
         teacher: features of the same samples, treated as constant; channels, h and w may differ.
@@ -196,6 +206,8 @@ def relation_cosine(
     r"""Cosine distance between the relation matrices of :func:`relation_l2`.
 
     .. math:: L = 1 - \frac{\langle M_T, M_S \rangle}{\|M_T\| \|M_S\|}
+
+    Under several processes the samples are those of one process, not the gathered batch.
 
     Args:
         student: features that carry gradient.

@@ -127,6 +127,7 @@ class Propagation:
         self._frozen = not any(parameter.requires_grad for parameter in model.parameters())
         self._tapped = {model.get_submodule(name) for name in layers}
         self._versions: dict[str, int] = {}
+        self._autocast: dict[str, torch.dtype] = {}
         self._undo: list[Callable[[], None]] = []
         self._convolved = WeakTensorKeyDictionary()
 
@@ -160,6 +161,8 @@ class Propagation:
     def _install(self) -> None:
         modules = dict(self._model.named_modules())
         self._undo.append(self._model.register_forward_pre_hook(self._begin).remove)
+        self._undo.append(self._model.register_forward_hook(self._end, always_call=True).remove)
+        self._undo.append(self._end)
         for name, module in modules.items():
             self._install_rule(name, module)
         for name in self._layers:
@@ -219,6 +222,22 @@ class Propagation:
         self.taps.clear()
         self._convolved.clear()
 
+    def _end(self, *_: object) -> None:
+        for kind, found in self._autocast.items():
+            if torch.get_autocast_dtype(kind) == torch.float32:  # else the model has restored it
+                torch.set_autocast_dtype(kind, found)
+        self._autocast.clear()
+
+    def _widened(self, output: Tensor) -> Tensor:
+        """``output`` in float32 if under autocast, which casts up to float32 from here on."""
+        kind = output.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # Unlike switching it off, this also serves a branch around the tap.
+            self._autocast.setdefault(kind, torch.get_autocast_dtype(kind))
+            torch.set_autocast_dtype(kind, torch.float32)
+            output = output.to(torch.promote_types(output.dtype, torch.float32))
+        return output
+
     def _spare_input(self, module: nn.Module, inputs: tuple) -> None:
         if self.taps and module.inplace:
             self._set(module, "inplace", False)
@@ -236,6 +255,7 @@ class Propagation:
             if torch.is_inference(output):
                 fix = "Leave torch.inference_mode for a recorded forward pass."
                 raise ValueError(message(where, "an output with a graph", "inference mode", fix))
+            output = self._widened(output)
             if not self.taps:
                 # Through a frozen model that starts here, nothing else ever flows back: the
                 # ordinary graph need not be kept.

@@ -11,6 +11,7 @@ import torch
 from captum.attr import LayerGradientXActivation
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from kd_lrp_plugin.checks import check_known, check_targets, message
@@ -59,7 +60,9 @@ def record(
     """Record the forward passes of ``model`` inside the context, with gradients enabled.
 
     A model without trainable parameters, such as a frozen teacher, keeps a graph from its first
-    tapped layer on only. When the context closes, the model is as it was.
+    tapped layer on only. Under ``torch.autocast`` a forward pass goes on in float32 from the first
+    tapped layer that runs, so that features, logits, maps and their derivative are float32. When
+    the context closes, the model is as it was.
 
     Args:
         model: any module that ends in logits (n, classes). Of a ``DistributedDataParallel`` the
@@ -72,7 +75,8 @@ def record(
         The recording of the latest forward pass, of use after the context has closed, too.
 
     Raises:
-        ValueError: for an unknown method or layer, or a model or layer that cannot be recorded.
+        ValueError: for an unknown method or layer, or a model or layer that cannot be recorded;
+            a compiled model and one with weights in half precision are among them.
 
     Example:
         >>> import timm
@@ -84,6 +88,7 @@ def record(
     """
     check_known("method", method, METHODS)
     root = _unwrapped(model)
+    _check_as_written(model)
     names = _layer_names(root, layers)
     propagation = Propagation(root, names, METHODS[method], method)
     with torch.enable_grad(), propagation.listening():
@@ -143,6 +148,12 @@ class Recording:
             raise ValueError(message("maps", "logits (n, classes)", tuple(logits.shape), fix))
         check_targets("maps", targets, logits)
         self._propagation.check_way(logits)
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._maps(logits, targets, create_graph, signed)
+
+    def _maps(
+        self, logits: Tensor, targets: Tensor, create_graph: bool, signed: bool
+    ) -> list[Tensor]:
         with torch.enable_grad():  # the maps of a validation step need no graph, their making does
             if targets.is_floating_point():
                 scores = (logits * targets).sum(1)
@@ -188,6 +199,20 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         fix = "Drop static_graph: with it, gradients of a relevance loss are silently wrong."
         raise ValueError(message("record", "static_graph=False", "static_graph=True", fix))
     return model.module
+
+
+def _check_as_written(model: nn.Module) -> None:
+    """Neither compiled, for hooks would be left out, nor in half precision."""
+    for name, module in model.named_modules():
+        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+            fix = "torch.compile is for losses without relevance; leave the model uncompiled."
+            got = f"one compiled at {name!r}" if name else "a compiled one"
+            raise ValueError(message("record", "a model as written", got, fix))
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            fix = "Keep the weights in float32, and run the model under torch.autocast."
+            got = f"{name!r} in {parameter.dtype}"
+            raise ValueError(message("record", "weights in float32", got, fix))
 
 
 def _layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:

@@ -6,7 +6,10 @@ where in YAML          names
 forward procedures     by ``!import_call`` of :func:`recorder`
 mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``GradCAML2Loss``,
                        ``GradCAMCosineLoss``, ``RelationCosineLoss``, ``RelationL2Loss``
-high-level loss        ``DisWOTPlusLoss``
+high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_call`` of
+                       :func:`class_weights`
+pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
+collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``
 datasets               ``phantom``, ``folder_images``; in ``datasets`` by ``!import_call`` of
                        :func:`phantom` and :func:`folder_images`
@@ -16,11 +19,9 @@ Everything here is a thin shell around the core, and takes exactly the keywords 
 torchdistill itself would drop a misspelled one without a word.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,30 +32,12 @@ from torchdistill.losses.registry import register_high_level_loss, register_mid_
 from torchdistill.models.registry import register_model
 
 from kd_lrp_plugin import data, losses, students
-from kd_lrp_plugin.checks import check_known, check_targets, message
+from kd_lrp_plugin.checks import check_known, check_targets, message, strict
+from kd_lrp_plugin.recipes import class_weights as class_weights
+from kd_lrp_plugin.recipes import mixup as mixup
+from kd_lrp_plugin.recipes import weight_schedule as weight_schedule
 from kd_lrp_plugin.relevance import Recording, record
 from kd_lrp_plugin.rules import METHODS
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _strict(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Refuse keywords that the function does not have, with the nearest ones."""
-
-    def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        known = inspect.signature(function).parameters
-
-        @wraps(function)
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            for key in kwargs:
-                check_known(f"{name}: keyword", key, known)
-            return function(*args, **kwargs)
-
-        return call
-
-    return decorate
-
 
 # --- forward procedure ------------------------------------------------------------------------
 
@@ -64,7 +47,7 @@ _RECORDER_HELP = (
 )
 
 
-@_strict("recorder")
+@strict("recorder")
 def recorder(layers: Sequence[str] | str = "auto", method: str = "gradient_activation") -> str:
     """Make and register a forward procedure that records the model at ``layers``.
 
@@ -135,6 +118,12 @@ COMPARISONS = {
     "RelationCosineLoss": _Comparison(losses.relation_cosine),
     "RelationL2Loss": _Comparison(losses.relation_l2),
 }
+"""The mid-level losses by key.
+
+Under several processes each compares its own process's part of the batch, not the gathered one.
+For Grad-CAM and relation losses, which relate the samples of a batch to each other, that is
+another value than one process would find for the whole batch.
+"""
 
 
 class RecordedLoss(nn.Module):
@@ -147,22 +136,34 @@ class RecordedLoss(nn.Module):
     Args:
         key: the name it is registered under, one of :data:`COMPARISONS`.
         target: which class's relevance is compared: the "label", or the "teacher"'s first choice.
+        every: in training, compare every n-th batch only, beginning with the first after
+            :meth:`reset`, which the driver calls as an epoch begins; the other batches cost no
+            maps and count as 0. The weight is not rescaled: on average the term weighs an n-th.
+            With gradients disabled every batch is compared.
 
     Attributes:
+        computed: whether the latest batch was compared.
         zero_maps: maps without any relevance seen so far, of student and teacher together; None
             for a loss that compares features.
     """
 
-    def __init__(self, key: str, target: str = "label") -> None:
+    def __init__(self, key: str, target: str = "label", every: int = 1) -> None:
         super().__init__()
         check_known(f"{key}: target", target, ("label", "teacher"))
+        if type(every) is not int or every < 1:
+            fix = "Use 1 to compare every batch."
+            raise ValueError(message(f"{key}: every", "an integer of 1 or more", every, fix))
         self.key = key
         self.target = target
+        self.every = every
+        self.computed = False
         self.zero_maps: Tensor | int | None = None
+        self._batches = 0
         self.reset()
 
     def reset(self) -> None:
-        """Start counting zero maps anew."""
+        """Start counting batches and zero maps anew."""
+        self._batches = 0
         self.zero_maps = None if COMPARISONS[self.key].methods is None else 0
 
     def forward(
@@ -174,29 +175,42 @@ class RecordedLoss(nn.Module):
             got = {"student": student.layers, "teacher": teacher.layers}
             fix = "Give both recorders the same number of layers."
             raise ValueError(message(self.key, "as many layers of each model", got, fix))
+        self.computed = not torch.is_grad_enabled() or self._batches % self.every == 0
+        self._batches += torch.is_grad_enabled()
+        if not self.computed:
+            return (student_logits * 0).sum()  # has a graph, in case that there is no other term
+        classes = targets if self.target == "label" else teacher_logits.argmax(1)
+        with torch.autocast(student_logits.device.type, enabled=False):
+            return self._distance((student_logits, student), (teacher_logits, teacher), classes)
+
+    def _distance(
+        self,
+        of_student: tuple[Tensor, Recording],
+        of_teacher: tuple[Tensor, Recording],
+        classes: Tensor,
+    ) -> Tensor:
         comparison = COMPARISONS[self.key]
         if comparison.methods is None:
-            pairs = zip(student.activations, teacher.activations, strict=True)
+            pairs = zip(of_student[1].activations, of_teacher[1].activations, strict=True)
         else:
-            classes = targets if self.target == "label" else teacher_logits.argmax(1)
             create_graph = torch.is_grad_enabled()
             pairs = zip(
-                self._maps("student", student, student_logits, classes, create_graph),
-                self._maps("teacher", teacher, teacher_logits, classes, False),
+                self._maps("student", *of_student, classes, create_graph),
+                self._maps("teacher", *of_teacher, classes, False),
                 strict=True,
             )
         distances = []
-        for of_student, of_teacher in pairs:
+        for student, teacher in pairs:
             if comparison.methods is not None:
-                height, width = of_student.shape[-2:]
-                of_teacher = losses.resize_maps(of_teacher, (height, width))
-                zeros = losses.zero_maps(of_student).sum() + losses.zero_maps(of_teacher).sum()
+                height, width = student.shape[-2:]
+                teacher = losses.resize_maps(teacher, (height, width))
+                zeros = losses.zero_maps(student).sum() + losses.zero_maps(teacher).sum()
                 self.zero_maps = zeros + (self.zero_maps or 0)
-            distances.append(comparison.distance(of_student, of_teacher))
+            distances.append(comparison.distance(student, teacher))
         return torch.stack(distances).mean()
 
     def _maps(
-        self, role: str, recording: Recording, logits: Tensor, classes: Tensor, create_graph: bool
+        self, role: str, logits: Tensor, recording: Recording, classes: Tensor, create_graph: bool
     ) -> list[Tensor]:
         comparison = COMPARISONS[self.key]
         if comparison.methods is not None and recording.method not in comparison.methods:
@@ -206,13 +220,13 @@ class RecordedLoss(nn.Module):
         return recording.maps(logits, classes, create_graph, comparison.signed)
 
     def extra_repr(self) -> str:
-        return f"{self.key}, target={self.target}"
+        return f"{self.key}, target={self.target}, every={self.every}"
 
 
 def _mid_level(key: str) -> Callable[..., RecordedLoss]:
-    @_strict(key)
-    def make(target: str = "label") -> RecordedLoss:
-        return RecordedLoss(key, target)
+    @strict(key)
+    def make(target: str = "label", every: int = 1) -> RecordedLoss:
+        return RecordedLoss(key, target, every)
 
     return make
 
@@ -225,10 +239,31 @@ for _key in COMPARISONS:
 
 
 class _CrossEntropy(nn.Module):
+    def __init__(self, label_smoothing: float, weights: Sequence[float] | Tensor | None) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            fix = "Use 0.1, or 0 for none."
+            where = "DisWOTPlusLoss: label_smoothing"
+            raise ValueError(message(where, "a number in [0, 1)", label_smoothing, fix))
+        self.label_smoothing = label_smoothing
+        self.weights: Tensor | None
+        found = None if weights is None else torch.as_tensor(weights)
+        if found is not None and not (found.ndim == 1 and ((found > 0) & found.isfinite()).all()):
+            fix = "kd_lrp_plugin.torchdistill.class_weights makes them from a data set."
+            where = "DisWOTPlusLoss: class_weights"
+            raise ValueError(message(where, "a positive weight per class", found.tolist(), fix))
+        self.register_buffer("weights", found, persistent=False)
+
     def forward(self, student_io_dict: Mapping, _: Mapping, targets: Tensor) -> Tensor:
-        logits = _logits("DisWOTPlusLoss", "student", student_io_dict)
+        logits = _full(_logits("DisWOTPlusLoss", "student", student_io_dict))
         check_targets("DisWOTPlusLoss", targets, logits)
-        return nn.functional.cross_entropy(logits, targets)
+        weights = None if self.weights is None else self.weights.to(logits)
+        if weights is not None and len(weights) != logits.shape[1]:
+            expected = f"{logits.shape[1]} class_weights, one per output of the head"
+            fix = "Give one weight per class, in the order of the classes."
+            raise ValueError(message("DisWOTPlusLoss", expected, len(weights), fix))
+        smoothing = self.label_smoothing
+        return nn.functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
 
 
 class _KLDivergence(nn.Module):
@@ -237,9 +272,14 @@ class _KLDivergence(nn.Module):
         self.temperature = temperature
 
     def forward(self, student_io_dict: Mapping, teacher_io_dict: Mapping, _: Tensor) -> Tensor:
-        student = _logits("DisWOTPlusLoss", "student", student_io_dict)
-        teacher = _logits("DisWOTPlusLoss", "teacher", teacher_io_dict)
+        student = _full(_logits("DisWOTPlusLoss", "student", student_io_dict))
+        teacher = _full(_logits("DisWOTPlusLoss", "teacher", teacher_io_dict))
         return losses.kl_divergence(student, teacher, self.temperature)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits that autocast has left in half precision, in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class DisWOTPlusLoss(AbstractLoss):
@@ -247,7 +287,7 @@ class DisWOTPlusLoss(AbstractLoss):
 
     .. math:: L = \alpha L_{CE} + \beta L_{KL} + \gamma L_{sem} + \delta L_{rel}
 
-    A term of weight zero is not computed.
+    A term of weight zero is not computed, nor one that :func:`weight_schedule` holds at zero.
 
     Args:
         alpha: weight of the cross entropy.
@@ -257,12 +297,18 @@ class DisWOTPlusLoss(AbstractLoss):
         temperature: of the KL divergence.
         semantic: mid-level loss of the semantic term, as ``{key: ..., kwargs: ...}``.
         relation: mid-level loss of the relation term, likewise.
+        label_smoothing: share of the cross entropy's target that is spread over all classes.
+        class_weights: of the cross entropy, one positive weight per class, such as those of
+            :func:`class_weights`. Of class indices the weighted mean is taken, of soft targets
+            the sum over the batch, divided by its size, as PyTorch does.
 
     Attributes:
-        terms: value of each term, unweighted, of the latest batch, in training and validation.
+        terms: value of each term computed, unweighted, of the latest batch, in training and
+            validation.
 
     Raises:
-        ValueError: if a weight is negative or the weights do not sum to one.
+        ValueError: if a weight is negative or the weights do not sum to one, if the class
+            weights do not fit, or if no term is left in an epoch.
         FloatingPointError: in a step whose loss is not finite, with the terms at fault.
 
     Reference:
@@ -278,6 +324,8 @@ class DisWOTPlusLoss(AbstractLoss):
         temperature: float = 4.0,
         semantic: Mapping[str, Any] | None = None,
         relation: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
         weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "delta": delta}
@@ -286,7 +334,7 @@ class DisWOTPlusLoss(AbstractLoss):
             got = f"{weights} with sum {sum(weights.values()):g}"
             raise ValueError(message("DisWOTPlusLoss", "weights of at least 0, sum 1", got, fix))
         terms = {
-            "ce": (_CrossEntropy(), alpha),
+            "ce": (_CrossEntropy(label_smoothing, class_weights), alpha),
             "kl": (_KLDivergence(temperature), beta),
             "semantic": (_term("semantic", semantic, "LRPSemanticCosineLoss"), gamma),
             "relation": (_term("relation", relation, "RelationCosineLoss"), delta),
@@ -295,13 +343,23 @@ class DisWOTPlusLoss(AbstractLoss):
         self.terms: dict[str, Tensor] = {}
 
     def forward(self, io_dict: Mapping, model_loss_dict: Mapping, targets: Tensor) -> Tensor:
-        values = {
-            name: term(io_dict["student"], io_dict["teacher"], targets)
-            for name, (term, _) in self.term_dict.items()
+        parts = {name: part for name, part in self.term_dict.items() if part[1] > 0}
+        if not parts:
+            fix = "Leave one term out of weight_schedule, or let one begin with epoch 0."
+            raise ValueError(message("DisWOTPlusLoss", "a term in this epoch", "none", fix))
+        # For the terms, autocast has done its part; their matrix products are not for it.
+        with torch.autocast(targets.device.type, enabled=False):
+            values = {
+                name: term(io_dict["student"], io_dict["teacher"], targets)
+                for name, (term, _) in parts.items()
+            }
+            total = torch.stack([weight * values[name] for name, (_, weight) in parts.items()])
+            total = total.sum()
+        self.terms = {
+            name: value.detach()
+            for name, value in values.items()
+            if getattr(parts[name][0], "computed", True)
         }
-        self.terms = {name: value.detach() for name, value in values.items()}
-        total = sum(weight * values[name] for name, (_, weight) in self.term_dict.items())
-        assert isinstance(total, Tensor)
         check_finite(total, self.terms)
         return total
 
@@ -328,10 +386,10 @@ def check_finite(total: Tensor, terms: Mapping[str, Tensor]) -> None:
         raise FloatingPointError(message("loss", "finite terms", got, fix))
 
 
-register_high_level_loss(_strict("DisWOTPlusLoss")(DisWOTPlusLoss), key="DisWOTPlusLoss")
+register_high_level_loss(strict("DisWOTPlusLoss")(DisWOTPlusLoss), key="DisWOTPlusLoss")
 
 # --- models and datasets ----------------------------------------------------------------------
 
-timm_model = register_model(_strict("timm_model")(students.build_model), key="timm_model")
-phantom = register_dataset(_strict("phantom")(data.Phantom), key="phantom")
-folder_images = register_dataset(_strict("folder_images")(data.FolderImages), key="folder_images")
+timm_model = register_model(strict("timm_model")(students.build_model), key="timm_model")
+phantom = register_dataset(strict("phantom")(data.Phantom), key="phantom")
+folder_images = register_dataset(strict("folder_images")(data.FolderImages), key="folder_images")

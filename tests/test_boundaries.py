@@ -13,7 +13,7 @@ LEVELS = {
         *("processes", "runs"),
     ),
     2: ("propagation", "relevance", "evaluation", "report"),
-    4: ("torchdistill",),
+    4: ("recipes", "torchdistill"),
     5: ("experiment", "meter", "checking", "results", "training", "cli"),
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
@@ -22,6 +22,7 @@ WITHIN_A_LEVEL = {
     ("data", "phantom"),
     ("relevance", "propagation"),
     *(("checking", other) for other in ("experiment", "meter")),
+    ("torchdistill", "recipes"),
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),
     *(("cli", other) for other in ("training", "checking", "results")),
@@ -66,7 +67,7 @@ def test_losses_know_nothing_of_relevance_and_the_report_nothing_of_the_package(
 
 def test_only_the_rim_and_the_driver_import_torchdistill():
     users = {m for m in LEVEL if any(n.split(".")[0] == "torchdistill" for n in imports(m))}
-    assert users == {"torchdistill", "experiment", "checking", "training"}
+    assert users == {"torchdistill", "recipes", "experiment", "checking", "training"}
 
 
 def test_the_core_leaves_torchdistill_alone():

@@ -905,3 +905,210 @@ def test_the_input_of_a_frozen_model_keeps_its_gradient():
     recording.maps(logits, targets)
     (got,) = torch.autograd.grad(logits.sum(), images)
     torch.testing.assert_close(got, expected)
+
+
+# --- autocast -------------------------------------------------------------------------------------
+
+
+def autocast(dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
+    return torch.autocast("cpu", dtype)
+
+
+def heard_dtypes(module: nn.Module) -> list[torch.dtype]:
+    dtypes: list[torch.dtype] = []
+    module.register_forward_hook(lambda _, __, output: dtypes.append(output.dtype))
+    return dtypes
+
+
+def head_and_tail(seed: int = 3) -> tuple[nn.Module, nn.Module]:
+    """A net with a tap in the middle, and what follows the tap, with the same weights."""
+    torch.manual_seed(seed)
+    stem, norm = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
+    tail = [nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.SiLU()]
+    tail += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)]
+    head = nn.Sequential(stem, norm, nn.ReLU())
+    return nn.Sequential(head, *tail), nn.Sequential(nn.Identity(), *tail)
+
+
+class TestAutocast:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_behind_the_tap_everything_is_float32_to_the_last_bit(self, method):
+        net, tail = head_and_tail()
+        images, targets = batch(24, 4)
+        with autocast(), record(net, ["0"], method) as recording:
+            logits = net(images)
+            (inside,) = recording.maps(logits, targets, create_graph=True)
+        (map_,) = recording.maps(logits, targets, create_graph=True)
+        assert torch.equal(inside, map_)
+        weights = list(tail.parameters())
+        of_weights = torch.autograd.grad(map_.square().mean(), weights, materialize_grads=True)
+        (tap,) = recording.activations
+        assert {tap.dtype, logits.dtype, map_.dtype} == {torch.float32}
+        assert torch.equal(tap, tap.bfloat16().float())  # up to there it was low precision
+
+        with record(tail, ["0"], method) as recording:
+            expected_logits = tail(tap.detach())
+        (expected,) = recording.maps(expected_logits, targets, create_graph=True)
+        assert torch.equal(logits, expected_logits)
+        assert torch.equal(map_, expected)
+        expected_of_weights = torch.autograd.grad(
+            expected.square().mean(), weights, materialize_grads=True
+        )
+        assert all(map(torch.equal, of_weights, expected_of_weights))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("method", METHODS)
+    def test_gradients_reach_the_part_in_low_precision(self, method, dtype):
+        net, _ = head_and_tail()
+        images, targets = batch(24, 4)
+        with autocast(dtype):
+            with record(net, ["0"], method) as recording:
+                logits = net(images)
+            low = net[0](images)
+        (map_,) = recording.maps(logits, targets, create_graph=True)
+        loss = semantic_cosine(map_, map_.detach().flip(0))
+        weight = net[0][0].weight
+        (of_weight,) = torch.autograd.grad(loss, weight, retain_graph=True)
+        (of_tap,) = torch.autograd.grad(loss, recording.activations)
+        (expected,) = torch.autograd.grad(low, weight, of_tap.to(dtype))
+        assert low.dtype == dtype
+        assert expected.norm() > 0
+        assert torch.equal(of_weight, expected)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+    )
+    def test_maps_and_gradients_of_a_smooth_net_are_those_in_float32(self, dtype, tolerance):
+        # Without kinks and poles the error is a few times that of the features, once rounded.
+        net, _ = head_and_tail()
+        net[0][2], net[3] = nn.Softplus(), nn.Softplus()
+        images, targets = batch(24, 4)
+        found = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype, enabled=enabled), record(net, ["0"]) as recording:
+                logits = net(images)
+            (map_,) = recording.maps(logits, targets, create_graph=True, signed=True)
+            # Scaled, as by a GradScaler: small gradients vanish in float16.
+            loss = 2**12 * semantic_l2(map_, torch.zeros_like(map_))
+            found.append((map_, *torch.autograd.grad(loss, [net[0][0].weight, net[1].weight])))
+        for full, low in zip(*found, strict=True):
+            assert (low - full).norm() < 4 * tolerance * full.norm()
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("name", ["mobilenetv2_035", "mobilenetv3_small_100", "resnet18"])
+    def test_maps_of_real_models_are_those_in_float32_of_the_same_features(self, name, method):
+        # With the features before rounding, maps of random weights differ as much as under
+        # noise of the same size in the image, up to 100 % in norm: deep ReLU nets are like that.
+        model = build(name, 64)
+        images, targets = batch(64)
+        with autocast(), record(model, "auto", method) as recording:
+            logits = model(images)
+        maps = recording.maps(logits, targets)
+        features = recording.activations[0].detach()
+        first = model.get_submodule(recording.layers[0])
+        first.register_forward_hook(lambda *_: features)
+        expected = relevance_maps(model, images, targets, "auto", method)
+        assert {m.dtype for m in maps} == {torch.float32}
+        assert all(map(torch.equal, maps, expected))
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_a_branch_around_the_tap_goes_on_in_float32_too(self, method):
+        class Branched(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.tap, self.main = nn.Tanh(), nn.Conv2d(3, 4, 3)
+                self.stem, self.around = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3)
+                self.head = nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.stem(x)
+                y = self.main(self.tap(x))
+                return self.head((y + self.around(x)).mean((2, 3)))
+
+        net = Branched()
+        stem, around = heard_dtypes(net.stem), heard_dtypes(net.around)
+        images, targets = batch(16)
+        expected = relevance_maps(net, images, targets, ["tap"], method, signed=True)[0]
+        with autocast():
+            map_ = relevance_maps(net, images, targets, ["tap"], method, signed=True)[0]
+        assert stem == [torch.float32, torch.bfloat16]
+        assert around == [torch.float32, torch.float32]
+        assert (map_ - expected).norm() < 0.05 * expected.norm()
+
+    def test_a_second_model_begins_in_low_precision_again(self):
+        models = [head_and_tail(seed)[0] for seed in (3, 4)]
+        stems = [heard_dtypes(model[0][0]) for model in models]
+        heads = [heard_dtypes(model[-1]) for model in models]
+        with autocast():
+            for model in models:
+                with record(model, ["0"]):
+                    model(batch(24)[0])
+                    model(batch(24)[0])
+                assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert stems == [[torch.bfloat16] * 2] * 2
+        assert heads == [[torch.float32] * 2] * 2
+
+    def test_its_state_is_restored_by_an_exception_in_the_forward_pass(self):
+        net, _ = head_and_tail()
+        net[-1] = nn.Linear(5, 4)  # of the wrong size
+        with autocast(), record(net, ["0"]):
+            with pytest.raises(RuntimeError, match="shapes"):
+                net(batch(24)[0])
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+    def test_its_state_is_restored_as_the_context_closes(self):
+        net, _ = head_and_tail()
+        with autocast():
+            with record(net, ["0"]):
+                net[0](batch(24)[0])  # the model's own forward pass, which would end, never begins
+                assert torch.get_autocast_dtype("cpu") == torch.float32
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+    def test_a_region_of_the_models_own_keeps_its_state(self):
+        net, _ = head_and_tail()
+
+        class Inner(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.net = net
+
+            def forward(self, x: Tensor) -> Tensor:
+                with autocast(torch.float16):
+                    return self.net(x)
+
+        model = Inner()
+        with autocast():
+            (map_,) = relevance_maps(model, *batch(24), ["net.0"])
+            assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert map_.dtype == torch.float32
+
+    def test_float64_stays_float64(self):
+        net, _ = head_and_tail()
+        images, targets = batch(24)
+        with autocast():
+            (map_,) = relevance_maps(net.double(), images.double(), targets, ["0"])
+        assert map_.dtype == torch.float64
+
+
+@pytest.mark.parametrize("way", ["wrapped", "in place", "a part", "wrapped in a wrapper"])
+def test_a_compiled_model_is_refused(way):
+    net, _ = head_and_tail()
+    if way.startswith("wrapped"):
+        net = torch.compile(net)
+    else:
+        (net if way == "in place" else net[0]).compile()
+    if way == "wrapped in a wrapper":
+        net = nn.Sequential(net)
+    with pytest.raises(ValueError, match=r"expected a model as written.*compiled"):
+        relevance_maps(net, *batch(24), ["0"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_refused(dtype):
+    net, _ = head_and_tail()
+    net[1].to(dtype)
+    with pytest.raises(
+        ValueError, match=r"weights in float32, got '1.weight'.*autocast|'3.weight'"
+    ):
+        relevance_maps(net, *batch(24), ["0"])

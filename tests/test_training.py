@@ -7,10 +7,9 @@ import pytest
 import torch
 import yaml
 from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, SMALL
-from torch import nn
 from typer.testing import CliRunner
 
-from kd_lrp_plugin import results, students, training
+from kd_lrp_plugin import students, training
 from kd_lrp_plugin.checking import check
 from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.config import resolve_config
@@ -262,33 +261,6 @@ class TestRun:
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             training.distill(BASELINE, [*SMALL, override], "out")
         assert list(workplace.iterdir()) == []
-
-
-class TestFinishedRun:
-    @pytest.fixture
-    def run(self, workplace) -> Path:
-        training.distill(BASELINE, SMALL, "run")
-        return Path("run")
-
-    def test_predicts_what_the_loaded_student_predicts(self, run):
-        from kd_lrp_plugin.data import Phantom
-
-        data = Phantom("test", size=2, image_size=48)
-        data.image(0).save("one.png")
-        (record,) = results.predict(run, ["one.png"])
-        model, summary = results.load_run(run)
-        with torch.no_grad():
-            expected = model(data[0][0][None])[0].softmax(0)
-        assert isinstance(model, nn.Module)
-        assert list(record["all"]) == summary["classes"]
-        assert torch.allclose(torch.tensor(list(record["all"].values())), expected, atol=1e-5)
-
-    def test_names_a_file_that_is_no_image_and_a_folder_that_is_no_run(self, run):
-        Path("text.png").write_text("no image")
-        with pytest.raises(ValueError, match=r"text\.png"):
-            results.predict(run, ["text.png"])
-        with pytest.raises(FileNotFoundError, match="nowhere"):
-            results.predict("nowhere", ["text.png"])
 
 
 class TestCommandLine:

@@ -1,0 +1,263 @@
+"""What ``kd-lrp check`` and ``distill`` say of wrong configs: the place, the trouble, the cure."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_runs import BASELINE, CONFIGS, CPU, LRP, NO_TEACHER, SMALL
+from typer.testing import CliRunner
+
+from kd_lrp_plugin.checking import check
+from kd_lrp_plugin.cli import app
+from kd_lrp_plugin.config import resolve_config, unsafe_tags
+from kd_lrp_plugin.data import FolderImages, unreadable_images
+
+WRONG = {
+    "a misspelled section": (
+        "scheduler:",
+        "shceduler:",
+        "61  train.shceduler: expected a key that is read, got 'shceduler'. "
+        "Did you mean 'scheduler'?",
+    ),
+    "a section that is not there": (
+        "\ntest:\n",
+        "\n_test:\n",
+        "5  config: expected a section 'test', got None. See torchdistill_configs for examples.",
+    ),
+    "an unknown tag": (
+        "!import_get {key: torch.utils.data.RandomSampler}",
+        "!import_gte {key: torch.utils.data.RandomSampler}",
+        "43  tag: expected one of ['!abspath', '!access_by_index_or_key', '!call_method', "
+        "'!expanduser', '!getattr', '!import_call', '!import_call_method', '!import_get', "
+        "'!join', '!pathjoin', '!setattr'], got '!import_gte'. Did you mean '!import_get' or "
+        "'!import_call' or '!import_call_method'?",
+    ),
+    "a name that its module does not have": (
+        "torch.utils.data.RandomSampler",
+        "torch.utils.data.RandomSamplr",
+        "43  name in torch.utils.data: expected one of 48 names such as ['RandomSampler', "
+        "'SubsetRandomSampler', 'WeightedRandomSampler'], got 'RandomSamplr'. Did you mean "
+        "'RandomSampler' or 'SubsetRandomSampler' or 'WeightedRandomSampler'?",
+    ),
+    "an unknown keyword of a data set": (
+        "split: val, size",
+        "splt: val, size",
+        "16  phantom: keyword: expected one of ['augment', 'cache', 'image_size', 'seed', 'size', "
+        "'split', 'transform'], got 'splt'. Did you mean 'split'?",
+    ),
+    "a data set that is not there": (
+        "dataset_id: *test_set",
+        "dataset_id: phantom/tset",
+        "77  test.test_data_loader.dataset_id: expected one of ['phantom/test', 'phantom/train', "
+        "'phantom/val'], got 'phantom/tset'. Did you mean 'phantom/test' or 'phantom/train' or "
+        "'phantom/val'?",
+    ),
+    "an unknown loss": (
+        "key: LRPSemanticCosineLoss",
+        "key: LRPSemanticCosinLoss",
+        "64  train.criterion: DisWOTPlusLoss: semantic: key: expected one of ['GradCAMCosineLoss', "
+        "'GradCAML2Loss', 'LRPSemanticCosineLoss', 'LRPSemanticL2Loss', 'RelationCosineLoss', "
+        "'RelationL2Loss'], got 'LRPSemanticCosinLoss'. Did you mean 'LRPSemanticCosineLoss' or "
+        "'LRPSemanticL2Loss' or 'RelationCosineLoss'?",
+    ),
+    "weights of another sum": (
+        "alpha: 0.4",
+        "alpha: 0.5",
+        "64  train.criterion: DisWOTPlusLoss: expected weights of at least 0, sum 1, got "
+        "{'alpha': 0.5, 'beta': 0.4, 'gamma': 0.1, 'delta': 0.1} with sum 1.1. "
+        "Change them so that alpha + beta + gamma + delta = 1.",
+    ),
+    "a layer that the model does not have": (
+        "forward_proc: *recorder",
+        "forward_proc: !import_call {key: kd_lrp_plugin.torchdistill.recorder, "
+        "init: {kwargs: {layers: [layer2, layer33], method: gradient_activation}}}",
+        "57  train.student.forward_proc: layer: expected one of 70 names such as ['layer3', "
+        "'layer3.0', 'layer4'], got 'layer33'. Did you mean 'layer3' or 'layer3.0' or 'layer4'?",
+    ),
+    "a student that nobody records": (
+        "forward_proc: *recorder",
+        "forward_proc: forward_batch_only",
+        "64  train.criterion: LRPSemanticCosineLoss: expected logits of the student with a "
+        "recording, got none. Set train.student.forward_proc to !import_call {key: "
+        "kd_lrp_plugin.torchdistill.recorder, init: {kwargs: {layers: [...], method: ...}}}.",
+    ),
+    "too few classes": (
+        "{name: test_resnet, num_classes: 4}",
+        "{name: test_resnet, num_classes: 3}",
+        "31  models.student_model: expected 4 outputs or more, got 3. "
+        "Set models.student_model.kwargs.num_classes to 4.",
+    ),
+    "a teacher that was not trained": (
+        "src_ckpt: runs/phantom",
+        "src_ckpt: runs/fantom",
+        "29  models.teacher_model.src_ckpt: expected a checkpoint, got none at "
+        "runs/fantom/ce/resnet10t/0/best.pt. "
+        "Make it with: kd-lrp distill torchdistill_configs/phantom/ce/resnet10t.yaml",
+    ),
+    "an optimizer's keyword": (
+        "key: Adam\n    kwargs: {lr: 0.003}",
+        "key: SGD\n    kwargs: {lr: 0.003, momentun: 0.9}",
+        "60  train.optimizer.kwargs: expected one of ['dampening', 'differentiable', 'foreach', "
+        "'fused', 'lr', 'maximize', 'momentum', 'nesterov', 'params', 'weight_decay'], "
+        "got 'momentun'. Did you mean 'momentum'?",
+    ),
+    "a compiled student with hooks": (
+        "log_freq: 20",
+        "compile: True",
+        "57  train.student.forward_proc: compile: expected a student without hooks, got "
+        "kd_lrp_recorder(gradient_activation, ['layer2', 'layer3']). "
+        "Leave train.compile out: hooks and second derivatives do not compile.",
+    ),
+    "batches that are larger than the data": (
+        "batch_size: &batch_size 32",
+        "batch_size: &batch_size 3200",
+        "40  train.train_data_loader: batches: expected one or more in an epoch, got none. "
+        "Lower batch_size, or set drop_last: False.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_config_is_told_with_its_place(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    right, wrong, words = WRONG[case]
+    text = LRP.read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    Path("my.yaml").write_text(text.replace(right, wrong), encoding="utf-8")
+    small = [] if case.startswith("batches") else SMALL[:2]
+    teacher = [] if case.startswith("a teacher") else NO_TEACHER
+    problems = check(resolve_config("my.yaml", small + teacher), CPU).problems
+    assert problems == [f"my.yaml:{words}"]
+
+
+OVERRIDES = {
+    "train.precision=bf16": "precision: expected one of ['bfloat16', 'float16', 'float32']",
+    "train.monitor=val_acc": "monitor: expected one of ['val_accuracy', 'val_ce', 'val_loss']",
+    "train.monitor=train_loss": "monitor: expected a metric of the validation",
+    "train.early_stopping=5": "expected a patience >= 1",
+    "train.scheduler={key: ReduceLROnPlateau, kwargs: {}}": "Set scheduler.kwargs.mode to max",
+    "train.train_data_loader.kwargs.persistent_workers=true": "Leave it out: workers that live",
+    "train.model={forward_proc: forward_batch_only, wrapper: DataParallel}": "the driver wraps",
+    "train.model={forward_proc: forward_batch_only, src_ckpt: x.pt}": "Put it under models",
+    "train.num_epochs=0": "expected an integer of 1 or more, got 0",
+    "models.model.src_ckpt=evil.pt": "expected a file of plain tensors, got 'evil.pt'",
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_wrong_value_is_told_before_any_work(override, tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return (Path.mkdir, (tmp_path / "broken in",))
+
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Evil()}, "evil.pt")
+    problems = check(resolve_config(BASELINE, [*SMALL, f"+{override}"]), CPU).problems
+    assert OVERRIDES[override] in "\n".join(problems)
+    assert not Path("broken in").exists()
+
+
+def test_all_problems_come_at_once():
+    wrong = ["train.num_epochs=0", "train.optimizer.key=Adamm", "models.model.key=timm"]
+    problems = check(resolve_config(BASELINE, [*SMALL, *wrong]), CPU).problems
+    assert all(any(p.startswith(f"--set {override}  ") for p in problems) for override in wrong)
+
+
+def test_a_key_that_nothing_reads_is_a_remark():
+    findings = check(resolve_config(BASELINE, [*SMALL, "+train.colour=blue"]), CPU)
+    assert findings.problems == []
+    assert findings.remarks == ["--set +train.colour=blue  train.colour: nothing reads it"]
+
+
+class TestCommand:
+    def test_says_that_nothing_is_wrong(self):
+        flags = [word for override in [*SMALL, *NO_TEACHER] for word in ("--set", override)]
+        result = CliRunner().invoke(app, ["check", str(LRP), *flags])
+        assert result.exit_code == 0, result.output
+        assert "no problem found" in result.output
+
+    def test_counts_what_is_wrong(self):
+        flags = ["--set", "train.num_epochs=0", "--set", "train.optimizer.key=Adamm"]
+        result = CliRunner().invoke(app, ["check", str(BASELINE), *flags])
+        assert result.exit_code == 1
+        assert "expected an integer of 1 or more, got 0" in result.output
+        assert "problems" in result.output
+
+
+class TestSafe:
+    @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+    def test_every_config_of_ours_is_harmless(self, config):
+        assert unsafe_tags(resolve_config(config)) == []
+
+    @pytest.mark.parametrize(
+        "node",
+        [
+            "!import_call {key: os.system, init: {args: [touch ran]}}",
+            "!import_get {key: system, package: os}",
+            "!!python/object/apply:os.system [touch ran]",
+            "!call_method [x, y]",
+            "!import_call {key: kd_lrp_plugin.torchdistill.losses}",
+        ],
+    )
+    def test_a_tag_that_could_run_code_is_refused_unrun(self, node, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        text = LRP.read_text(encoding="utf-8").replace("log_freq: 20", f"log_freq: {node}")
+        Path("my.yaml").write_text(text, encoding="utf-8")
+        result = CliRunner().invoke(app, ["distill", "my.yaml", "--safe"])
+        assert result.exit_code == 1
+        assert "my.yaml:38: expected calls known as harmless" in result.output
+        assert not Path("ran").exists()
+
+    def test_imports_and_hubs_are_refused(self):
+        config = resolve_config(
+            BASELINE, ["dependencies=[antigravity]", "+models.model.repo_or_dir=x/y"]
+        )
+        found = "\n".join(unsafe_tags(config))
+        assert "a dependency on 'antigravity'" in found
+        assert "repo_or_dir" in found
+
+
+class TestCorruptImages:
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        for split in ("Training", "Testing"):
+            for name in ("glioma", "notumor"):
+                place = tmp_path / split / name
+                place.mkdir(parents=True)
+                for number in range(8):
+                    noise = np.random.default_rng(number).integers(0, 255, (64, 64), np.uint8)
+                    Image.fromarray(noise).save(place / f"{number}.png")
+        broken = tmp_path / "Training/glioma"
+        content = (broken / "3.png").read_bytes()
+        (broken / "3.png").write_bytes(content[: len(content) // 2])
+        (broken / "5.png").write_bytes(b"")
+        return tmp_path
+
+    def test_are_named_with_their_reason(self, folder):
+        found = unreadable_images(FolderImages(root=str(folder), split="Training", image_size=16))
+        assert [Path(file).name for file in found] == ["3.png", "5.png"]
+        assert "truncated" in found[str(folder / "Training/glioma/3.png")].lower()
+
+    def test_are_left_out_when_asked(self, folder, caplog):
+        data = FolderImages(root=str(folder), split="Training", image_size=16, skip_corrupt=True)
+        assert len(data) == 14
+        assert len(data.targets) == 14
+        assert "2 of 16 images left out" in caplog.text
+        assert "5.png" in caplog.text
+
+    def test_stop_a_run_before_it_begins(self, folder):
+        overrides = [
+            "image_size=32",
+            "num_workers=0",
+            "batch_size=2",
+            "models.model.kwargs.weights=",
+        ]
+        overrides.append(f"datasets.brain_mri/train.init.kwargs.root={folder}")
+        overrides.append("datasets.brain_mri/train.init.kwargs.classes=[glioma, notumor]")
+        config = CONFIGS / "brain_mri/ce/mobilenetv2_035.yaml"
+        problems = "\n".join(check(resolve_config(config, overrides), CPU).problems)
+        assert problems.count("1 of brain_mri/train that cannot be read") == 1
+        assert problems.count("1 of brain_mri/val that cannot be read") == 1
+        assert "set skip_corrupt: True to leave them out" in problems

@@ -1,0 +1,50 @@
+"""One step by as many processes as torchrun starts: ``two_processes.py CONFIG OUT OVERRIDE...``
+
+The batch of 16 images is shared out among the processes; OUT gets the change of the weights, the
+values of the terms that each process saw, and the metrics that all of them agree on.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.experiment import Experiment, construct
+from kd_lrp_plugin.meter import Meter
+from kd_lrp_plugin.processes import joined
+
+
+def main(config: str, out: str, *overrides: str) -> None:
+    torch.set_num_threads(1)
+    with joined("cpu") as here:
+        torch.manual_seed(0)
+        experiment = Experiment(construct(resolve_config(config, overrides)), here)
+        box = experiment.box
+        data = box.train_data_loader.dataset
+        images, targets = zip(*(data[place][:2] for place in range(16)), strict=True)
+        before = {name: p.detach().clone() for name, p in experiment.student.named_parameters()}
+        experiment.begin_epoch()
+        share = 16 // here.world // box.grad_accum_step
+        with Meter(box.criterion) as meter:
+            for part in range(box.grad_accum_step):
+                start = (part * here.world + here.rank) * share
+                batch = torch.stack(images[start : start + share])
+                labels = torch.tensor(targets[start : start + share])
+                loss = experiment.training_loss(batch, labels, None)
+                meter.update(loss, labels)
+                box.post_forward_process(loss=loss)
+            own = {name: float(value) for name, value in meter.latest.items()}
+        shared = here.gather(own)
+        means = meter.summary("train", here)
+        seen = [place for batch in box.train_data_loader.batch_sampler for place in batch]
+        shares = here.gather(seen)
+        if here.rank == 0:
+            student = dict(experiment.student.named_parameters())
+            change = {name: student[name].detach() - value for name, value in before.items()}
+            found = {"change": change, "terms": shared, "means": means, "shares": shares}
+            torch.save(found, Path(out))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
