@@ -257,6 +257,7 @@ class Show(Silence):
             f"accuracy {metrics['train_accuracy']:.3f}  val {metrics['val_accuracy']:.3f}  "
             f"[dim]{', '.join(terms)}  {metrics['images_per_second']:g} images/s[/]",
             highlight=False,
+            soft_wrap=True,
         )
 
 

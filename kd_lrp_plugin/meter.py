@@ -97,6 +97,8 @@ class Meter:
             total, count = map(sum, zip(*(p[name] for p in parts if name in p), strict=True))
             means[f"{prefix}_{name}"] = total / count
         for name, term in self._terms.items():
+            if name not in names:  # its weight is zero for now
+                continue
             if isinstance(term, RecordedLoss) and term.zero_maps is not None:
                 zeros = here.total(torch.as_tensor(term.zero_maps, device=here.device).float())
                 means[f"{prefix}_{name}_zero_maps"] = float(zeros)

@@ -83,6 +83,8 @@ class RunFolder:
         try:
             with FileLock(self / LOCK, blocking=False):
                 self._check_same_run(config, about)
+                for draft in self.path.glob(f"*{DRAFT}"):  # of a process that was killed
+                    draft.unlink()
                 try:
                     yield
                 except BaseException:

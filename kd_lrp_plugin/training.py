@@ -92,7 +92,7 @@ def distill(
             return here.first(folder.summary)
         here.first(lambda: _refuse_problems(config, here, show, safe))
         main_util.set_seed(seed)
-        run = _Run(Experiment(construct(config), here, seed), folder, seed, show)
+        run = Run(Experiment(construct(config), here, seed), folder, seed, show)
         state = here.first(folder.load)
         if here.rank == 0:
             folder.add_session(_session(config, overrides, here))
@@ -110,7 +110,7 @@ def _refuse_problems(config: Config, here: Processes, show: Silence, safe: bool)
         raise ValueError("\n".join(problems))
 
 
-class _Run:
+class Run:
     """The epochs of one experiment, and what they leave in the folder."""
 
     def __init__(self, experiment: Experiment, folder: RunFolder, seed: int, show: Silence) -> None:

@@ -111,11 +111,11 @@ class TestDistill:
         script = (
             "import sys\n"
             "from kd_lrp_plugin import cli, training\n"
-            "train_epoch = training._Run._train_epoch\n"
+            "train_epoch = training.Run._train_epoch\n"
             "def once(self):\n"
             "    if self.epoch == 1: raise ValueError('as if killed')\n"
             "    return train_epoch(self)\n"
-            "training._Run._train_epoch = once\n"
+            "training.Run._train_epoch = once\n"
             "cli.app()\n"
         )
         file = out.with_suffix(".py")
