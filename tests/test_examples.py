@@ -15,8 +15,19 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 # Arguments of each example's short mode, and the files that it leaves in its folder.
 SHORT: dict[str, tuple[list[str], list[str]]] = {
+    "benchmark_driver.py": (
+        [
+            *("--rounds", "1", "--set", "image_size=32"),
+            *("--set", "datasets.phantom/train.init.kwargs.size=64"),
+        ],
+        [],
+    ),
     "benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
     "demo.py": (["--short", "--out", "demo"], ["demo/table.md", "demo/maps.png"]),
+    "kill_and_resume.py": (
+        ["--kills", "2", "--set", "train.num_epochs=3", "--out", "proof"],
+        ["proof/whole", "proof/killed"],
+    ),
     "plain_loop.py": (["--epochs", "3"], []),
     "relevance_maps.py": (["--steps", "2", "--out", "maps.png"], ["maps.png"]),
     "torchdistill_script.py": ([], []),
@@ -97,6 +108,13 @@ def test_the_benchmarks_table_has_every_case_and_the_plain_step_as_unit(short):
     for _, *ratios in rows[3:]:
         assert len(ratios) == 4
         assert all(float(ratio) > 0.2 for ratio in ratios)
+
+
+def test_killed_runs_end_as_the_one_in_peace(short):
+    printed = short("kill_and_resume.py").printed
+    same = "{'weights': True, 'metrics': True, 'predictions': True}"
+    assert f"after 2 kills the same, bit for bit: {same}" in printed
+    assert "last.pt.draft" in printed or "best.pt.draft" in printed
 
 
 def test_maps_of_ones_own_images_and_weights(tmp_path):
