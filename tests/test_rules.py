@@ -82,7 +82,7 @@ class TestRuleContract:
         rule = RULE_REFERENCES[name]
         expected = [rule(matrix, shift, x[i].flatten(), g[i].flatten()) for i in range(2)]
         got = RULES[name](g, x, y, layer.weight.detach(), linear)
-        torch.testing.assert_close(got.flatten(1), torch.stack(expected), rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(got.flatten(1), torch.stack(expected), rtol=1e-9, atol=1e-9)
 
     def test_agrees_with_dense_algebra_on_a_linear_layer(self, name):
         layer = randomize(nn.Linear(7, 5), seed=2)
@@ -90,7 +90,7 @@ class TestRuleContract:
         weight, shift = layer.weight.detach(), layer.bias.detach()
         expected = [RULE_REFERENCES[name](weight, shift, x[i], g[i]) for i in range(2)]
         got = RULES[name](g, x, layer(x).detach(), weight, rules.LINEAR)
-        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=1e-9)
 
     @pytest.mark.parametrize("geometry", ["strided", "grouped", "depthwise", "pointwise"])
     def test_derivative_is_exact(self, name, geometry):
@@ -471,7 +471,7 @@ def test_maps_agree_with_zennit_on_a_folded_mobilenetv2(method, monkeypatch):
     with torch.no_grad():
         activations = model.blocks[:3](model.bn1(model.conv_stem(images)))
         tail = folded_tail(model, first_stage=3)
-        torch.testing.assert_close(tail(activations), model(images), rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(tail(activations), model(images), rtol=1e-9, atol=1e-9)
     expected = zennit_maps(method, tail, activations, targets, stabilizer=1e-10)
     (got,) = relevance_maps(model, images, targets, ["blocks.2"], method=method, signed=True)
     assert_maps_close(got, expected)
