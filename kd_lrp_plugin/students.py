@@ -88,14 +88,8 @@ def build_model(
         fix = "Give the number of classes of your data."
         raise ValueError(message(where, f"num_classes >= {least}", num_classes, fix))
     model = _create(where, name, num_classes, dropout, dict(timm_kwargs or {}))
-    if head == "linear" and (path := _classifier_path(model)):
-        _start_small(model.get_submodule(path))
-    if head == "mlp":
-        _place_head(where, model, name, _pooled_width(where, model, name), hidden, num_classes)
-    elif head == "flatten_mlp":
-        channels = (timm_kwargs or {}).get("in_chans", 3)
-        width = _unpooled_width(where, model, name, (1, channels, image_size, image_size))
-        _place_head(where, model, name, width, hidden, num_classes)
+    channels = (timm_kwargs or {}).get("in_chans", 3)
+    place_head(model, name, num_classes, head, hidden, (channels, image_size, image_size))
     arguments: Any = {"model_name": name, "num_classes": num_classes, **(timm_kwargs or {})}
     arguments["drop_rate"] = dropout
     # A plain attribute, so that it is neither saved nor moved.
@@ -103,6 +97,37 @@ def build_model(
     if weights is not None:
         load_weights(model, weights, where)
     return model
+
+
+def place_head(
+    model: Any,
+    name: str,
+    num_classes: int,
+    head: str = "linear",
+    hidden: Sequence[int] = (256, 128),
+    image_shape: tuple[int, int, int] = (3, 224, 224),
+) -> None:
+    """Give a model of timm's kind one of the heads of :func:`build_model`, in place.
+
+    Args:
+        model: with ``get_classifier`` and ``reset_classifier``.
+        name: of the model, for messages.
+        num_classes: outputs.
+        head: see :func:`build_model`.
+        hidden: widths of the hidden layers of the two mlp heads.
+        image_shape: channels, height, width; read by "flatten_mlp" alone.
+
+    Raises:
+        ValueError: if the head does not fit the model.
+    """
+    where = "build_model"
+    if head == "linear" and (path := _classifier_path(model)):
+        _start_small(model.get_submodule(path))
+    if head == "mlp":
+        _replace_head(where, model, name, _pooled_width(where, model, name), hidden, num_classes)
+    elif head == "flatten_mlp":
+        width = _unpooled_width(where, model, name, (1, *image_shape))
+        _replace_head(where, model, name, width, hidden, num_classes)
 
 
 def timm_arguments(model: nn.Module) -> dict[str, Any] | None:
@@ -275,7 +300,7 @@ def _unpooled_width(where: str, model: Any, name: str, shape: tuple[int, ...]) -
     return features.numel()
 
 
-def _place_head(
+def _replace_head(
     where: str, model: Any, name: str, width: int, hidden: Sequence[int], num_classes: int
 ) -> None:
     path = _classifier_path(model)

@@ -10,7 +10,7 @@ high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_ca
                        :func:`class_weights`
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
-models                 ``timm_model``
+models                 ``timm_model``, ``timm_mobilenetv2``
 datasets               ``phantom``, ``folder_images``; in ``datasets`` by ``!import_call`` of
                        :func:`phantom` and :func:`folder_images`
 =====================  ==========================================================================
@@ -31,7 +31,7 @@ from torchdistill.losses.high_level import AbstractLoss
 from torchdistill.losses.registry import register_high_level_loss, register_mid_level_loss
 from torchdistill.models.registry import register_model
 
-from kd_lrp_plugin import data, losses, students
+from kd_lrp_plugin import data, losses, spaces, students
 from kd_lrp_plugin.checks import check_known, check_targets, message, strict
 from kd_lrp_plugin.recipes import class_weights as class_weights
 from kd_lrp_plugin.recipes import mixup as mixup
@@ -391,5 +391,6 @@ register_high_level_loss(strict("DisWOTPlusLoss")(DisWOTPlusLoss), key="DisWOTPl
 # --- models and datasets ----------------------------------------------------------------------
 
 timm_model = register_model(strict("timm_model")(students.build_model), key="timm_model")
+timm_mobilenetv2 = register_model(spaces.mobilenetv2, key="timm_mobilenetv2")
 phantom = register_dataset(strict("phantom")(data.Phantom), key="phantom")
 folder_images = register_dataset(strict("folder_images")(data.FolderImages), key="folder_images")

@@ -10,9 +10,10 @@ LEVELS = {
     0: ("registry", "checks", "progress"),
     1: (
         *("config", "rules", "losses", "students", "efficiency", "phantom", "data"),
-        *("processes", "runs"),
+        *("processes", "runs", "spaces"),
     ),
     2: ("propagation", "relevance", "evaluation", "report"),
+    3: ("scores", "selection"),
     4: ("recipes", "torchdistill"),
     5: ("experiment", "meter", "checking", "results", "training", "cli"),
 }
@@ -20,8 +21,10 @@ LEVEL = {module: level for level, modules in LEVELS.items() for module in module
 WITHIN_A_LEVEL = {
     ("checks", "registry"),
     ("data", "phantom"),
+    ("spaces", "students"),
     ("relevance", "propagation"),
     *(("checking", other) for other in ("experiment", "meter")),
+    ("selection", "scores"),
     ("torchdistill", "recipes"),
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),

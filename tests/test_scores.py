@@ -1,0 +1,205 @@
+"""Each score against an independent reference: loops, autograd, explicit matrices, in float64."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from kd_lrp_plugin import losses
+from kd_lrp_plugin.efficiency import count_macs, count_parameters
+from kd_lrp_plugin.scores import SCORES, Observation, last_map, normal_init
+from kd_lrp_plugin.spaces import MobileNetV2
+from kd_lrp_plugin.students import build_model
+
+
+class Small(nn.Module):
+    """A network whose last map feeds a linear classifier by pooling."""
+
+    def __init__(self, channels: int = 6, classes: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 5, 3, 2, 1)
+        self.bn1 = nn.BatchNorm2d(5)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(5, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.act2 = nn.ReLU()
+        self.global_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x):
+        x = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+        return self.fc(self.global_pool(x).flatten(1))
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(5, 3, 8, 8).double(), torch.tensor([0, 1, 2, 1, 0])
+
+
+def observe(model: nn.Module, batch, **kwargs) -> Observation:
+    return Observation(model.double(), *batch, layers=("act2",), **kwargs)
+
+
+def score(name: str, student: Observation, teacher: Observation) -> float:
+    return SCORES[name].function(student, teacher)
+
+
+def features(model: nn.Module, images):
+    model.train()
+    return model.act2(model.bn2(model.conv2(model.act1(model.bn1(model.conv1(images))))))
+
+
+def test_semantic_and_relation_scores_are_the_losses_of_the_layer(batch):
+    student, teacher = Small(), Small(7)
+    observed = observe(student, batch), observe(teacher, batch)
+    images, targets = batch
+    maps, activations = {}, []
+    for model in (student, teacher):
+        x = features(model, images).detach().requires_grad_()
+        picked = model.fc(x.mean((2, 3))).gather(1, targets[:, None]).sum()
+        (gradient,) = torch.autograd.grad(picked, x)
+        weights = gradient.mean((2, 3), keepdim=True)
+        maps.setdefault("grad_cam", []).append((weights * x).sum(1).detach())
+        maps.setdefault("lrp", []).append((gradient * x).sum(1).clamp(min=0).detach())
+        activations.append(x.detach())
+    expected = {
+        "gradcam_l2": losses.correlation_l2(*maps["grad_cam"]),
+        "lrp_cosine": losses.semantic_cosine(*maps["lrp"]),
+        "relation_l2": losses.relation_l2(*activations),
+        "relation_cosine": losses.relation_cosine(*activations),
+    }
+    for name, value in expected.items():
+        assert score(name, *observed) == pytest.approx(float(value), rel=1e-9), name
+    both = expected["gradcam_l2"] + expected["relation_l2"]
+    assert score("diswot", *observed) == pytest.approx(float(both), rel=1e-9)
+    both = expected["lrp_cosine"] + expected["relation_cosine"]
+    assert score("diswot_lrp_cosine", *observed) == pytest.approx(float(both), rel=1e-9)
+
+
+def test_the_reference_formula_is_that_of_its_matrices(batch):
+    """Channel Gram matrices of the classifier's gradient by autograd, made and normalised."""
+    images, targets = batch
+    models = [normal_init(Small()), normal_init(Small())]
+    observed = [observe(model, batch) for model in models]
+    grams, relations = [], []
+    for model in models:
+        x = features(model, images)
+        loss = functional.cross_entropy(model.fc(x.mean((2, 3))), targets)
+        (gradient,) = torch.autograd.grad(loss, model.fc.weight)
+        outer = gradient[:, :, None] * gradient[:, None, :]
+        grams.append(functional.normalize(outer, dim=2))
+        flat = x.detach().flatten(1)
+        relations.append(functional.normalize(flat @ flat.T))
+    classes, channels = 3, 6
+    semantic = (grams[0] - grams[1]).square().sum() / (classes * channels)
+    relation = (relations[0] - relations[1]).square().sum() / 25
+    assert score("reference_semantic", *observed) == pytest.approx(float(semantic), rel=1e-9)
+    assert score("reference_relation", *observed) == pytest.approx(float(relation), rel=1e-9)
+    total = float(semantic + relation)
+    assert score("diswot_reference", *observed) == pytest.approx(total, rel=1e-9)
+
+
+def test_the_reference_formula_names_channels_that_it_cannot_compare(batch):
+    observed = observe(Small(6), batch), observe(Small(7), batch)
+    with pytest.raises(ValueError, match=r"of one shape, got \(3, 6\) and \(3, 7\)"):
+        score("reference_semantic", *observed)
+
+
+def test_nwot_counts_rectifiers_that_agree(batch):
+    model = Small()
+    found = score("nwot", observe(model, batch), observe(model, batch))
+    x = model.train().bn1(model.conv1(batch[0]))
+    codes = torch.cat([(v > 0).flatten(1) for v in (x, model.bn2(model.conv2(x.relu())))], 1)
+    kernel = torch.zeros(5, 5).double()
+    for i in range(5):
+        for j in range(5):
+            kernel[i, j] = (codes[i] == codes[j]).sum()
+    assert found == pytest.approx(-float(torch.logdet(kernel)), rel=1e-9)
+
+
+def test_synflow_is_the_flow_through_positive_weights(batch):
+    model = Small()
+    found = score("synflow", observe(model, batch), observe(model, batch))
+    # Through a linear chain of L weighted layers all of the output flows through each of them,
+    # but for what a bias adds on the way.
+    positive = Small().double().eval()
+    positive.load_state_dict({k: v.abs() for k, v in model.state_dict().items()})
+    output = positive(torch.ones(1, 3, 8, 8).double()).sum()
+    output.backward()
+    flow = sum((p * p.grad).sum() for p in positive.parameters())
+    assert found == pytest.approx(-math.log(float(flow)), rel=1e-9)
+
+
+def test_bn_log_variance_adds_up_what_the_norms_see(batch):
+    model = normal_init(Small())
+    torch.manual_seed(3)
+    found = score("bn_log_variance", observe(model, batch), observe(model, batch))
+    torch.manual_seed(3)
+    first = model.train().conv1(torch.randn_like(batch[0]))
+    second = model.conv2(model.bn1(first).relu())
+    total = 0.0
+    for x in (first, second):
+        channels = [float(x[:, c].var(unbiased=False)) for c in range(x.shape[1])]
+        total += 0.5 * math.log(sum(channels) / len(channels))
+    assert found == pytest.approx(-total, rel=1e-9)
+
+
+def test_size_and_cost_are_counts(batch):
+    model = Small()
+    observed = observe(model, batch)
+    assert score("parameters", observed, observed) == -count_parameters(model)
+    assert score("macs", observed, observed) == -count_macs(model, 8)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_leaves_the_networks_as_they_are(name, batch, untouched):
+    student, teacher = Small(), Small()
+    observed = [observe(model, batch) for model in (student, teacher)]
+    with untouched(student), untouched(teacher):
+        score(name, *observed)
+
+
+@pytest.mark.parametrize("name", [n for n in SCORES if SCORES[n].sees_teacher])
+def test_a_student_that_is_the_teacher_has_no_distance(name, batch):
+    model = Small()
+    value = score(name, observe(model, batch), observe(model, batch))
+    assert value == pytest.approx(0, abs=1e-6)
+
+
+def test_the_teacher_runs_once_for_all_candidates(batch):
+    teacher = Small()
+    runs = []
+    teacher.register_forward_hook(lambda *_: runs.append(1))
+    observed = observe(teacher, batch)
+    for _ in range(4):
+        score("diswot", observe(Small(), batch), observed)
+    assert len(runs) == 1
+
+
+class TestObservation:
+    @pytest.mark.parametrize(
+        ("model", "layer"),
+        [
+            (build_model("test_resnet", 4), "layer4"),
+            (MobileNetV2(width=0.35).build(4), "bn2"),
+            (MobileNetV2(width=0.35, head="flatten_mlp").build(4, 32), "bn2"),
+            (Small(), "act2"),
+        ],
+    )
+    def test_finds_the_last_map(self, model, layer):
+        assert last_map(model) == layer
+
+    def test_asks_for_layers_it_cannot_find(self):
+        with pytest.raises(ValueError, match="Name the layers"):
+            last_map(nn.Sequential(nn.Conv2d(3, 3, 1)))
+
+    def test_needs_two_images(self, batch):
+        with pytest.raises(ValueError, match="two images or more, got 1"):
+            observe(Small(), (batch[0][:1], batch[1][:1]))
+
+    def test_refuses_other_numbers_of_layers(self, batch):
+        student = Observation(Small().double(), *batch, layers=("act1", "act2"))
+        with pytest.raises(ValueError, match="2 of the student, 1 of the teacher"):
+            score("relation_cosine", student, observe(Small(), batch))

@@ -1,0 +1,175 @@
+"""Selection: rows that resume, problems that stay with their candidate, budgets, quality."""
+
+import itertools
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kd_lrp_plugin import selection
+from kd_lrp_plugin.scores import SCORES, Score
+from kd_lrp_plugin.selection import Candidate, Teacher, measure
+from kd_lrp_plugin.spaces import mobilenetv2
+
+SCORED = ["diswot", "diswot_reference", "parameters"]
+
+
+def small(width: float = 0.35) -> partial:
+    return partial(mobilenetv2, num_classes=4, width=width, depth=0.5)
+
+
+@pytest.fixture
+def batches():
+    torch.manual_seed(0)
+    return [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])) for _ in range(2)]
+
+
+@pytest.fixture
+def candidates():
+    return [Candidate("narrow", small()), Candidate("wide", small(0.5))]
+
+
+TEACHER = Teacher(small(0.75), trained=False)
+
+
+class TestMeasure:
+    def test_gives_a_value_per_batch_and_seed(self, candidates, batches):
+        rows = measure(candidates, TEACHER, batches, SCORED, seeds=(0, 1))
+        assert [(row["candidate"], row["seed"]) for row in rows] == [
+            ("narrow", 0), ("narrow", 1), ("wide", 0), ("wide", 1),
+        ]  # fmt: skip
+        values = [row["scores"]["diswot"] for row in rows]
+        assert all(len(of_batch) == 2 for of_batch in values)
+        assert len({v for of_batch in values for v in of_batch}) == 8
+
+    def test_does_not_depend_on_the_order_or_the_processes(self, candidates, batches):
+        rows = measure(candidates, TEACHER, batches, SCORED, seeds=(0, 1))
+        assert measure(candidates[::-1], TEACHER, batches, SCORED, seeds=(1, 0))[::-1] == rows
+        assert measure(candidates, TEACHER, batches, SCORED, seeds=(0, 1), jobs=2) == rows
+
+    def test_scores_nothing_twice(self, candidates, batches, tmp_path):
+        record = tmp_path / "scores.jsonl"
+        rows = measure(candidates[:1], TEACHER, batches, SCORED, (0, 1), record)
+        lines = record.read_text().splitlines()
+        record.write_text("\n".join([*lines, '{"candidate": "wide", "se']) + "\n")  # killed
+        again = measure(candidates, TEACHER, batches, SCORED, (0, 1), record)
+        assert again[:2] == rows
+        names = [line.partition(", ")[0] for line in record.read_text().splitlines()]
+        assert len(names) == 5
+        assert json.loads(record.read_text().splitlines()[-1])["candidate"] == "wide"
+
+    def test_a_candidate_that_fails_is_named_and_the_others_go_on(self, candidates, batches):
+        odd = Candidate("odd", partial(nn.Sequential, nn.Conv2d(3, 4, 1), nn.Flatten()))
+        rows = measure([odd, *candidates], TEACHER, batches, SCORED)
+        assert rows[0]["scores"]["diswot"] == [None, None]
+        assert "Name the layers" in rows[0]["problems"]["diswot"]
+        found = selection.summarise(rows)
+        assert found["odd"]["diswot"] is None
+        assert found["narrow"]["diswot"][0] > 0
+
+    def test_a_score_that_is_not_finite_is_a_problem_of_its_own(self, candidates, batches):
+        SCORES.register(Score(lambda *_: float("nan"), "a test"), "broken")
+        try:
+            (row, _) = measure(candidates, TEACHER, batches[:1], ["broken", "parameters"])
+        finally:
+            del SCORES._entries["broken"]
+        assert row["scores"]["broken"] == [None]
+        assert "broken: expected a finite score, got nan" in row["problems"]["broken"]
+        assert row["scores"]["parameters"][0] < 0
+
+    def test_a_trained_teacher_keeps_its_weights_and_runs_in_evaluation_mode(self, batches):
+        made = []
+
+        def build():
+            torch.manual_seed(5)
+            made.append(small()())
+            return made[-1]
+
+        twice = [Candidate("a", small()), Candidate("b", small())]
+        rows = measure(twice, Teacher(build, trained=True), batches[:1], ["relation_l2"], (0, 1))
+        assert len(made) == 1
+        assert rows[0]["scores"] == rows[2]["scores"]
+
+    def test_a_batch_too_small_is_said(self, candidates):
+        batch = torch.randn(1, 3, 32, 32), torch.tensor([0])
+        (row, _) = measure(candidates, TEACHER, [batch], ["diswot"])
+        assert "two images or more" in row["problems"]["diswot"]
+
+    def test_refuses_what_cannot_be_measured(self, candidates, batches):
+        with pytest.raises(ValueError, match="Did you mean 'diswot'"):
+            measure(candidates, TEACHER, batches, ["diswt"])
+        with pytest.raises(ValueError, match="different names, got \\['narrow'\\]"):
+            measure([candidates[0]] * 2, TEACHER, batches, ["diswot"])
+        with pytest.raises(ValueError, match="0 batches"):
+            measure(candidates, TEACHER, [], ["diswot"])
+
+
+class TestBudget:
+    def test_is_read_with_its_units(self):
+        texts = ["params=2.5M", "macs=300M", "latency=20ms"]
+        expected = {"parameters": 2.5e6, "macs": 3e8, "latency": 0.02}
+        assert selection.parse_budget(texts) == pytest.approx(expected)
+        assert selection.parse_budget(["params=410208"]) == {"parameters": 410208}
+
+    @pytest.mark.parametrize("text", ["params", "params=", "params=x", "params=-1M", "macs=0"])
+    def test_that_is_no_number_is_refused(self, text):
+        with pytest.raises(ValueError, match="--budget"):
+            selection.parse_budget([text])
+
+    def test_of_something_else_is_refused(self):
+        with pytest.raises(ValueError, match="Did you mean 'params'"):
+            selection.parse_budget(["param=2M"])
+
+    def test_that_nobody_keeps_names_the_nearest(self):
+        costs = {"a": {"parameters": 3e6}, "b": {"parameters": 2e6}}
+        assert selection.within({"parameters": 2.5e6}, costs) == ["b"]
+        with pytest.raises(ValueError, match="nearest is b, which needs parameters 2e\\+06"):
+            selection.within({"parameters": 1e6}, costs)
+
+
+class TestQuality:
+    def test_is_what_counting_pairs_says(self):
+        draw = np.random.default_rng(0)
+        scores, truth, sizes = draw.normal(size=12), draw.normal(size=12), draw.uniform(1, 2, 12)
+        found = selection.ranking_quality(scores, truth, sizes)
+        pairs = list(itertools.combinations(range(12), 2))
+
+        def right(i, j):
+            return (scores[i] < scores[j]) == (truth[i] > truth[j])
+
+        kendall = np.mean([1 if right(i, j) else -1 for i, j in pairs])
+        near = [
+            (i, j) for i, j in pairs if max(sizes[i], sizes[j]) / min(sizes[i], sizes[j]) <= 1.1
+        ]
+        assert 0 < len(near) < len(pairs)
+        assert found["kendall"] == pytest.approx(kendall)
+        assert found["iso_concordance"] == pytest.approx(np.mean([right(i, j) for i, j in near]))
+        places = [np.argsort(np.argsort(v)) for v in (-scores, truth)]
+        assert found["spearman"] == pytest.approx(np.corrcoef(*places)[0, 1])
+
+    def test_regret_is_what_the_choice_falls_short_of(self):
+        truth, sizes = [0.5, 0.9, 0.7], [1, 2, 3]
+        # Up to each of six budgets the quantiles admit 1, 1, 2, 2, 2, 3 networks.
+        found = selection.ranking_quality([3, 2, 1], truth, sizes)
+        assert found["regret"] == pytest.approx((0 + 0 + 0 + 0 + 0 + 0.2) / 6)
+
+    def test_a_constant_score_orders_nothing(self):
+        found = selection.ranking_quality([1, 1, 1], [0.1, 0.2, 0.3], [100, 101, 102])
+        assert (found["spearman"], found["kendall"], found["iso_concordance"]) == (0, 0, 0.5)
+
+    def test_an_interval_of_differences_holds_the_difference(self):
+        draw = np.random.default_rng(1)
+        truth, sizes = draw.normal(size=40), draw.uniform(1, 2, 40)
+        good, bad = -truth + 0.1 * draw.normal(size=40), draw.normal(size=40)
+        value, low, high = selection.compare_quality(good, bad, truth, sizes, 200)["kendall"]
+        assert 0 < low < value < high
+        same = selection.compare_quality(good, good, truth, sizes, 50)["kendall"]
+        assert same == (0, 0, 0)
+
+    def test_a_front_is_what_nobody_beats(self):
+        points = [(1, 5), (2, 4), (2, 5), (3, 1), (3, 1)]
+        assert selection.pareto_front(points) == [True, True, False, True, True]
+        assert selection.ranks([0.3, None, 0.1, 0.3]) == [2, None, 1, 2]
