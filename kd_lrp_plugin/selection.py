@@ -1,5 +1,6 @@
 """Rank untrained students: scores over batches and seeds, budgets, what a score adds."""
 
+import hashlib
 import json
 import math
 import multiprocessing
@@ -96,7 +97,8 @@ def measure(
     if not batches or not names:
         got = f"{len(names)} candidates, {len(batches)} batches"
         raise ValueError(message("measure", "a candidate and a batch or more", got, ""))
-    done = _read(record, scores)
+    setting = _fingerprint(teacher, batches) if record else ""
+    done = _read(record, setting, scores) if record else {}
     work = [
         (candidate, seed)
         for seed in seeds  # all with one seed, so that the teacher is observed once for it
@@ -109,23 +111,35 @@ def measure(
         done[row["candidate"], row["seed"]] = row
         if record is not None:
             with record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({"setting": setting, **row}) + "\n")
     return [done[name, seed] for name in names for seed in seeds]
 
 
-def _read(record: Path | None, scores: Sequence[str]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Whole rows that have all scores; a killed process may have left half a line."""
+def _read(record: Path, setting: str, scores: Sequence[str]) -> dict[tuple[str, int], dict]:
+    """Whole rows of this setting that have all scores; a kill may have left half a line."""
+    text = record.read_text(encoding="utf-8") if record.exists() else ""
+    if text and not text.endswith("\n"):
+        record.write_text(text + "\n", encoding="utf-8")  # the next row gets a line of its own
     found = {}
-    for line in (
-        record.read_text(encoding="utf-8").splitlines() if record and record.exists() else ()
-    ):
+    for line in text.splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if set(scores) <= set(row["scores"]):
+        if row.pop("setting") == setting and set(scores) <= set(row["scores"]):
             found[row["candidate"], row["seed"]] = row
     return found
+
+
+def _fingerprint(teacher: Teacher, batches: Sequence[Batch]) -> str:
+    """What all values depend on beside candidate, seed and score, in sixteen digits."""
+    digest = hashlib.sha256(repr((teacher.trained, teacher.layers)).encode())
+    tensors = [tensor for batch in batches for tensor in batch]
+    if teacher.trained:
+        tensors += list(teacher.build().state_dict().values())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class _Task:

@@ -54,12 +54,14 @@ class TestMeasure:
         record = tmp_path / "scores.jsonl"
         rows = measure(candidates[:1], TEACHER, batches, SCORED, (0, 1), record)
         lines = record.read_text().splitlines()
-        record.write_text("\n".join([*lines, '{"candidate": "wide", "se']) + "\n")  # killed
+        record.write_text("\n".join([*lines, '{"candidate": "wide", "se']))  # killed
         again = measure(candidates, TEACHER, batches, SCORED, (0, 1), record)
         assert again[:2] == rows
-        names = [line.partition(", ")[0] for line in record.read_text().splitlines()]
-        assert len(names) == 5
-        assert json.loads(record.read_text().splitlines()[-1])["candidate"] == "wide"
+        lines = record.read_text().splitlines()
+        assert len(lines) == 5
+        assert json.loads(lines[-1])["candidate"] == "wide"
+        other = [(images + 1, targets) for images, targets in batches]
+        assert measure(candidates[:1], TEACHER, other, SCORED, (0, 1), record) != rows
 
     def test_a_candidate_that_fails_is_named_and_the_others_go_on(self, candidates, batches):
         odd = Candidate("odd", partial(nn.Sequential, nn.Conv2d(3, 4, 1), nn.Flatten()))
