@@ -50,7 +50,7 @@ KEYS = {
     "loader": "dataset_id sampler batch_sampler collate_fn kwargs requires_supp dataset_wrapper",
     "role": "forward_proc requires_grad frozen_modules forward_hook sequential adaptations "
     "auxiliary_model_wrapper wrapper dst_ckpt",
-    "model": "key kwargs src_ckpt dst_ckpt repo_or_dir experiment",
+    "model": "key kwargs src_ckpt dst_ckpt repo_or_dir experiment quantized",
     "optimizer": "key kwargs max_grad_norm grad_accum_step filters_params module_wise_configs "
     "module_wise_kwargs",
     "scheduler": "key kwargs scheduling_step",
@@ -177,9 +177,24 @@ def _check_parts(findings: Findings, content: Mapping[str, Any], here: Processes
             fix = "Monitor val_accuracy: the losses of different stages are no one measure."
             raise ValueError(message("monitor", "val_accuracy with stages", monitor, fix))
     with findings.at("train.precision"):
-        precision = train.get("precision", "float32")
+        precision = train.get("precision") or "float32"
         check_known("precision", precision, PRECISIONS)
-    for dotted, stage in stages_of(train).items():
+        own = [d for d, stage in stages_of(train).items() if stage.get("post_forward_process")]
+        if precision == "float16" and own:
+            fix = "Leave it out, or use bfloat16: float16 needs a step of its own."
+            raise ValueError(message("precision", "no post_forward_process", own, fix))
+    _check_no_checkpoints(findings, "train", train)
+    stages = stages_of(train)
+    if "train" not in stages:
+        with findings.at("train"):
+            expected = [f"train.stage{number}" for number in range(1, len(stages) + 1)]
+            if list(stages) != expected:
+                fix = "Number the stages from 1."
+                raise ValueError(message("train", f"stages {expected}", list(stages), fix))
+            if both := sorted(set(train) & set(_STAGE.split()) - {"log_freq"}):
+                got, fix = f"{both} beside them", "Move them into each stage."
+                raise ValueError(message("train", "only stages", got, fix))
+    for dotted, stage in stages.items():
         if dotted != "train":
             _check_keys(findings, "stage", dotted, stage)
         first = dotted in ("train", "train.stage1")
@@ -204,16 +219,14 @@ def _check_parts(findings: Findings, content: Mapping[str, Any], here: Processes
 
 
 def _check_models(findings: Findings, models: Mapping[str, Any]) -> None:
-    known = ("model", "teacher_model", "student_model")
     for role, entry in models.items():
         with findings.at(f"models.{role}"):
-            check_known("models: key", role, known)
+            check_known("models: key", role, ("model", "teacher_model", "student_model"))
             _check_keys(findings, "model", f"models.{role}", entry)
             model = build_model_of(entry, f"models.{role}")
             fill_model(model, entry, f"models.{role}", [])
     if not {"model", "student_model"} & set(models):
-        got = f"only {list(models)}"
-        findings.add("models", message("models", "a student_model or a model", got, _SEE))
+        findings.add("models", message("models", "a student_model or a model", [*models], _SEE))
 
 
 def _check_stage(
@@ -240,6 +253,9 @@ def _check_stage(
             trial = OPTIM_DICT[optimizer["key"]](
                 [nn.Parameter(torch.zeros(1))], **optimizer["kwargs"]
             )
+            steps = optimizer.get("grad_accum_step", 1)
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(message("grad_accum_step", "an integer >= 1", steps, ""))
     scheduler = stage.get("scheduler") or {}
     _check_keys(findings, "scheduler", f"{dotted}.scheduler", scheduler)
     if scheduler and trial is not None:
@@ -252,12 +268,22 @@ def _check_stage(
             if isinstance(built, ReduceLROnPlateau) and built.mode != mode:
                 got, fix = f"mode {built.mode!r}", f"Set scheduler.kwargs.mode to {mode}."
                 raise ValueError(message("scheduler", f"mode {mode!r} for {monitor}", got, fix))
+            within = scheduler.get("scheduling_step")
+            if isinstance(built, ReduceLROnPlateau) and within:
+                fix = "Leave it out: there is no metric within an epoch."
+                raise ValueError(message("scheduling_step", "none", within, fix))
+            trial.step()
+            for _ in range(0 if within else stage.get("num_epochs") or 0):  # OneCycleLR ends early
+                built.step(0.0) if isinstance(built, ReduceLROnPlateau) else built.step()
     if (stopping := stage.get("early_stopping")) is not None:
         with findings.at(f"{dotted}.early_stopping"):
             patience = stopping.get("patience") if isinstance(stopping, Mapping) else None
+            fix = "For example {patience: 5, min_delta: 0.001}; YAML reads 1e-3 as text."
             if not isinstance(patience, int) or patience < 1:
-                fix = "For example {patience: 5, min_delta: 0.001}."
                 raise ValueError(message("early_stopping", "a patience >= 1", stopping, fix))
+            delta = stopping.get("min_delta", 0.0)
+            if not isinstance(delta, int | float) or delta < 0:
+                raise ValueError(message("early_stopping", "a min_delta >= 0", repr(delta), fix))
             _check_keys(findings, "early_stopping", f"{dotted}.early_stopping", stopping)
 
 
@@ -282,16 +308,22 @@ def _check_role(
                 fix = "Leave train.compile out: hooks and second derivatives do not compile."
                 got = role["forward_proc"]
                 raise ValueError(message("compile", "a student without hooks", got, fix))
-    with findings.at(f"{dotted}.src_ckpt"):
-        if role.get("src_ckpt"):
+    for key, why in {
+        "wrapper": "under torchrun the driver wraps the student",
+        "dst_ckpt": "the run folder holds what is trained",
+    }.items():
+        if role.get(key):
+            where = f"{dotted}.{key}"
+            findings.remarks.append(f"{findings.config.place(where)}  {where}: not used, {why}")
+
+
+def _check_no_checkpoints(findings: Findings, dotted: str, section: Any) -> None:
+    """torchdistill would load a ``src_ckpt`` below ``train`` without asking what is in it."""
+    for key, value in section.items() if isinstance(section, Mapping) else ():
+        if key == "src_ckpt" and value:
             fix = "Put it under models: torchdistill would load this one with its code."
-            raise ValueError(message("src_ckpt", "none here", role["src_ckpt"], fix))
-    with findings.at(f"{dotted}.wrapper"):
-        wrapper = role.get("wrapper")
-        key = wrapper.get("key") if isinstance(wrapper, Mapping) else wrapper
-        if key:
-            fix = "Leave it out: under torchrun the driver wraps the student."
-            raise ValueError(message("wrapper", "none", key, fix))
+            findings.add(f"{dotted}.src_ckpt", message("src_ckpt", "none here", value, fix))
+        _check_no_checkpoints(findings, f"{dotted}.{key}", value)
 
 
 def _check_criterion(findings: Findings, dotted: str, criterion: Mapping[str, Any]) -> None:
@@ -380,8 +412,12 @@ def _check_step(findings: Findings, dotted: str, experiment: Experiment) -> None
             raise ValueError(message("batches", "one or more in an epoch", "none", fix))
         places = next(iter(loader.batch_sampler))
         collate = loader.collate_fn or default_collate
-        images, targets, supplement = collate([loader.dataset[i] for i in places])
+        items = [loader.dataset[i] for i in places]
+        images, targets, supplement = collate(items)
         images, targets = images.to(device), targets.to(device)
+        # The last batch of an epoch may be too small for a loss, or of odd size for mixup.
+        rest = 0 if loader.drop_last else len(loader.dataset) % (loader.batch_size or 1)
+        short = collate(items[:rest]) if rest else None
     if findings.problems:
         return
     experiment.begin_epoch()
@@ -394,12 +430,21 @@ def _check_step(findings: Findings, dotted: str, experiment: Experiment) -> None
             procedure(model, images, targets, supplement)
     if findings.problems:
         return
-    with findings.at(f"{dotted}.criterion"), Meter(box.criterion) as meter:
+    classifies = experiment.student is experiment.original
+    with findings.at(f"{dotted}.criterion"), Meter(box.criterion, False, classifies) as meter:
         loss = experiment.training_loss(images, targets, supplement)
         check_finite(loss, meter.latest)
         meter.update(loss, targets)
         box.post_forward_process(loss=loss)
         with experiment.evaluating():
             experiment.loss(images, targets)
+    if short is not None:
+        with findings.at(f"{dotted}.train_data_loader"), experiment.evaluating():
+            try:
+                experiment.loss(short[0].to(device), short[1].to(device), short[2])
+            except ValueError as error:
+                got, fix = f"a last one of {rest}", f"Set drop_last: True. ({error})"
+                raise ValueError(message("batches", "full ones", got, fix)) from error
+    with findings.at("train.monitor"):
         known = ["val_accuracy", "val_loss", *(f"val_{name}" for name in meter.latest)]
         check_known("train.monitor", experiment.monitor, known)

@@ -128,6 +128,7 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option(help="Of the bootstrap interval of the accuracy.", min=100)
     ] = 2000,
+    safe: Safe = False,
 ) -> None:
     """Everything about finished runs: accuracy, per class, calibration, agreement, cost.
 
@@ -139,7 +140,7 @@ def evaluate(
     rows, details = [], []
     with Show() as show, _errors_in_words():
         for run in show.track(runs, "evaluating", len(runs)):
-            found = results.evaluate(run, resamples)
+            found = results.evaluate(run, resamples, safe)
             roles = [role for role in ("student", "teacher") if role in found]
             rows += [_row(str(run), role, found[role]) for role in roles]
             details.append(found)
@@ -176,10 +177,11 @@ def _row(run: str, role: str, found: Mapping[str, Any]) -> dict[str, Any]:
 def predict(
     run: Annotated[Path, typer.Argument(help="A run folder that kd-lrp distill has written.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    safe: Safe = False,
 ) -> None:
     """Classify image files with the student of a run. Not for clinical use."""
     with _errors_in_words():
-        records = results.predict(run, images)
+        records = results.predict(run, images, safe)
     table = Table("file", "class", "probability")
     for record in records:
         table.add_row(record["file"], record["class"], f"{record['probability']:.3f}")
@@ -252,9 +254,10 @@ class Show(Silence):
             for name, value in metrics.items()
             if name.startswith("train_") and name not in ("train_loss", "train_accuracy")
         ]
+        accuracy = metrics.get("train_accuracy", float("nan"))
         console.print(
             f"epoch {metrics['epoch']:>3}  loss {metrics['train_loss']:.4f}  "
-            f"accuracy {metrics['train_accuracy']:.3f}  val {metrics['val_accuracy']:.3f}  "
+            f"accuracy {accuracy:.3f}  val {metrics['val_accuracy']:.3f}  "
             f"[dim]{', '.join(terms)}  {metrics['images_per_second']:g} images/s[/]",
             highlight=False,
             soft_wrap=True,

@@ -136,6 +136,12 @@ def unsafe_tags(config: Config) -> list[str]:
     """What of a config could run code beyond :data:`HARMLESS`, a message with its place each."""
     found = []
     for node in _walk(config.root):
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            # A merge would bring in what is not looked at here; other keys could be made by tags.
+            if not isinstance(key, yaml.ScalarNode) or key.tag.startswith("!"):
+                found.append((key, "a key that is not plain text"))
+            elif key.tag.endswith(":merge"):
+                found.append((key, "a merge key"))
         if node.tag.startswith("tag:yaml.org,2002:python/"):
             found.append((node, node.tag))
         elif node.tag in _CALL_TAGS:
@@ -153,8 +159,8 @@ def unsafe_tags(config: Config) -> list[str]:
         for node in _walk(pairs["dependencies"][1]):
             if isinstance(node, yaml.ScalarNode) and node.value not in ("", *HARMLESS):
                 found.append((node, f"a dependency on {node.value!r}"))
-    for _, model in _pairs(pairs["models"][1]).values() if "models" in pairs else ():
-        if (hub := _pairs(model).get("repo_or_dir")) and hub[1].value:
+    for node in _walk(config.root):
+        if (hub := _pairs(node).get("repo_or_dir")) and hub[1].value:
             found.append((hub[1], "repo_or_dir, which loads a model's code"))
     fix = "Read the config, and leave --safe out if you trust it."
     return [
@@ -168,6 +174,7 @@ def _pairs(node: yaml.Node) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
         return {
             key.value: (child.start_mark if _overridden(child) else key.start_mark, child)
             for key, child in node.value
+            if isinstance(key, yaml.ScalarNode)
         }
     if isinstance(node, yaml.SequenceNode):
         return {str(place): (child.start_mark, child) for place, child in enumerate(node.value)}

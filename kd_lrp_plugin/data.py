@@ -62,18 +62,21 @@ def make_transforms(
 def preprocessing(dataset: Any) -> dict[str, Any] | None:
     """The arguments of :func:`make_transforms` that prepare images as the data set does.
 
-    None if its transform is anything but a resize and a normalisation.
+    None if its transform is anything but a bilinear resize to a square and a normalisation that
+    is the same for all channels.
     """
     steps = getattr(getattr(dataset, "transform", None), "transforms", [])
     kinds = (transforms.Resize, transforms.ToTensor, transforms.Normalize)
     if len(steps) != 3 or not all(isinstance(s, k) for s, k in zip(steps, kinds, strict=True)):
         return None
     resize, _, normalize = steps
-    return {
-        "image_size": resize.size[0],
-        "mean": float(normalize.mean[0]),
-        "std": float(normalize.std[0]),
-    }
+    sides = resize.size if isinstance(resize.size, Sequence) else []
+    if len(sides) != 2 or resize.interpolation != transforms.InterpolationMode.BILINEAR:
+        return None
+    means, stds = set(map(float, normalize.mean)), set(map(float, normalize.std))
+    if len(set(sides)) > 1 or len(means) > 1 or len(stds) > 1:
+        return None
+    return {"image_size": sides[0], "mean": means.pop(), "std": stds.pop()}
 
 
 def check_same_classes(**datasets: Any) -> None:

@@ -184,6 +184,9 @@ class Experiment:
             check_same_classes(**parts)
         self.test_set = parts["test"]
         self.classes = list(getattr(parts["val"], "classes", []))
+        if len(set(self.classes)) < len(self.classes):
+            fix = "Rename one of them."
+            raise ValueError(message("datasets", "classes of different names", self.classes, fix))
         self.preprocessing = preprocessing(parts["val"])
         built = {}
         for role, entry in models.items():
@@ -199,10 +202,14 @@ class Experiment:
         if self.train.get("precision") == "float16":
             for stage in stages_of(self.train).values():
                 stage["post_forward_process"] = scaled_step.__name__
+        for stage in stages_of(self.train).values():
+            for role in ("teacher", "student", "model"):
+                (stage.get(role) or {}).pop("wrapper", None)  # the driver wraps the student itself
         if "teacher_model" in built:
             self.box = get_distillation_box(built["teacher_model"], student, *rest)
         else:
             self.box = get_training_box(student, *rest)
+        self.box.save_stage_ckpt = lambda *_: None  # the run folder holds what a stage has made
         if self.train.get("precision") == "float16":
             self.box.grad_scaler = torch.amp.GradScaler(here.device.type)
         self._enter_stage()
@@ -244,7 +251,7 @@ class Experiment:
 
     def loss(self, images: Tensor, targets: Tensor, supplement: Any = None) -> Tensor:
         """Forward passes and criterion, in the precision of ``train.precision``."""
-        kind = PRECISIONS[self.train.get("precision", "float32")]
+        kind = PRECISIONS[self.train.get("precision") or "float32"]
         with torch.autocast(self.here.device.type, kind, enabled=kind != torch.float32):
             return self.box.forward_process(images, targets, supplement)
 
@@ -299,6 +306,7 @@ class Experiment:
             "optimizer": box.optimizer.state_dict(),
             "scheduler": box.lr_scheduler.state_dict() if box.lr_scheduler else None,
             "scaler": scaler.state_dict() if scaler else None,
+            "losses": {name: loss.state_dict() for name, loss in self._losses().items()},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -317,6 +325,13 @@ class Experiment:
             box.lr_scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None:
             box.grad_scaler.load_state_dict(state["scaler"])
+        for name, loss in self._losses().items():
+            loss.load_state_dict(state["losses"][name])
+
+    def _losses(self) -> dict[str, nn.Module]:
+        """The criterion and its terms, which torchdistill keeps in a plain dict."""
+        terms = getattr(self.box.criterion, "term_dict", {})
+        return {"": self.box.criterion} | {name: term for name, (term, _) in terms.items()}
 
     def _models(self) -> dict[str, nn.Module]:
         """Every model that training changes; a stage may train another than it returns."""
@@ -371,21 +386,19 @@ class Experiment:
         return self.stage != before
 
     def _go_to_stage(self, number: int) -> None:
-        """Later stages of a new box without training; no stage checkpoint is written."""
+        """Later stages of a new box without training."""
         if number > self.stage:
             setattr(self.box, self.student_name, self.student)
-            self.box.save_stage_ckpt = lambda *_: None
             while self.stage < number:
                 self.box.advance_to_next_stage()
-            del self.box.save_stage_ckpt
             self._enter_stage()
 
     def _enter_stage(self) -> None:
         box = self.box
         if not hasattr(box, "current_epoch"):
             box.current_epoch = 0
-        for term, _ in getattr(box.criterion, "term_dict", {}).values():
-            term.to(self.here.device)  # torchdistill leaves the weights of a loss behind
+        for loss in self._losses().values():
+            loss.to(self.here.device)  # torchdistill leaves the weights of a loss behind
         self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
         self.test_loader = self._loader(self._test_loader, "test_loader")
         if self.here.world > 1:

@@ -16,16 +16,17 @@ class Meter:
     Args:
         criterion: of torchdistill's box; its hooks are there while the context is open.
         keep: whether to keep the predictions, for :meth:`predictions`.
+        classifies: whether the criterion is given logits; features, say, have no accuracy.
 
     Attributes:
         latest: the terms of the latest batch.
         images: how many were seen.
     """
 
-    def __init__(self, criterion: nn.Module, keep: bool = False) -> None:
+    def __init__(self, criterion: nn.Module, keep: bool = False, classifies: bool = True) -> None:
         self.latest: dict[str, Tensor] = {}
         self.images = 0
-        self._keep = keep
+        self._keep, self._classifies = keep, classifies
         self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._criterion = criterion
@@ -34,6 +35,11 @@ class Meter:
         }
         self._outputs: dict[str, Tensor | None] = {}
         self._handles: list[Any] = []
+
+    @property
+    def compares(self) -> bool:
+        """Whether a term compares recordings, some of which need more than one image."""
+        return any(isinstance(term, RecordedLoss) for term in self._terms.values())
 
     def __enter__(self) -> "Meter":
         def read_outputs(_: nn.Module, inputs: tuple) -> None:
@@ -78,10 +84,13 @@ class Meter:
         """Count the predictions of a batch."""
         labels = targets.argmax(1) if targets.is_floating_point() else targets
         self.images += len(targets)
+        if not self._classifies:
+            return
         right = (logits.detach().argmax(1) == labels).float()
         self._add("accuracy", right.mean(), len(targets))
         if self._keep:
-            teacher = None if teacher is None else teacher.detach().float().softmax(1).cpu()
+            if teacher is not None:  # a stage may compare other outputs of its teacher
+                teacher = teacher.detach().float().softmax(1).cpu() if teacher.ndim == 2 else None
             self._kept.append((labels.cpu(), logits.detach().float().softmax(1).cpu(), teacher))
 
     def _add(self, name: str, mean: Tensor, n: int) -> None:

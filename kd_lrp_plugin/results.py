@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from kd_lrp_plugin.checks import message
-from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.config import resolve_config, unsafe_tags
 from kd_lrp_plugin.data import make_transforms
 from kd_lrp_plugin.efficiency import cost
 from kd_lrp_plugin.evaluation import classification_metrics, compare_predictions
@@ -23,22 +23,30 @@ from kd_lrp_plugin.runs import RunFolder
 from kd_lrp_plugin.students import load_weights
 
 
-def load_run(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_run(folder: str | Path, safe: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The trained student of a run folder, in evaluation mode, and the run's summary.
+
+    Args:
+        folder: a finished run; its config is a program, run only those that you trust.
+        safe: refuse tags beyond :data:`kd_lrp_plugin.config.HARMLESS`.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
+        ValueError: for a config that is not safe, if it must be.
     """
     run = RunFolder(folder)
     summary = run.summary()
-    model = _models(run)["student"]
+    model = _models(run, safe)["student"]
     load_weights(model, run / "best.pt")
     return model.eval(), summary
 
 
-def _models(run: RunFolder) -> dict[str, nn.Module]:
+def _models(run: RunFolder, safe: bool) -> dict[str, nn.Module]:
     """Student and, if there was one, teacher of a run, untrained."""
-    content = construct(resolve_config(run / "config.yaml").only("dependencies", "models"))
+    config = resolve_config(run / "config.yaml")
+    if safe and (problems := unsafe_tags(config)):
+        raise ValueError("\n".join(problems))
+    content = construct(config.only("dependencies", "models"))
     built = {}
     for name, entry in content["models"].items():
         kwargs = {k: v for k, v in entry["kwargs"].items() if k != "weights"}
@@ -47,8 +55,15 @@ def _models(run: RunFolder) -> dict[str, nn.Module]:
     return built
 
 
-def predict(folder: str | Path, images: Sequence[str | Path]) -> list[dict[str, Any]]:
+def predict(
+    folder: str | Path, images: Sequence[str | Path], safe: bool = False
+) -> list[dict[str, Any]]:
     """What the student of a run makes of image files.
+
+    Args:
+        folder: a finished run.
+        images: files.
+        safe: see :func:`load_run`.
 
     Returns:
         One record per image: file, class and its probability, and all probabilities by class.
@@ -57,7 +72,7 @@ def predict(folder: str | Path, images: Sequence[str | Path]) -> list[dict[str, 
         FileNotFoundError: if there is no run or no image.
         ValueError: for a file that is no image, or a run with a preprocessing of its own.
     """
-    model, summary = load_run(folder)
+    model, summary = load_run(folder, safe)
     if summary["preprocessing"] is None:
         fix = "Load the model with results.load_run, and prepare the images as in training."
         raise ValueError(message("predict", "a known preprocessing", "a custom one", fix))
@@ -82,7 +97,7 @@ def predict(folder: str | Path, images: Sequence[str | Path]) -> list[dict[str, 
     return records
 
 
-def evaluate(folder: str | Path, resamples: int = 2000) -> dict[str, Any]:
+def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> dict[str, Any]:
     """Everything that can be said of a run from its predictions on the test set and its models.
 
     Writes ``evaluation.json``, ``confusion.png`` and ``reliability.png`` into the run folder.
@@ -90,6 +105,7 @@ def evaluate(folder: str | Path, resamples: int = 2000) -> dict[str, Any]:
     Args:
         folder: a finished run.
         resamples: of the bootstrap interval of the accuracy.
+        safe: see :func:`load_run`.
 
     Returns:
         By "student", and "teacher" where the run has one: the figures of
@@ -104,7 +120,7 @@ def evaluate(folder: str | Path, resamples: int = 2000) -> dict[str, Any]:
     summary = run.summary()
     labels, probabilities = read_predictions((run / "predictions.csv").read_text(encoding="utf-8"))
     found: dict[str, Any] = {}
-    models = _models(run)
+    models = _models(run, safe)
     for role, values in probabilities.items():
         figures = classification_metrics(values, labels, summary["classes"], resamples)
         channels, height, width = summary["image_shape"]

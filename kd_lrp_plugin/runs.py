@@ -79,16 +79,19 @@ class RunFolder:
             BlockingIOError: if another process is at work in it.
         """
         made = not self.path.exists()
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            got, fix = f"{self.path}, which is something else", "Choose another --out."
+            raise FileExistsError(message("run folder", "a folder", got, fix))
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self / LOCK, blocking=False):
-                self._check_same_run(config, about)
+                new = self._is_new_or_same_run(config, about)
                 for draft in self.path.glob(f"*{DRAFT}"):  # of a process that was killed
                     draft.unlink()
                 try:
                     yield
                 except BaseException:
-                    if not any((self / name).exists() for name in ("summary.json", *CHECKPOINTS)):
+                    if new and not any((self / name).exists() for name in CHECKPOINTS):
                         self._clear(made)
                     raise
         except Timeout:
@@ -100,26 +103,29 @@ class RunFolder:
         """Leave no trace of a run that has made nothing of value."""
         names = ("environment.json", "config.yaml", "best.pt", "metrics.jsonl", LOCK)
         drafts = self.path.glob(f"*{DRAFT}")
-        for file in (*(self / name for name in names), *drafts, *self._events()):
+        for file in (*(self / name for name in names), *drafts):
             file.unlink(missing_ok=True)
+        self.clear_events()
         if made and not any(self.path.iterdir()):
             self.path.rmdir()
 
-    def _events(self) -> list[Path]:
-        return list(self.path.glob("events.out.tfevents.*"))
+    def clear_events(self) -> None:
+        """Delete TensorBoard's events, which the records of the epochs can make again."""
+        for events in self.path.glob("events.out.tfevents.*"):
+            events.unlink()
 
-    def _check_same_run(self, config: str, about: Mapping[str, Any]) -> None:
+    def _is_new_or_same_run(self, config: str, about: Mapping[str, Any]) -> bool:
+        """True for a new run, False for the same one; raises for any other."""
         fix = "Choose another --out or --seed, or delete it."
         found = {entry.name for entry in self.path.iterdir() if entry.suffix != DRAFT} - {LOCK}
         if found and not self._is_run():
             got = f"{self.path}, which holds {sorted(found)[:3]}"
             raise FileExistsError(message("run folder", "a new one or a run", got, fix))
         if not found & {"summary.json", *CHECKPOINTS}:  # new, or killed in its first epoch
-            for events in self._events():
-                events.unlink()
+            self.clear_events()
             self.write("environment.json", json.dumps({**about, "sessions": []}, indent=2))
             self.write("config.yaml", config)
-            return
+            return True
         before = json.loads((self / "environment.json").read_text(encoding="utf-8"))
         differs = [
             f"{k} {before.get(k)!r}, now {v!r}" for k, v in about.items() if before.get(k) != v
@@ -132,6 +138,7 @@ class RunFolder:
         if differs:
             got = f"{self.path}, which holds another run: {'; '.join(differs[:6])}"
             raise FileExistsError(message("run folder", "a new one or this run", got, fix))
+        return False
 
     def _is_run(self) -> bool:
         file = self / "environment.json"
@@ -169,9 +176,12 @@ class RunFolder:
             _sync(draft)
         except (OSError, RuntimeError) as error:  # PyTorch's writer turns one into the other
             draft.unlink(missing_ok=True)
-            fix = "Make room, and give the same command again: it goes on from the last epoch."
+            fix = (
+                "Make room if the disk is full, and give the same command again: it goes on from "
+                "the last epoch."
+            )
             got = f"{type(error).__name__}: {error}"
-            raise OSError(message(str(draft), "room for a file", got, fix)) from error
+            raise OSError(message(str(draft), "to write a file", got, fix)) from error
 
     # --- checkpoints --------------------------------------------------------------------------
 
@@ -196,21 +206,28 @@ class RunFolder:
     def load(self) -> dict[str, Any] | None:
         """The last checkpoint that is whole; None if there is none yet.
 
-        A damaged one is set aside under a name that ends in ``.damaged``.
+        A damaged one is set aside under a name that ends in ``.damaged``, once the one before it
+        has been read.
 
         Raises:
             ValueError: if there are checkpoints and all of them are damaged.
         """
         files = [self / name for name in CHECKPOINTS if (self / name).exists()]
+        damaged: dict[Path, ValueError] = {}
         for file in files:
             try:
-                return read_checkpoint(file)
+                state = read_checkpoint(file)
             except ValueError as error:
-                logger.warning("%s; the checkpoint before it is used", error)
-                file.replace(file.with_name(file.name + ".damaged"))
+                damaged[file] = error
+                continue
+            for other, why in damaged.items():
+                logger.warning("%s; the checkpoint before it is used", why)
+                other.replace(other.with_name(other.name + ".damaged"))
+            return state
         if files:
             fix = "Delete the folder to start again."
-            raise ValueError(message(str(self.path), "a whole checkpoint", "damaged ones", fix))
+            got = "; ".join(map(str, damaged.values()))
+            raise ValueError(message(str(self.path), "a whole checkpoint", got, fix))
         return None
 
 
@@ -218,6 +235,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint, read without running code and checked against its checksums.
 
     Raises:
+        FileNotFoundError: if there is none.
         ValueError: if it is damaged, or holds more than tensors, numbers, text and containers.
     """
     try:
@@ -226,7 +244,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         if broken is None:
             return torch.load(file, map_location="cpu", weights_only=True)
         got = f"one with a wrong checksum in {broken}"
-    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
         got = f"{type(error).__name__}: {error}"
     except pickle.UnpicklingError as error:
         got = f"other objects: {str(error).splitlines()[0]}"

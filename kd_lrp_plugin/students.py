@@ -4,6 +4,7 @@ Nothing here downloads. timm's ``pretrained`` is refused; :func:`load_weights` r
 """
 
 import argparse
+import json
 import logging
 import os
 import pickle
@@ -93,7 +94,7 @@ def build_model(
     arguments: Any = {"model_name": name, "num_classes": num_classes, **(timm_kwargs or {})}
     arguments["drop_rate"] = dropout
     # A plain attribute, so that it is neither saved nor moved.
-    model.__dict__["timm_arguments"] = arguments if head == "linear" else None
+    model.__dict__["timm_arguments"] = arguments if head == "linear" and _plain(arguments) else None
     if weights is not None:
         load_weights(model, weights, where)
     return model
@@ -133,8 +134,8 @@ def place_head(
 def timm_arguments(model: nn.Module) -> dict[str, Any] | None:
     """What ``timm.create_model`` needs to build this model without us.
 
-    None where it cannot: the heads "mlp" and "flatten_mlp" are ours, and other models are not
-    timm's.
+    None where it cannot: the heads "mlp" and "flatten_mlp" are ours, other models are not timm's,
+    and some arguments, such as classes of layers, cannot be written down.
 
     Example:
         >>> timm_arguments(build_model("mobilenetv2_035", num_classes=4))["model_name"]
@@ -163,6 +164,14 @@ def thesis_student(num_classes: int = 4) -> nn.Module:
         [T], table 3.6. Deviation: ReLU in the head, which [T] does not state.
     """
     return build_model("mobilenetv2_100", num_classes, "mlp")
+
+
+def _plain(arguments: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def load_weights(model: nn.Module, path: str | Path, where: str = "load_weights") -> list[str]:

@@ -81,6 +81,8 @@ def distill(
         FloatingPointError: if a loss is not finite; no step is taken with it.
         OSError: on a full disk, for example.
     """
+    if seed < 0:
+        raise ValueError(message("seed", "a number of 0 or more", seed, ""))
     config = resolve_config(path, overrides)
     with joined(device) as here, ExitStack() as stack:
         show = show if show is not None and here.rank == 0 else Silence()
@@ -119,7 +121,6 @@ class Run:
         self.records: list[dict[str, float]] = []
         self.best: tuple[float, float] | None = None  # monitored value and loss, signed
         self.best_epoch = 0
-        self.stall = 0  # epochs of this stage since the best one
         self.monitor = experiment.monitor
 
     @property
@@ -129,20 +130,24 @@ class Run:
     def restore(self, state: Mapping[str, Any]) -> None:
         self.experiment.restore(state["experiment"])
         self.records = state["records"]
-        self.stall = state["stall"]
         self.best, self.best_epoch = tuple(state["best"]), state["best_epoch"]
         if self.here.rank == 0:
             self._mend_best()
+            self._write_records()
         # What the file of the best weights says of itself counts: it may be ahead of the rest.
         self.best, self.best_epoch = self.here.first(lambda: (self.best, self.best_epoch))
 
     def _mend_best(self) -> None:
         try:
             record = read_checkpoint(self.folder / "best.pt")
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             record = {"epoch": 0}
             if self.best_epoch != self.epoch:
-                self.show.note(f"{error} The best epoch is sought anew.")
+                if self.experiment.finished:
+                    fix = f"{error} Delete the folder to train again."
+                    got = "a damaged file, or none"
+                    raise ValueError(message("best.pt", "the best weights", got, fix)) from error
+                self.show.note(f"{error} The best of the epochs to come is kept.")
                 self.best = None
                 return
         if self.best_epoch == self.epoch and record["epoch"] != self.epoch:
@@ -159,22 +164,20 @@ class Run:
         with ExitStack() as stack:
             board = None
             if self.here.rank == 0:
-                place = str(self.folder.path)
-                board = stack.enter_context(SummaryWriter(place, purge_step=self.epoch + 1))
+                self.folder.clear_events()
+                board = stack.enter_context(SummaryWriter(str(self.folder.path)))
+                for metrics in self.records:
+                    _show_on(board, metrics)
             while not self.experiment.finished:
                 metrics = self._train_epoch()
                 if board is not None:
-                    for name, value in metrics.items():
-                        board.add_scalar(name, value, self.epoch)
-                    board.flush()
+                    _show_on(board, metrics)
                 self.show.epoch(metrics)
 
     def _train_epoch(self) -> dict[str, float]:
         experiment, started = self.experiment, time.time()
         number = self.epoch + 1
-        # Seeds of its own make an epoch independent of how its process came to it.
-        key = np.random.SeedSequence([self.seed, number, self.here.rank])
-        main_util.set_seed(int(key.generate_state(1)[0]))
+        self._set_seed(number)
         experiment.begin_epoch()
         rates = [group["lr"] for group in experiment.box.optimizer.param_groups]
         metrics = {"epoch": number, "stage": experiment.stage, "lr": rates[0]}
@@ -182,25 +185,28 @@ class Run:
         metrics |= self._evaluate(experiment.val_loader, "val", f"epoch {number} val")[0]
         metrics["memory_mb"] = round(_memory(self.here), 1)
         metrics["seconds"] = round(time.time() - started, 2)
-        improved = self._rate(metrics)
-        patience = experiment.stage_config.get("early_stopping") or {}
-        stop = self.stall >= patience.get("patience", math.inf)
-        if experiment.end_epoch(metrics[self.monitor], stop):
-            self.stall = 0
+        improved = self._improves(metrics)
         self.records.append(metrics)
+        experiment.end_epoch(metrics[self.monitor], self._stalls())
         if self.here.rank == 0:
             self._save(improved)
         return metrics
 
+    def _set_seed(self, number: int) -> None:
+        """Seeds of its own make an epoch independent of how its process came to it."""
+        key = np.random.SeedSequence([self.seed, number, self.here.rank])
+        main_util.set_seed(int(key.generate_state(1)[0]))
+
     def _train_batches(self, number: int) -> dict[str, float]:
-        box, started = self.experiment.box, time.time()
+        experiment, box, started = self.experiment, self.experiment.box, time.time()
         loader = box.train_data_loader
-        with Meter(box.criterion) as meter:
+        classifies = experiment.student is experiment.original
+        with Meter(box.criterion, classifies=classifies) as meter:
             for images, targets, supplement in self.show.track(
                 loader, f"epoch {number}", len(loader)
             ):
                 images, targets = images.to(self.here.device), targets.to(self.here.device)
-                loss = self.experiment.training_loss(images, targets, supplement)
+                loss = experiment.training_loss(images, targets, supplement)
                 check_finite(loss, meter.latest)
                 meter.update(loss, targets)
                 box.post_forward_process(loss=loss)
@@ -210,17 +216,30 @@ class Run:
         metrics["images_per_second"] = round(images_seen / seconds, 1)
         return metrics
 
-    def _rate(self, metrics: Mapping[str, float]) -> bool:
-        """Whether this epoch is the best so far; counts those without a gain."""
-        sign = 1.0 if self.monitor.endswith("accuracy") else -1.0
-        quality = (sign * metrics[self.monitor], -metrics.get("val_loss", 0.0))
-        patience = self.experiment.stage_config.get("early_stopping") or {}
-        gained = self.best is None or quality[0] > self.best[0] + patience.get("min_delta", 0.0)
-        self.stall = 0 if gained else self.stall + 1
+    def _value(self, metrics: Mapping[str, float]) -> float:
+        """What is monitored; more is better."""
+        value = metrics[self.monitor]
+        return value if self.monitor.endswith("accuracy") else -value
+
+    def _improves(self, metrics: Mapping[str, float]) -> bool:
+        """Whether this epoch is the best so far; among equal ones the lower loss decides."""
+        one_stage = "stage1" not in self.experiment.train  # losses of stages are no one measure
+        quality = self._value(metrics), -metrics.get("val_loss", 0.0) if one_stage else 0.0
         improved = self.best is None or quality > self.best
         if improved:
             self.best, self.best_epoch = quality, self.epoch + 1
         return improved
+
+    def _stalls(self) -> bool:
+        """Whether this stage has had the epochs of its patience without a gain."""
+        stopping = self.experiment.stage_config.get("early_stopping") or {}
+        reference, since = -math.inf, 0
+        for metrics in self.records:
+            if metrics["stage"] == self.experiment.stage:
+                value, since = self._value(metrics), since + 1
+                if value > reference + stopping.get("min_delta", 0.0):
+                    reference, since = value, 0
+        return since >= stopping.get("patience", math.inf)
 
     def _save(self, improved: bool) -> None:
         # First what the next epoch needs; all else can be made again from it.
@@ -230,11 +249,13 @@ class Run:
                 "records": self.records,
                 "best": list(self.best or (-math.inf, -math.inf)),
                 "best_epoch": self.best_epoch,
-                "stall": self.stall,
             }
         )
         if improved:
             self._save_best()
+        self._write_records()
+
+    def _write_records(self) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         self.folder.write("metrics.jsonl", lines)
 
@@ -253,17 +274,22 @@ class Run:
     def _evaluate(
         self, loader: DataLoader, prefix: str, what: str, keep: bool = False
     ) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
-        """Means of accuracy and every loss term, relevance included; the predictions if kept."""
+        """Means of accuracy and every loss term, relevance included; the predictions if kept.
+
+        One image alone has no relation to others: where the criterion compares recordings, a batch
+        of one counts for the accuracy only.
+        """
         experiment = self.experiment
         redesigned = experiment.student is not experiment.original
         with experiment.evaluating(), Meter(experiment.box.criterion, keep) as meter:
             experiment.original.eval()
+            least = 2 if meter.compares else 1
             for images, targets, *_ in self.show.track(loader, what, len(loader)):
                 images, targets = images.to(self.here.device), targets.to(self.here.device)
-                if len(targets) > 1:
+                if len(targets) >= least:
                     logits = experiment.original(images) if redesigned else None
                     meter.update(experiment.loss(images, targets), targets, logits)
-                else:  # one image alone has no relation to others, only a prediction
+                else:
                     of_teacher = experiment.teacher(images) if experiment.teacher else None
                     meter.count(experiment.original(images), targets, of_teacher)
         return meter.summary(prefix, self.here), meter.predictions(self.here)
@@ -273,6 +299,7 @@ class Run:
         experiment, folder = self.experiment, self.folder
         self.here.first(lambda: None)  # the first process has written the weights
         load_weights(experiment.original, folder / "best.pt")
+        self._set_seed(0)
         loader = experiment.test_loader
         tested, predictions = self._evaluate(loader, "test", "test", keep=True)
         experiment.box.clean_modules()
@@ -292,7 +319,8 @@ class Run:
         if self.here.rank == 0:
             names = _names(experiment.test_set, loader)
             folder.write("predictions.csv", predictions_csv(predictions, experiment.classes, names))
-            state = {k: v.contiguous() for k, v in experiment.original.state_dict().items()}
+            weights = experiment.original.state_dict()
+            state = {k: v.detach().clone().contiguous() for k, v in weights.items()}
             summary["timm"] = timm_arguments(experiment.original)
             about = {"timm.create_model": json.dumps(summary["timm"])}
             folder.put("student.safetensors", lambda file: file.write_bytes(save(state, about)))
@@ -301,6 +329,12 @@ class Run:
             folder.write("summary.json", json.dumps(summary, indent=2))
             (folder / "previous.pt").unlink(missing_ok=True)
         return self.here.first(lambda: summary)
+
+
+def _show_on(board: SummaryWriter, metrics: Mapping[str, float]) -> None:
+    for name, value in metrics.items():
+        board.add_scalar(name, value, int(metrics["epoch"]))
+    board.flush()
 
 
 def _names(dataset: Any, loader: DataLoader) -> list[str] | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import BASELINE, CONFIGS, CPU, LRP, NO_TEACHER, SMALL
+from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, NO_TEACHER, SMALL
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.checking import check
@@ -139,7 +139,10 @@ OVERRIDES = {
     "train.early_stopping=5": "expected a patience >= 1",
     "train.scheduler={key: ReduceLROnPlateau, kwargs: {}}": "Set scheduler.kwargs.mode to max",
     "train.train_data_loader.kwargs.persistent_workers=true": "Leave it out: workers that live",
-    "train.model={forward_proc: forward_batch_only, wrapper: DataParallel}": "the driver wraps",
+    "train.early_stopping={patience: 2, min_delta: 1e-3}": "a min_delta >= 0, got '1e-3'",
+    "train.stage2={num_epochs: 1}": "train: expected stages ['train.stage1'], got ['train.stage2']",
+    "train.optimizer.grad_accum_step=0": "an integer >= 1, got 0",
+    "train.scheduler={key: OneCycleLR, kwargs: {max_lr: 0.1, total_steps: 1}}": "Tried to step 2",
     "train.model={forward_proc: forward_batch_only, src_ckpt: x.pt}": "Put it under models",
     "train.num_epochs=0": "expected an integer of 1 or more, got 0",
     "models.model.src_ckpt=evil.pt": "expected a file of plain tensors, got 'evil.pt'",
@@ -154,7 +157,8 @@ def test_a_wrong_value_is_told_before_any_work(override, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Evil()}, "evil.pt")
-    problems = check(resolve_config(BASELINE, [*SMALL, f"+{override}"]), CPU).problems
+    epochs = ["train.num_epochs=3"] if "OneCycle" in override else []
+    problems = check(resolve_config(BASELINE, [*SMALL, *epochs, f"+{override}"]), CPU).problems
     assert OVERRIDES[override] in "\n".join(problems)
     assert not Path("broken in").exists()
 
@@ -163,6 +167,26 @@ def test_all_problems_come_at_once():
     wrong = ["train.num_epochs=0", "train.optimizer.key=Adamm", "models.model.key=timm"]
     problems = check(resolve_config(BASELINE, [*SMALL, *wrong]), CPU).problems
     assert all(any(p.startswith(f"--set {override}  ") for p in problems) for override in wrong)
+
+
+def test_what_the_driver_does_itself_is_a_remark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("precious.pt").write_text("kept")
+    student = (
+        "+train.student={requires_grad: True, forward_proc: forward_batch_only, "
+        "wrapper: DistributedDataParallel, dst_ckpt: precious.pt}"
+    )
+    findings = check(resolve_config(KD, [*SMALL, *NO_TEACHER, student]), CPU)
+    assert findings.problems == []
+    assert ["not used" in remark for remark in findings.remarks] == [True, True]
+    assert Path("precious.pt").read_text() == "kept"
+
+
+def test_a_last_batch_that_a_loss_cannot_take_is_told():
+    overrides = [*SMALL, *NO_TEACHER, "datasets.phantom/train.init.kwargs.size=17"]
+    overrides.append("train.train_data_loader.kwargs.drop_last=False")
+    (problem,) = check(resolve_config(LRP, overrides), CPU).problems
+    assert "expected full ones, got a last one of 1. Set drop_last: True." in problem
 
 
 def test_a_key_that_nothing_reads_is_a_remark():
@@ -199,6 +223,7 @@ class TestSafe:
             "!!python/object/apply:os.system [touch ran]",
             "!call_method [x, y]",
             "!import_call {key: kd_lrp_plugin.torchdistill.losses}",
+            "!import_call {key: torch.tensor, <<: {package: evilmod}}",
         ],
     )
     def test_a_tag_that_could_run_code_is_refused_unrun(self, node, tmp_path, monkeypatch):
@@ -209,6 +234,20 @@ class TestSafe:
         assert result.exit_code == 1
         assert "my.yaml:38: expected calls known as harmless" in result.output
         assert not Path("ran").exists()
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "models: {model: {key: net, <<: {repo_or_dir: hub}, kwargs: {source: local}}}",
+            "models: {<<: {model: {key: net, repo_or_dir: hub, kwargs: {source: local}}}}",
+            "<<: {dependencies: [evilmod, kd_lrp_plugin.torchdistill]}",
+            "models: {model: {key: net, ? !join [repo_or_, dir] : hub}}",
+        ],
+    )
+    def test_keys_that_hide_what_they_bring_are_refused(self, text, tmp_path):
+        (tmp_path / "my.yaml").write_text(text, encoding="utf-8")
+        found = "\n".join(unsafe_tags(resolve_config(tmp_path / "my.yaml")))
+        assert "a merge key" in found or "not plain text" in found
 
     def test_imports_and_hubs_are_refused(self):
         config = resolve_config(

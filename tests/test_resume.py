@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import BASELINE, KD, LRP, NO_TEACHER, SMALL, Stopped, StopsAt, outcome, same
+from torchdistill.losses.registry import register_mid_level_loss
 
 from kd_lrp_plugin import runs, training
 
@@ -65,7 +66,7 @@ class TestStops:
             return draft(self, file, half if fails else make)
 
         monkeypatch.setattr(runs.RunFolder, "_draft", full)
-        with pytest.raises(OSError, match="Make room, and give the same command again"):
+        with pytest.raises(OSError, match="Make room if the disk is full"):
             distill(out)
         monkeypatch.undo()
         assert not list(out.glob(f"*{runs.DRAFT}"))
@@ -87,6 +88,37 @@ class TestStops:
             (out / name).write_bytes(old[name])
         distill(out)
         assert same(outcome(out), uninterrupted)
+
+
+def test_the_last_line_of_the_metrics_comes_back(out, uninterrupted):
+    with pytest.raises(Stopped):
+        distill(out, StopsAt("test"))
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    (out / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    distill(out)
+    assert same(outcome(out), uninterrupted)
+
+
+def test_patience_is_counted_the_same_after_a_fall_back(tmp_path, monkeypatch):
+    """A best.pt that is ahead of the checkpoint used must not pass for an older one."""
+    values = [0.5, 0.4, 0.6, 0.3, 0.2, 0.1]
+    evaluate = training.Run._evaluate
+
+    def scripted(self, loader, prefix, what, keep=False):
+        found, predictions = evaluate(self, loader, prefix, what, keep)
+        if prefix == "val":
+            found["val_accuracy"] = values[self.epoch]
+        return found, predictions
+
+    monkeypatch.setattr(training.Run, "_evaluate", scripted)
+    overrides = [*SMALL, "train.num_epochs=6", "+train.early_stopping={patience: 2}"]
+    distill(tmp_path / "whole", None, BASELINE, overrides)
+    with pytest.raises(Stopped):
+        distill(tmp_path / "parts", StopsAt("epoch 4"), BASELINE, overrides)
+    (tmp_path / "parts/last.pt").write_bytes(b"")
+    distill(tmp_path / "parts", None, BASELINE, overrides)
+    assert len(outcome(tmp_path / "whole")["metrics"]) == 5
+    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
 
 
 class TestDamage:
@@ -111,8 +143,11 @@ class TestDamage:
             distill(out, StopsAt("epoch 2"))
         (out / "last.pt").write_bytes(b"")
         (out / "previous.pt").unlink(missing_ok=True)
-        with pytest.raises(ValueError, match=r"(?s)a whole checkpoint.*Delete the folder"):
-            distill(out)
+        before = sorted(file.name for file in out.iterdir())
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"(?s)a whole checkpoint.*Delete the folder"):
+                distill(out)
+        assert sorted(file.name for file in out.iterdir()) == before
 
     def test_a_checkpoint_that_is_not_plain_tensors_is_not_opened(self, out, tmp_path):
         class Evil:
@@ -126,7 +161,7 @@ class TestDamage:
             distill(out)
         assert not (tmp_path / "broken in").exists()
         with pytest.raises(ValueError, match="plain tensors, got other objects"):
-            runs.read_checkpoint(out / "last.pt.damaged")
+            runs.read_checkpoint(out / "last.pt")
 
 
 SGD = (
@@ -150,7 +185,29 @@ STAGES = """train={
     optimizer: {key: AdamW, kwargs: {lr: 0.001}},
     criterion: {key: DisWOTPlusLoss, kwargs: {alpha: 0.9, beta: 0.1, gamma: 0, delta: 0}},
     scheduler: {key: CosineAnnealingLR, kwargs: {T_max: 2}}}}""".replace("\n", " ")
+
+
+class Drifting(torch.nn.Module):
+    """A loss with a state of its own, as some of torchdistill's have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, student_io_dict, teacher_io_dict, targets):
+        value = student_io_dict["."]["output"].square().mean()
+        if torch.is_grad_enabled():
+            self.mean.mul_(0.5).add_(value.detach())
+        return value * self.mean
+
+
+register_mid_level_loss(Drifting, key="Drifting")
 VARIANTS = {
+    "a loss that remembers": (
+        BASELINE,
+        ["train.criterion={key: WeightedSumLoss, kwargs: {sub_terms: {own: "
+         "{criterion: {key: Drifting, kwargs: {}}, weight: 1.0}}}}"],
+    ),
     "accumulation that reaches across epochs": (BASELINE, [SGD]),
     "a scheduler that steps within epochs": (
         BASELINE,
