@@ -39,6 +39,8 @@ from kd_lrp_plugin.runs import RunFolder, read_checkpoint
 from kd_lrp_plugin.students import load_weights, timm_arguments
 from kd_lrp_plugin.torchdistill import check_finite
 
+FORMAT = 1  # of the checkpoints: goes up when what they hold changes
+
 
 def default_run_folder(path: str | Path, seed: int) -> Path:
     """``runs/<dataset>/<method>/<config>/<seed>``, from the last parts of the config's path."""
@@ -128,6 +130,10 @@ class Run:
         return len(self.records)
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        if state.get("format") != FORMAT:
+            fix = "Finish the run with the version that began it, or delete the folder."
+            got = f"format {state.get('format')}"
+            raise ValueError(message("checkpoint", f"format {FORMAT}", got, fix))
         self.experiment.restore(state["experiment"])
         self.records = state["records"]
         self.best, self.best_epoch = tuple(state["best"]), state["best_epoch"]
@@ -245,6 +251,7 @@ class Run:
         # First what the next epoch needs; all else can be made again from it.
         self.folder.save(
             {
+                "format": FORMAT,
                 "experiment": self.experiment.state(),
                 "records": self.records,
                 "best": list(self.best or (-math.inf, -math.inf)),

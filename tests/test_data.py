@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from scipy.ndimage import distance_transform_edt, label
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 from kd_lrp_plugin.data import (
     CLASSES,
@@ -23,6 +24,7 @@ from kd_lrp_plugin.data import (
     Scene,
     check_same_classes,
     make_transforms,
+    preprocessing,
 )
 
 GLIOMA, MENINGIOMA, NOTUMOR, PITUITARY = range(4)
@@ -364,3 +366,24 @@ class TestRealImages:
         fit, held = (FolderImages(None, part=p, name="brain_mri") for p in ("fit", "holdout"))
         share = np.bincount(held.targets) / (np.bincount(held.targets) + np.bincount(fit.targets))
         assert np.all((share > 0.1) & (share < 0.2))
+
+
+@pytest.mark.parametrize(
+    ("steps", "known"),
+    [
+        ([transforms.Resize([48, 48]), 0.5, 0.25], True),
+        ([transforms.Resize(48), 0.5, 0.25], False),
+        ([transforms.Resize([48, 64]), 0.5, 0.25], False),
+        ([transforms.Resize([48, 48], transforms.InterpolationMode.BICUBIC), 0.5, 0.25], False),
+        ([transforms.Resize([48, 48]), [0.485, 0.456, 0.406], 0.25], False),
+        ([transforms.Resize([48, 48]), 0.5, [0.229, 0.224, 0.225]], False),
+    ],
+)
+def test_preprocessing_is_known_only_where_it_is_ours(steps, known):
+    resize, mean, std = steps
+    means, stds = (v if isinstance(v, list) else [v] * 3 for v in (mean, std))
+    transform = transforms.Compose(
+        [resize, transforms.ToTensor(), transforms.Normalize(means, stds)]
+    )
+    found = preprocessing(Phantom(size=2, transform=transform))
+    assert found == ({"image_size": 48, "mean": 0.5, "std": 0.25} if known else None)

@@ -177,3 +177,51 @@ class TestRecipes:
         term.register_forward_hook(lambda term, *_: made.append(term.computed))
         run._train_epoch()
         assert made == [True, False, True]  # two batches of training, one of validation
+
+
+class TestModelsOfAllKinds:
+    def test_a_stage_may_compare_features(self, tmp_path):
+        """FitNet's first stage: a part of the student, which gives no logits to count."""
+        hint = (
+            "{key: WeightedSumLoss, kwargs: {sub_terms: {hint: {weight: 1.0, criterion: "
+            "{key: MSELoss, kwargs: {}}, criterion_wrapper: {key: SimpleLossWrapper, kwargs: "
+            "{input: {is_from_teacher: False, module_path: bn1, io: output, uses_label: False}, "
+            "target: {is_from_teacher: False, module_path: bn1, io: output, "
+            "uses_label: False}}}}}}}"
+        )
+        student = (
+            "{sequential: [conv1, bn1, maxpool], forward_proc: forward_batch_only, "
+            "requires_grad: True, forward_hook: {input: [], output: [bn1]}}"
+        )
+        overrides = [*MANY, *NO_TEACHER, "train.stage1.num_epochs=1", "train.stage2.num_epochs=1"]
+        overrides += [f"train.stage1.student={student}", f"train.stage1.criterion={hint}"]
+        overrides += ["train.stage2.scheduler.kwargs.T_max=1"]
+        overrides += ["train.stage2.pre_epoch_process.init.kwargs.terms={}"]
+        first, second = metrics(STAGES, overrides, tmp_path / "run")
+        assert "train_accuracy" not in first
+        assert 0 <= first["val_accuracy"] <= 1
+        assert "train_accuracy" in second
+
+    def test_arguments_that_cannot_be_written_down_do_not_stop_the_end(self, tmp_path):
+        act = "+models.model.kwargs.timm_kwargs={act_layer: !import_get {key: torch.nn.SiLU}}"
+        summary = training.distill(BASELINE, [*SMALL, act], tmp_path / "run", device="cpu")
+        assert summary["timm"] is None
+
+    def test_weights_that_are_shared_are_saved(self, tmp_path):
+        from torchdistill.models.registry import register_model
+
+        def tied() -> torch.nn.Module:
+            first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+            second.weight = first.weight
+            pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+            return torch.nn.Sequential(torch.nn.Conv2d(3, 1, 3), pool, first, second)
+
+        register_model(tied, key="tied")
+        model = "models.model={key: tied, kwargs: {}}"
+        training.distill(BASELINE, [*SMALL, model], tmp_path / "run", device="cpu")
+        assert (tmp_path / "run/student.safetensors").is_file()
+
+    def test_single_images_have_a_loss_where_it_needs_no_others(self, tmp_path):
+        alone = ["train.val_data_loader.kwargs={batch_size: 1}", "+train.monitor=val_loss"]
+        (record,) = metrics(BASELINE, [*SMALL, *alone], tmp_path / "run")
+        assert record["val_loss"] == record["val_ce"] > 0
