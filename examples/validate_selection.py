@@ -27,8 +27,9 @@ from kd_lrp_plugin import report
 from kd_lrp_plugin.cli import Show
 from kd_lrp_plugin.data import FolderImages
 from kd_lrp_plugin.efficiency import count_parameters
+from kd_lrp_plugin.quality import ranking_quality
 from kd_lrp_plugin.scores import SCORES
-from kd_lrp_plugin.selection import Batch, Candidate, Teacher, measure, ranking_quality
+from kd_lrp_plugin.selection import Batch, Candidate, Teacher, measure
 from kd_lrp_plugin.spaces import mobilenetv2
 from kd_lrp_plugin.students import build_model, load_weights
 

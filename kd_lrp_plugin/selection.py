@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import kendalltau, spearmanr
+from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from kd_lrp_plugin.checks import check_known, message
+from kd_lrp_plugin.efficiency import count_macs, count_parameters, measure_latency
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.scores import SCORES, Observation, normal_init
 
@@ -311,76 +312,91 @@ def within(budget: Mapping[str, float], costs: Mapping[str, Mapping[str, float]]
     return kept
 
 
-# --- does a score select? -----------------------------------------------------------------------
-
-NEAR = 0.1  # by this share of the smaller, networks "of equal size" may differ in parameters
+# --- a ranking ----------------------------------------------------------------------------------
 
 
-def ranking_quality(
-    scores: Sequence[float],
-    accuracies: Sequence[float],
-    parameters: Sequence[float],
-    budgets: int = 6,
-) -> dict[str, float]:
-    """How well scores (lower is better) order networks by accuracy.
-
-    Args:
-        scores: one per network.
-        accuracies: of the trained networks.
-        parameters: their sizes.
-        budgets: number of parameter budgets for the regret, evenly spaced among the sizes in rank.
-
-    Returns:
-        "spearman" and "kendall" of the negated scores with the accuracies; "iso_concordance", the
-        share of pairs of equal size (:data:`NEAR`) and different accuracy in right order, ties in
-        score counting one half (nan without such pairs); "regret", the mean over the budgets of
-        the best accuracy within it less that of the best score within it.
-    """
-    order, truth, size = (np.asarray(v, dtype=float) for v in (scores, accuracies, parameters))
-    constant = np.ptp(order) == 0
-    first, second = np.triu_indices(len(truth), 1)
-    near = np.abs(size[first] - size[second]) <= NEAR * np.minimum(size[first], size[second])
-    near &= truth[first] != truth[second]
-    gaps = np.sign(order[second] - order[first]) * np.sign(truth[first] - truth[second])
-    concordant = (gaps[near] + 1) / 2
-    limits = np.quantile(size, np.linspace(0, 1, budgets + 1)[1:])
-    regrets = []
-    for limit in limits:
-        inside = size <= limit
-        best = truth[inside][order[inside] == order[inside].min()].mean()
-        regrets.append(truth[inside].max() - best)
-    return {
-        "spearman": 0.0 if constant else float(spearmanr(-order, truth).statistic),
-        "kendall": 0.0 if constant else float(kendalltau(-order, truth).statistic),
-        "iso_concordance": float(concordant.mean()) if near.any() else math.nan,
-        "regret": float(np.mean(regrets)),
-    }
+def costs_of(
+    candidates: Sequence[Candidate],
+    image_size: int,
+    channels: int = 3,
+    latency: bool = True,
+    show: Silence | None = None,
+) -> dict[str, dict[str, float]]:
+    """Parameters, macs and, if asked for, latency (seconds per image at batch 1) by candidate."""
+    found = {}
+    for candidate in (show or Silence()).track(candidates, "counting", len(candidates)):
+        model = seeded(candidate.build, 0)
+        found[candidate.name] = {
+            "parameters": float(count_parameters(model)),
+            "macs": float(count_macs(model, image_size, channels)),
+        }
+        if latency:
+            found[candidate.name]["latency"] = measure_latency(model, image_size, 1, channels)
+    return found
 
 
-def compare_quality(
-    one: Sequence[float],
-    other: Sequence[float],
-    accuracies: Sequence[float],
-    parameters: Sequence[float],
-    resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, tuple[float, float, float]]:
-    """Difference of :func:`ranking_quality` of two scores, with a paired bootstrap interval.
+def ranking(
+    rows: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str, float]], score: str
+) -> list[dict[str, Any]]:
+    """What :func:`measure` and :func:`costs_of` have found, a record per candidate, best first.
 
     Returns:
-        By figure: difference, and the 2.5th and 97.5th percentile over resamples of the networks.
+        Records with the candidate's name, the score's mean and spread, each cost, the rank by each
+        of them, and whether the candidate is on the front of low score and few parameters and
+        macs. A candidate without the score comes last, with the problem.
     """
-    arrays = [np.asarray(v, dtype=float) for v in (one, other, accuracies, parameters)]
+    summary = summarise(rows)
+    names = list(summary)
+    means = [summary[name][score][0] if summary[name][score] else None for name in names]
+    by_cost = {k: ranks([costs[name][k] for name in names]) for k in costs[names[0]]}
+    by_score = ranks(means)
+    known = {i: value for i, value in enumerate(means) if value is not None}
+    points = [
+        (value, costs[names[i]]["parameters"], costs[names[i]]["macs"])
+        for i, value in known.items()
+    ]
+    front = dict(zip(known, pareto_front(points), strict=True))
+    records = []
+    for i, name in enumerate(names):
+        record: dict[str, Any] = {"candidate": name, "score": means[i], "spread": None}
+        if summary[name][score]:
+            record["spread"] = summary[name][score][1]
+        record |= costs[name]
+        record["rank by score"] = by_score[i]
+        record |= {f"rank by {cost}": places[i] for cost, places in by_cost.items()}
+        record["front"] = front.get(i, False)
+        record["problem"] = summary[name]["problems"].get(score)
+        records.append(record)
+    return sorted(records, key=lambda record: (record["score"] is None, record["score"] or 0.0))
 
-    def differences(places: np.ndarray) -> dict[str, float]:
-        a, b, truth, size = (array[places] for array in arrays)
-        first, second = ranking_quality(a, truth, size), ranking_quality(b, truth, size)
-        return {name: first[name] - second[name] for name in first}
 
-    found = differences(np.arange(len(arrays[0])))
-    n, draw = len(arrays[0]), np.random.default_rng(seed)
-    drawn = [differences(draw.integers(0, n, n)) for _ in range(resamples)]
-    return {
-        name: (value, *np.nanpercentile([d[name] for d in drawn], [2.5, 97.5]).tolist())
-        for name, value in found.items()
-    }
+def verdict(records: Sequence[Mapping[str, Any]]) -> str:
+    """In plain words, what the score says that the parameter count does not."""
+    scored = [record for record in records if record["score"] is not None]
+    if len(scored) < 3:
+        return "Too few candidates have a score to say what it adds to the parameter count."
+    scores = [record["score"] for record in scored]
+    sizes = [record["parameters"] for record in scored]
+    if len(set(scores)) == 1:
+        return "The score is the same for all: it says nothing."
+    tau = kendalltau(scores, sizes).statistic
+    spread = float(np.median([record["spread"] for record in scored]))
+    steps = np.diff(sorted(scores))
+    words = []
+    if abs(tau) >= 0.9:
+        order = "smallest" if tau > 0 else "largest"
+        words.append(
+            f"The score adds nothing to the parameter count here: it puts the {order} first "
+            f"(Kendall {tau:.2f} with the parameters)."
+        )
+    else:
+        words.append(
+            f"The score is no mere parameter count here (Kendall {tau:.2f} with the parameters)."
+        )
+    if spread > float(np.median(steps)):
+        words.append(
+            f"Neighbours in the ranking are not told apart: the spread over initialisations and "
+            f"batches is {spread:.3g}, a step of the ranking {float(np.median(steps)):.3g}."
+        )
+    words.append("Whether it finds accurate students, only trained ones can tell.")
+    return " ".join(words)

@@ -13,7 +13,7 @@ LEVELS = {
         *("processes", "runs", "spaces"),
     ),
     2: ("propagation", "relevance", "evaluation", "report"),
-    3: ("scores", "selection"),
+    3: ("scores", "selection", "quality"),
     4: ("recipes", "torchdistill"),
     5: ("experiment", "meter", "checking", "results", "training", "cli"),
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_lrp_plugin import selection
+from kd_lrp_plugin import quality, selection
 from kd_lrp_plugin.scores import SCORES, Score
 from kd_lrp_plugin.selection import Candidate, Teacher, measure
 from kd_lrp_plugin.spaces import mobilenetv2
@@ -136,7 +136,7 @@ class TestQuality:
     def test_is_what_counting_pairs_says(self):
         draw = np.random.default_rng(0)
         scores, truth, sizes = draw.normal(size=12), draw.normal(size=12), draw.uniform(1, 2, 12)
-        found = selection.ranking_quality(scores, truth, sizes)
+        found = quality.ranking_quality(scores, truth, sizes)
         pairs = list(itertools.combinations(range(12), 2))
 
         def right(i, j):
@@ -155,20 +155,20 @@ class TestQuality:
     def test_regret_is_what_the_choice_falls_short_of(self):
         truth, sizes = [0.5, 0.9, 0.7], [1, 2, 3]
         # Up to each of six budgets the quantiles admit 1, 1, 2, 2, 2, 3 networks.
-        found = selection.ranking_quality([3, 2, 1], truth, sizes)
+        found = quality.ranking_quality([3, 2, 1], truth, sizes)
         assert found["regret"] == pytest.approx((0 + 0 + 0 + 0 + 0 + 0.2) / 6)
 
     def test_a_constant_score_orders_nothing(self):
-        found = selection.ranking_quality([1, 1, 1], [0.1, 0.2, 0.3], [100, 101, 102])
+        found = quality.ranking_quality([1, 1, 1], [0.1, 0.2, 0.3], [100, 101, 102])
         assert (found["spearman"], found["kendall"], found["iso_concordance"]) == (0, 0, 0.5)
 
     def test_an_interval_of_differences_holds_the_difference(self):
         draw = np.random.default_rng(1)
         truth, sizes = draw.normal(size=40), draw.uniform(1, 2, 40)
         good, bad = -truth + 0.1 * draw.normal(size=40), draw.normal(size=40)
-        value, low, high = selection.compare_quality(good, bad, truth, sizes, 200)["kendall"]
+        value, low, high = quality.compare_quality(good, bad, truth, sizes, 200)["kendall"]
         assert 0 < low < value < high
-        same = selection.compare_quality(good, good, truth, sizes, 50)["kendall"]
+        same = quality.compare_quality(good, good, truth, sizes, 50)["kendall"]
         assert same == (0, 0, 0)
 
     def test_a_front_is_what_nobody_beats(self):
