@@ -32,12 +32,13 @@ def main() -> None:
     parser.add_argument("--space", default="thesis", choices=list(SPACES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--first", type=int, help="train only so many of the space: a trial")
     parser.add_argument("--classes", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("ground_truth"))
     args = parser.parse_args()
     rows, missing = [], 0
     for seed in args.seeds:
-        for student in SPACES[args.space]:
+        for student in list(SPACES[args.space])[: args.first]:
             folder = args.out / "runs" / str(student) / str(seed)
             choices = {**asdict(student), "num_classes": args.classes}
             model = yaml.safe_dump(

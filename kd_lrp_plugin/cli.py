@@ -1,10 +1,12 @@
 """The command line ``kd-lrp``: arguments, printing, signals."""
 
+import json
 import logging
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from kd_lrp_plugin import checking, report, results, training
-from kd_lrp_plugin.config import resolve_config, unsafe_tags
+from kd_lrp_plugin import checking, hook, report, results, selection, training
+from kd_lrp_plugin.checks import check_known, message
+from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
+from kd_lrp_plugin.experiment import construct
 from kd_lrp_plugin.processes import FirstFailed, joined
 from kd_lrp_plugin.progress import Silence
 
@@ -171,6 +175,71 @@ def _row(run: str, role: str, found: Mapping[str, Any]) -> dict[str, Any]:
         "ms": cost.get("latency_ms_batch_1"),
         "images/s": cost.get("images_per_second_batch_32"),
     }
+
+
+@app.command()
+def select(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="QUANTITY=VALUE",
+            help="Such as params=2.5M, macs=300M or latency=20ms; repeatable. "
+            "Instead of the config's, for a look: the choice is not recorded then.",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes to share the work.", min=1)] = 1,
+) -> None:
+    """Rank the untrained students of a config whose student_model.key is diswot_student.
+
+    Prints a table, and writes it beside the record of the choice, with a figure. What is scored
+    stays scored: the command goes on after a kill. `distill` then trains the choice. Example:
+
+        kd-lrp select torchdistill_configs/phantom/diswot/chosen_from_resnet10t.yaml --jobs 2
+    """
+    with Show() as show, _errors_in_words():
+        question = _question_of(resolve_config(config, overrides or []))
+        asked = question if budget is None else replace(question, budget=budget)
+        records = hook.select(asked, jobs, show, latency=True)
+        file = hook.question_file(question)
+        words = selection.verdict(records)
+        if budget is None and not file.exists():
+            hook.keep(question, records)
+        table = report.table(_in_units(records), digits=3)
+        file.with_suffix(".md").write_text(f"{table}\n\n{words}\n", encoding="utf-8")
+        figure = report.selection_figure(records, f"{question.score}: lower is better")
+        figure.savefig(file.with_suffix(".png"))
+    print(table)
+    print(f"\n{words}")
+    print(f"\nbest by {question.score}: {records[0]['candidate']}")
+    if file.exists():
+        chosen = json.loads(file.read_text(encoding="utf-8"))["candidate"]
+        print(f"recorded in {file}: {chosen}; delete it to choose anew")
+    print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
+
+
+def _question_of(config: Config) -> hook.Question:
+    content = construct(config.only("dependencies", "datasets", "models"))
+    entry = (content.get("models") or {}).get("student_model") or {}
+    if entry.get("key") != "diswot_student":
+        where = f"{config.path}: models.student_model.key"
+        fix = "See torchdistill_configs/phantom/diswot."
+        raise ValueError(message(where, "'diswot_student'", repr(entry.get("key")), fix))
+    for key in entry["kwargs"]:
+        check_known("diswot_student: keyword", key, hook.Question.__dataclass_fields__)
+    return hook.Question(**entry["kwargs"])
+
+
+def _in_units(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = []
+    for record in records:
+        row = {k: v for k, v in record.items() if k not in ("latency", "problem", "front")}
+        row |= {"parameters": int(record["parameters"]), "macs": int(record["macs"])}
+        row["ms"] = 1e3 * record["latency"]
+        row["front"] = "*" if record["front"] else ""
+        rows.append(row)
+    return rows
 
 
 @app.command()

@@ -3,10 +3,11 @@
 torchdistill's tags can call code, so all of this works on the nodes of the text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import yaml
 
@@ -61,11 +62,23 @@ class Config:
         """The config as YAML, tags still unread."""
         return yaml.serialize(self.root, Dumper=yaml.SafeDumper, allow_unicode=True)
 
-    def only(self, *sections: str) -> "Config":
-        """The config without its other top-level sections; their aliases stay resolved."""
-        pairs = [(key, value) for key, value in self.root.value if key.value in sections]
-        mark = self.root.start_mark
-        return Config(self.path, yaml.MappingNode(self.root.tag, pairs, mark, self.root.end_mark))
+    def only(self, *sections: str, without: str = "") -> "Config":
+        """The config without its other top-level sections; their aliases stay resolved.
+
+        Args:
+            sections: to keep.
+            without: a key to leave out of these sections.
+        """
+
+        def filtered(node: yaml.Node, keep: Callable[[str], bool]) -> Any:
+            if not isinstance(node, yaml.MappingNode):
+                return node
+            pairs = [(key, value) for key, value in node.value if keep(key.value)]
+            return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
+
+        root = filtered(self.root, lambda key: key in sections)
+        root.value = [(key, filtered(value, lambda k: k != without)) for key, value in root.value]
+        return Config(self.path, root)
 
     def holds(self, dotted: str) -> bool:
         """Whether there is such a key."""

@@ -316,6 +316,39 @@ def reliability_figure(
     return figure
 
 
+def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Score over parameters, a point per candidate, with its spread; the front in red.
+
+    Args:
+        records: with "candidate", "score" (None is left out), "spread", "parameters", "front".
+        title: above the figure.
+
+    Returns:
+        A figure of its own, outside of pyplot.
+    """
+    scored = [record for record in records if record.get("score") is not None]
+    figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for front, colour, label in ((False, "#5b8db8", None), (True, "#c01818", "front")):
+        part = [record for record in scored if bool(record["front"]) == front]
+        x, y = ([record[name] for record in part] for name in ("parameters", "score"))
+        spread = [record["spread"] for record in part]
+        axes.errorbar(x, y, spread, fmt="o", color=colour, markersize=4, capsize=2, label=label)
+    if len(scored) <= 24:
+        for record in scored:
+            place = (record["parameters"], record["score"])
+            axes.annotate(
+                record["candidate"], place, (3, 3), textcoords="offset points", fontsize=6
+            )
+    axes.set(xlabel="parameters", ylabel="score", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.supxlabel("Bars: standard deviation over batches and initialisations.", fontsize=8)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
 # --- drawing ------------------------------------------------------------------------------------
 
 _HEAT = colormaps["inferno"]

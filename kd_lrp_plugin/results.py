@@ -36,19 +36,23 @@ def load_run(folder: str | Path, safe: bool = False) -> tuple[nn.Module, dict[st
     """
     run = RunFolder(folder)
     summary = run.summary()
-    model = _models(run, safe)["student"]
+    model = _models(run, summary, safe)["student"]
     load_weights(model, run / "best.pt")
     return model.eval(), summary
 
 
-def _models(run: RunFolder, safe: bool) -> dict[str, nn.Module]:
+def _models(run: RunFolder, summary: Mapping[str, Any], safe: bool) -> dict[str, nn.Module]:
     """Student and, if there was one, teacher of a run, untrained."""
     config = resolve_config(run / "config.yaml")
     if safe and (problems := unsafe_tags(config)):
         raise ValueError("\n".join(problems))
-    content = construct(config.only("dependencies", "models"))
+    # A student that was chosen may need its data to be read in; its choice is known already.
+    chosen = summary.get("student")
+    without = "student_model" if chosen else ""
+    content = construct(config.only("dependencies", "models", without=without))
+    entries = content["models"] | ({"student_model": chosen} if chosen else {})
     built = {}
-    for name, entry in content["models"].items():
+    for name, entry in entries.items():
         kwargs = {k: v for k, v in entry["kwargs"].items() if k != "weights"}
         role = "teacher" if name == "teacher_model" else "student"
         built[role] = build_model_of({**entry, "kwargs": kwargs}, f"models.{name}")
@@ -120,7 +124,7 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     summary = run.summary()
     labels, probabilities = read_predictions((run / "predictions.csv").read_text(encoding="utf-8"))
     found: dict[str, Any] = {}
-    models = _models(run, safe)
+    models = _models(run, summary, safe)
     for role, values in probabilities.items():
         figures = classification_metrics(values, labels, summary["classes"], resamples)
         channels, height, width = summary["image_shape"]

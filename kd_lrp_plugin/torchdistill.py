@@ -10,7 +10,7 @@ high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_ca
                        :func:`class_weights`
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
-models                 ``timm_model``, ``timm_mobilenetv2``
+models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
 datasets               ``phantom``, ``folder_images``; in ``datasets`` by ``!import_call`` of
                        :func:`phantom` and :func:`folder_images`
 =====================  ==========================================================================
@@ -33,6 +33,7 @@ from torchdistill.models.registry import register_model
 
 from kd_lrp_plugin import data, losses, spaces, students
 from kd_lrp_plugin.checks import check_known, check_targets, message, strict
+from kd_lrp_plugin.hook import diswot_student as diswot_student
 from kd_lrp_plugin.recipes import class_weights as class_weights
 from kd_lrp_plugin.recipes import mixup as mixup
 from kd_lrp_plugin.recipes import weight_schedule as weight_schedule

@@ -329,6 +329,8 @@ class Run:
             weights = experiment.original.state_dict()
             state = {k: v.detach().clone().contiguous() for k, v in weights.items()}
             summary["timm"] = timm_arguments(experiment.original)
+            # What a model that chose itself has chosen, so that the run can be loaded without.
+            summary["student"] = getattr(experiment.original, "chosen", None)
             about = {"timm.create_model": json.dumps(summary["timm"])}
             folder.put("student.safetensors", lambda file: file.write_bytes(save(state, about)))
             figure = curves_figure(self.records)

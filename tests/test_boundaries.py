@@ -14,7 +14,7 @@ LEVELS = {
     ),
     2: ("propagation", "relevance", "evaluation", "report"),
     3: ("scores", "selection", "quality"),
-    4: ("recipes", "torchdistill"),
+    4: ("recipes", "hook", "torchdistill"),
     5: ("experiment", "meter", "checking", "results", "training", "cli"),
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
@@ -25,10 +25,10 @@ WITHIN_A_LEVEL = {
     ("relevance", "propagation"),
     *(("checking", other) for other in ("experiment", "meter")),
     ("selection", "scores"),
-    ("torchdistill", "recipes"),
+    *(("torchdistill", other) for other in ("recipes", "hook")),
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),
-    *(("cli", other) for other in ("training", "checking", "results")),
+    *(("cli", other) for other in ("experiment", "training", "checking", "results")),
 }
 CORE = [module for module, level in LEVEL.items() if level < 4]
 
@@ -70,7 +70,7 @@ def test_losses_know_nothing_of_relevance_and_the_report_nothing_of_the_package(
 
 def test_only_the_rim_and_the_driver_import_torchdistill():
     users = {m for m in LEVEL if any(n.split(".")[0] == "torchdistill" for n in imports(m))}
-    assert users == {"torchdistill", "recipes", "experiment", "checking", "training"}
+    assert users == {"torchdistill", "recipes", "hook", "experiment", "checking", "training"}
 
 
 def test_the_core_leaves_torchdistill_alone():
