@@ -194,7 +194,8 @@ def select(
     """Rank the untrained students of a config whose student_model.key is diswot_student.
 
     Prints a table, and writes it beside the record of the choice, with a figure. What is scored
-    stays scored: the command goes on after a kill. `distill` then trains the choice. Example:
+    stays scored: the command goes on after a kill. With `search: N` in the config, it searches a
+    space instead of ranking all of it. `distill` then trains the choice. Example:
 
         kd-lrp select torchdistill_configs/phantom/diswot/chosen_from_resnet10t.yaml --jobs 2
     """
@@ -231,12 +232,17 @@ def _question_of(config: Config) -> hook.Question:
     return hook.Question(**entry["kwargs"])
 
 
+SHOWN = 40  # rows of a ranking
+
+
 def _in_units(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
-    for record in records:
-        row = {k: v for k, v in record.items() if k not in ("latency", "problem", "front")}
+    hidden = ("latency", "problem", "front", "entry")
+    for record in records[:SHOWN]:
+        row = {k: v for k, v in record.items() if k not in hidden}
         row |= {"parameters": int(record["parameters"]), "macs": int(record["macs"])}
-        row["ms"] = 1e3 * record["latency"]
+        if "latency" in record:
+            row["ms"] = 1e3 * record["latency"]
         row["front"] = "*" if record["front"] else ""
         rows.append(row)
     return rows

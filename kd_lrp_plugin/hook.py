@@ -18,6 +18,7 @@ from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 from kd_lrp_plugin.checks import check_known, message, strict
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.scores import SCORES
+from kd_lrp_plugin.search import search as search_space
 from kd_lrp_plugin.selection import (
     Batch,
     Candidate,
@@ -53,12 +54,15 @@ class Question:
     layers: Sequence[str] | None = None
     teacher_layers: Sequence[str] | None = None
     exclude_failures: bool = False
+    search: int = 0
 
     def words(self) -> dict[str, Any]:
         """What a record must agree on, as JSON."""
         teacher = {k: self.teacher.get(k) for k in ("key", "kwargs", "src_ckpt")}
+        space = space_of(self)
         told = {
-            "candidates": {n: e["kwargs"] for n, e in entries_of(self).items()},
+            "candidates": space.axes() if space else entries_of(self),
+            "search": self.search,
             "teacher": teacher,
             "score": self.score,
             "budget": list(self.budget),
@@ -85,6 +89,7 @@ def diswot_student(
     layers: Sequence[str] | None = None,
     teacher_layers: Sequence[str] | None = None,
     exclude_failures: bool = False,
+    search: int = 0,
 ) -> nn.Module:
     """The best of some untrained students by a score, chosen once and built from then on.
 
@@ -107,6 +112,8 @@ def diswot_student(
         layers: of the students, for maps and features; None for the last map before pooling.
         teacher_layers: the same of the teacher.
         exclude_failures: leave out candidates whose score fails, instead of refusing.
+        search: look at so many students of a space by :func:`kd_lrp_plugin.search.search`, instead
+            of scoring all of them.
 
     Returns:
         The student, untrained.
@@ -127,7 +134,7 @@ def diswot_student(
     """
     question = Question(
         *(num_classes, record, data, teacher, candidates, score, budget, batch_size, batches),
-        *(seeds, layers, teacher_layers, exclude_failures),
+        *(seeds, layers, teacher_layers, exclude_failures, search),
     )
     file = Path(os.path.expandvars(record)).expanduser()
     first = int(os.environ.get("RANK", 0)) == 0
@@ -161,8 +168,11 @@ def select(
     """
     check_known("diswot_student: score", question.score, SCORES)
     budget = parse_budget(question.budget)
-    candidates = candidates_of(question)
     batches = batches_of(question)
+    question_file(question).parent.mkdir(parents=True, exist_ok=True)
+    if question.search:
+        return _searched(question, batches, budget, show)
+    candidates = candidates_of(question)
     size, channels = batches[0][0].shape[-1], batches[0][0].shape[1]
     costs = costs_of(candidates, size, channels, latency or "latency" in budget, show)
     kept = within(budget, costs)
@@ -170,7 +180,6 @@ def select(
         show.note(f"{len(candidates) - len(kept)} of {len(candidates)} students are over budget")
     candidates = [candidate for candidate in candidates if candidate.name in kept]
     scores = question_file(question).with_suffix(".scores.jsonl")
-    scores.parent.mkdir(parents=True, exist_ok=True)
     rows = measure(
         *(candidates, teacher_of(question), batches, [question.score], question.seeds),
         *(scores, jobs, show),
@@ -182,16 +191,41 @@ def select(
         fix = "Choose another score or other layers, or set exclude_failures: True."
         got = f"{len(failed)} without, such as {shown}"
         raise ValueError(message("diswot_student", f"a {question.score} of each", got, fix))
-    return records
+    entries = entries_of(question)
+    return [{**record, "entry": entries[record["candidate"]]} for record in records]
+
+
+def _searched(
+    question: Question, batches: list[Batch], budget: dict[str, float], show: Silence | None
+) -> list[dict[str, Any]]:
+    space = space_of(question)
+    if space is None:
+        got, fix = "a list", "Name a space, or the choices of one."
+        raise ValueError(message("diswot_student: search", "a space of candidates", got, fix))
+    students, rows, costs = search_space(
+        space,
+        lambda student: builder(_entry(student, question.num_classes)),
+        teacher_of(question),
+        batches,
+        question.score,
+        question.search,
+        folder=question_file(question).with_suffix(".search"),
+        budget=budget,
+        seeds=tuple(question.seeds),
+        layers=tuple(question.layers) if question.layers else None,
+        show=show,
+    )
+    found = ranking(rows, costs, question.score)
+    classes = question.num_classes
+    return [{**r, "entry": _entry(students[r["candidate"]], classes)} for r in found]
 
 
 def keep(question: Question, records: Sequence[Mapping[str, Any]]) -> None:
     """Write the record of a choice: the first of the ranking."""
     file = question_file(question)
-    best = records[0]["candidate"]
     content = {
-        "candidate": best,
-        "entry": entries_of(question)[best],
+        "candidate": records[0]["candidate"],
+        "entry": records[0]["entry"],
         "question": question.words(),
         "ranking": list(records),
     }
@@ -224,20 +258,35 @@ def question_file(question: Question) -> Path:
 # --- candidates, teacher, data ------------------------------------------------------------------
 
 
-def entries_of(question: Question) -> dict[str, Entry]:
-    """The candidates as entries of ``models``, by name."""
-    given: Any = question.candidates
-    classes = {"num_classes": question.num_classes}
+MANY = 2000  # more candidates than anybody wants to score one by one
+
+
+def space_of(question: Question) -> Space | None:
+    """The space that the candidates are; None for a list."""
+    given = question.candidates
     if isinstance(given, str):
         check_known("diswot_student: candidates", given, SPACES)
-        given = SPACES[given]
-    elif isinstance(given, Mapping):
-        given = Space(given)
+        return SPACES[given]
+    return Space(given) if isinstance(given, Mapping) else None
+
+
+def _entry(student: MobileNetV2, num_classes: int) -> Entry:
+    return {"key": "timm_mobilenetv2", "kwargs": {**asdict(student), "num_classes": num_classes}}
+
+
+def entries_of(question: Question) -> dict[str, Entry]:
+    """The candidates as entries of ``models``, by name."""
+    space = space_of(question)
+    if space and len(space) > MANY:
+        got, fix = f"{len(space):,}", "Search it, as by search: 500."
+        expected = f"{MANY} candidates or fewer"
+        raise ValueError(message("diswot_student: candidates", expected, got, fix))
+    given: Any = space or question.candidates
+    classes = {"num_classes": question.num_classes}
     entries: dict[str, Entry] = {}
     for item in given:
         if isinstance(item, MobileNetV2):
-            name, kwargs = str(item), {**asdict(item), **classes}
-            entry: Entry = {"key": "timm_mobilenetv2", "kwargs": kwargs}
+            name, entry = str(item), _entry(item, question.num_classes)
         elif isinstance(item, str):
             entry, name = {"key": "timm_model", "kwargs": {"name": item, **classes}}, item
         else:

@@ -302,7 +302,7 @@ def _synflow(student: Observation, _: Observation) -> float:
             tensor.abs_()
     model(torch.ones_like(student.images[:1], dtype=torch.float64)).sum().backward()
     flows = [(p * p.grad).sum() for p in model.parameters() if p.grad is not None]
-    return -math.log(float(torch.stack(flows).sum()))
+    return -math.log(float(torch.stack(flows).sum().detach()))
 
 
 def _bn_log_variance(student: Observation, _: Observation) -> float:

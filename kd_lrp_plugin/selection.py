@@ -23,6 +23,7 @@ from kd_lrp_plugin.scores import SCORES, Observation, normal_init
 
 Batch = tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "ms": 1e-3, "s": 1.0, "": 1.0}
+TEACHER_SEED = 1_000_003  # added to a seed for the teacher's initialisation
 BUDGETS = {"params": "parameters", "macs": "macs", "latency": "latency"}
 
 
@@ -98,42 +99,73 @@ def measure(
     if not batches or not names:
         got = f"{len(names)} candidates, {len(batches)} batches"
         raise ValueError(message("measure", "a candidate and a batch or more", got, ""))
-    setting = _fingerprint(teacher, batches) if record else ""
-    done = _read(record, setting, scores) if record else {}
+    kept = Record(record, teacher, batches, scores)
     work = [
         (candidate, seed)
         for seed in seeds  # all with one seed, so that the teacher is observed once for it
         for candidate in candidates
-        if (candidate.name, seed) not in done
+        if kept.row(candidate, seed) is None
     ]
-    task = _Task(teacher, list(batches), list(scores))
+    task = Scorer(teacher, batches, scores)
     show = show or Silence()
-    for row in show.track(_spread(task, work, jobs), "scoring", len(work)):
-        done[row["candidate"], row["seed"]] = row
-        if record is not None:
-            with record.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"setting": setting, **row}) + "\n")
-    return [done[name, seed] for name in names for seed in seeds]
+    for (candidate, _), row in zip(
+        work, show.track(_spread(task, work, jobs), "scoring", len(work)), strict=True
+    ):
+        kept.add(candidate, row)
+    return [row for c in candidates for seed in seeds if (row := kept.row(c, seed)) is not None]
 
 
-def _read(record: Path, setting: str, scores: Sequence[str]) -> dict[tuple[str, int], dict]:
-    """Whole rows of this setting that have all scores; a kill may have left half a line."""
-    text = record.read_text(encoding="utf-8") if record.exists() else ""
-    if text and not text.endswith("\n"):
-        record.write_text(text + "\n", encoding="utf-8")  # the next row gets a line of its own
-    found = {}
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if row.pop("setting") == setting and set(scores) <= set(row["scores"]):
-            found[row["candidate"], row["seed"]] = row
-    return found
+class Record:
+    """Rows that are kept in a file of JSON lines, added to as they come.
+
+    Args:
+        file: of the lines; None keeps them in memory only.
+        teacher: with the batches, what all values depend on beside candidate, seed and score;
+            lines that were made with others are left alone.
+        batches: see :func:`measure`.
+        scores: that a row must have.
+    """
+
+    def __init__(
+        self, file: Path | None, teacher: Teacher, batches: Sequence[Batch], scores: Sequence[str]
+    ) -> None:
+        self._file, self._scores = file, set(scores)
+        self._setting = _fingerprint(teacher, batches) if file else ""
+        self._rows: dict[tuple[str, str, int], dict[str, Any]] = {}
+        self._read = 0
+        if file and file.exists() and file.stat().st_size and file.read_bytes()[-1:] != b"\n":
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write("\n")  # a kill has left half a line; the next has one of its own
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what other processes have added."""
+        if self._file is None or not self._file.exists():
+            return
+        with self._file.open(encoding="utf-8") as lines:
+            lines.seek(self._read)
+            while (line := lines.readline()).endswith("\n"):
+                self._read = lines.tell()
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if row.pop("setting") == self._setting and self._scores <= set(row["scores"]):
+                    key = (row["candidate"], row.pop("layers"), row["seed"])
+                    self._rows[key] = row
+
+    def row(self, candidate: Candidate, seed: int) -> dict[str, Any] | None:
+        return self._rows.get((candidate.name, repr(candidate.layers), seed))
+
+    def add(self, candidate: Candidate, row: dict[str, Any]) -> None:
+        layers = repr(candidate.layers)
+        self._rows[candidate.name, layers, row["seed"]] = row
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"setting": self._setting, "layers": layers, **row}) + "\n")
 
 
 def _fingerprint(teacher: Teacher, batches: Sequence[Batch]) -> str:
-    """What all values depend on beside candidate, seed and score, in sixteen digits."""
     digest = hashlib.sha256(repr((teacher.trained, teacher.layers)).encode())
     tensors = [tensor for batch in batches for tensor in batch]
     if teacher.trained:
@@ -143,11 +175,11 @@ def _fingerprint(teacher: Teacher, batches: Sequence[Batch]) -> str:
     return digest.hexdigest()[:16]
 
 
-class _Task:
-    """What a process needs to score candidates; it observes the teacher once per seed and batch."""
+class Scorer:
+    """Scores candidates; observes the teacher once per seed and batch."""
 
-    def __init__(self, teacher: Teacher, batches: list[Batch], scores: list[str]) -> None:
-        self.teacher, self.batches, self.scores = teacher, batches, scores
+    def __init__(self, teacher: Teacher, batches: Sequence[Batch], scores: Sequence[str]) -> None:
+        self.teacher, self.batches, self.scores = teacher, list(batches), list(scores)
         self._observed: dict[tuple[int | None, int, str], Observation] = {}
 
     def __call__(self, candidate: Candidate, seed: int) -> dict[str, Any]:
@@ -179,7 +211,8 @@ class _Task:
         if key not in self._observed:
             for old in [old for old in self._observed if old[0] not in (None, seed)]:
                 del self._observed[old]  # seeds come one after the other
-            model = seeded(self.teacher.build, seed, init)
+            # Drawn from the student's seed, their first layers would be the same.
+            model = seeded(self.teacher.build, seed + TEACHER_SEED, init)
             images, targets = self.batches[place]
             layers = self.teacher.layers
             self._observed[key] = Observation(model, images, targets, layers, not fixed)
@@ -194,7 +227,7 @@ def seeded(build: Callable[[], nn.Module], seed: int, init: str = "own") -> nn.M
         return normal_init(model) if init == "normal" else model
 
 
-def _spread(task: _Task, work: list[tuple[Candidate, int]], jobs: int) -> Iterable[dict[str, Any]]:
+def _spread(task: Scorer, work: list[tuple[Candidate, int]], jobs: int) -> Iterable[dict[str, Any]]:
     if jobs == 1 or len(work) < 2:
         for candidate, seed in work:
             yield task(candidate, seed)
@@ -208,10 +241,10 @@ def _spread(task: _Task, work: list[tuple[Candidate, int]], jobs: int) -> Iterab
             pool.shutdown(cancel_futures=True)
 
 
-_TASK: list[_Task] = []  # of a worker process
+_TASK: list[Scorer] = []  # of a worker process
 
 
-def _begin(task: _Task, threads: int) -> None:
+def _begin(task: Scorer, threads: int) -> None:
     torch.set_num_threads(threads)
     _TASK.append(task)
 

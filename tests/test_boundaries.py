@@ -13,7 +13,7 @@ LEVELS = {
         *("processes", "runs", "spaces"),
     ),
     2: ("propagation", "relevance", "evaluation", "report"),
-    3: ("scores", "selection", "quality"),
+    3: ("scores", "selection", "search", "quality"),
     4: ("recipes", "hook", "torchdistill"),
     5: ("experiment", "meter", "checking", "results", "training", "cli"),
 }
@@ -25,6 +25,7 @@ WITHIN_A_LEVEL = {
     ("relevance", "propagation"),
     *(("checking", other) for other in ("experiment", "meter")),
     ("selection", "scores"),
+    ("search", "selection"),
     *(("torchdistill", other) for other in ("recipes", "hook")),
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),

@@ -82,6 +82,11 @@ class TestMeasure:
         assert "broken: expected a finite score, got nan" in row["problems"]["broken"]
         assert row["scores"]["parameters"][0] < 0
 
+    def test_a_student_of_the_teachers_kind_is_not_the_teacher(self, batches):
+        same = Candidate("same", TEACHER.build)
+        (row,) = measure([same], TEACHER, batches[:1], ["diswot"])
+        assert row["scores"]["diswot"][0] > 0.01
+
     def test_a_trained_teacher_keeps_its_weights_and_runs_in_evaluation_mode(self, batches):
         made = []
 
