@@ -117,7 +117,10 @@ class Observation:
 
 
 class _as_it_was:
-    """Modes, statistics and gradients of a model, put back on exit."""
+    """A model frozen in a mode; flags, modes and statistics are put back on exit.
+
+    Without weights to derive for, a forward pass keeps no graph in front of the tapped layers.
+    """
 
     def __init__(self, model: nn.Module, train_mode: bool) -> None:
         self.model, self.train_mode = model, train_mode
@@ -125,7 +128,8 @@ class _as_it_was:
     def __enter__(self) -> None:
         self._modes = [(module, module.training) for module in self.model.modules()]
         self._buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        self.model.train(self.train_mode)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.train(self.train_mode).requires_grad_(False)
 
     def __exit__(self, *_: object) -> None:
         with torch.no_grad():
@@ -133,6 +137,8 @@ class _as_it_was:
                 buffer.copy_(value)
         for module, mode in self._modes:
             module.training = mode
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
 
 
 def last_map(model: nn.Module) -> str:

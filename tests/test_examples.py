@@ -30,6 +30,10 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         ],
         [],
     ),
+    "benchmark_selection.py": (
+        ["--image-size", "64", "--batch-size", "4", "--candidates", "2", "--afresh", "1"],
+        [],
+    ),
     "benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
     "demo.py": (["--short", "--out", "demo"], ["demo/table.md", "demo/maps.png"]),
     "kill_and_resume.py": (
@@ -136,6 +140,18 @@ def test_the_benchmarks_table_has_every_case_and_the_plain_step_as_unit(short):
     for _, *ratios in rows[3:]:
         assert len(ratios) == 4
         assert all(float(ratio) > 0.2 for ratio in ratios)
+
+
+def test_halving_trains_fewer_students_for_longer(tmp_path):
+    arguments = SHORT["train_space.py"][0][5:]
+    run_example(
+        "train_space.py",
+        tmp_path,
+        *(str(PHANTOM_KD), "--first", "3", "--seeds", "0", "--halve", "2", "--epochs", "4"),
+        *(*arguments, "--set", "train.scheduler=null"),
+    )
+    lines = (tmp_path / "truth/halving.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epochs", *"111", *"22", "4"]
 
 
 def test_maps_of_ones_own_images_and_weights(tmp_path):
