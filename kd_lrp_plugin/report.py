@@ -341,6 +341,7 @@ def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> F
                 record["candidate"], place, (3, 3), textcoords="offset points", fontsize=6
             )
     axes.set(xlabel="parameters", ylabel="score", xscale="log")
+    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.supxlabel("Bars: standard deviation over batches and initialisations.", fontsize=8)

@@ -240,8 +240,10 @@ def _reference_semantic(student: Observation, teacher: Observation) -> float:
     r"""Mean squared distance of row-normalised channel Gram matrices, one per class.
 
     The matrices :math:`g g^T` are of the gradient g (channels) of the cross entropy for the
-    classifier's weights of a class. Their row i, normalised, is :math:`\mathrm{sign}(g_i) g/|g|`,
-    so that no matrix need be made.
+    classifier's weights of a class. Their row i, normalised, is :math:`s_i g/|g|`, with the sign
+    :math:`s_i` of g_i, so that no matrix need be made. Where a row is shorter than 1e-12 the
+    published code divides by that, which makes s_i small: with weights from N(0, 1) the softmax is
+    saturated, and the gradients of most classes are that small.
     """
     ours, theirs = _classifier_gradient(student), _classifier_gradient(teacher)
     if ours.shape != theirs.shape:
@@ -249,10 +251,14 @@ def _reference_semantic(student: Observation, teacher: Observation) -> float:
         fix = "Leave this score out for students whose last map has other channels."
         expected = "classifier gradients (classes, channels) of one shape"
         raise ValueError(message("reference_semantic", expected, got, fix))
-    cosine = torch.cosine_similarity(ours, theirs)
-    agreeing = (ours.sign() * theirs.sign()).sum(1)
-    filled = (ours != 0).sum(1) + (theirs != 0).sum(1)
-    return float(((filled - 2 * agreeing * cosine) / ours.shape[1]).mean())
+    unit, signs = [], []
+    for gradient in (ours.double(), theirs.double()):
+        length = gradient.norm(dim=1, keepdim=True)
+        unit.append(gradient / length.clamp(min=1e-300))
+        signs.append(gradient * length / (gradient.abs() * length).clamp(min=1e-12))
+    cosine = (unit[0] * unit[1]).sum(1)
+    rows = sum(sign.square().sum(1) for sign in signs) - 2 * (signs[0] * signs[1]).sum(1) * cosine
+    return float((rows / ours.shape[1]).mean())
 
 
 def _classifier_gradient(network: Observation) -> Float[Tensor, "classes channels"]:

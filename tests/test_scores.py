@@ -101,6 +101,27 @@ def test_the_reference_formula_is_that_of_its_matrices(batch):
     assert score("diswot_reference", *observed) == pytest.approx(total, rel=1e-9)
 
 
+def test_the_reference_formula_holds_where_gradients_vanish(batch):
+    """A saturated softmax leaves rows that the code's normalisation cannot stretch to length 1."""
+    images, targets = batch
+    models = [normal_init(Small(classes=5)), normal_init(Small(classes=5))]
+    for model in models:
+        with torch.no_grad():
+            model.fc.weight.mul_(10)
+            model.fc.bias[3:] = -50.0  # classes that no image has, and no softmax sees
+    grams = []
+    for model in models:
+        x = features(model.double(), images)
+        loss = functional.cross_entropy(model.fc(x.mean((2, 3))), targets)
+        (gradient,) = torch.autograd.grad(loss, model.fc.weight)
+        grams.append(functional.normalize(gradient[:, :, None] * gradient[:, None, :], dim=2))
+    lengths = torch.stack(grams).norm(dim=3)
+    assert ((lengths > 0) & (lengths < 0.99)).any()
+    expected = (grams[0] - grams[1]).square().sum() / 30
+    observed = [observe(model, batch) for model in models]
+    assert score("reference_semantic", *observed) == pytest.approx(float(expected), rel=1e-9)
+
+
 def test_the_reference_formula_names_channels_that_it_cannot_compare(batch):
     observed = observe(Small(6), batch), observe(Small(7), batch)
     with pytest.raises(ValueError, match=r"of one shape, got \(3, 6\) and \(3, 7\)"):
