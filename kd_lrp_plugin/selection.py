@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -232,8 +233,10 @@ def _spread(task: Scorer, work: list[tuple[Candidate, int]], jobs: int) -> Itera
         for candidate, seed in work:
             yield task(candidate, seed)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a threaded PyTorch may hang
     threads = max(1, torch.get_num_threads() // jobs)
+    # A fork starts at once, but may hang in a parallel region; with one thread there is none.
+    forks = threads == 1 and sys.platform == "linux" and not torch.cuda.is_initialized()
+    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
     with ProcessPoolExecutor(jobs, context, _begin, (task, threads)) as pool:
         try:
             yield from pool.map(_go_on, work)
