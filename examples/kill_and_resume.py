@@ -61,7 +61,7 @@ def main() -> None:
     rows = []
     while len(rows) < args.kills:
         row = kill(
-            [*command, str(killed)], killed, len(rows) % 2 == 1, moments.uniform(0, 2.5 * epoch)
+            [*command, str(killed)], killed, len(rows) % 2 == 0, moments.uniform(0, 2.5 * epoch)
         )
         if row is None:
             break
