@@ -37,7 +37,10 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
     "benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
     "demo.py": (["--short", "--out", "demo"], ["demo/table.md", "demo/maps.png"]),
     "kill_and_resume.py": (
-        ["--kills", "1", "--set", "train.num_epochs=2", "--out", "proof"],
+        [
+            *("--kills", "1", "--set", "train.num_epochs=2", "--set", "num_workers=1"),
+            *("--set", "datasets.phantom/train.init.kwargs.size=24", "--out", "proof"),
+        ],
         ["proof/whole", "proof/killed"],
     ),
     "plain_loop.py": (["--epochs", "3"], []),
