@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torchdistill.models.registry import MODEL_DICT, get_model, register_model
@@ -315,14 +317,21 @@ def teacher_of(question: Question) -> Teacher:
 
 
 def batches_of(question: Question) -> list[Batch]:
-    """Random batches of the data, the same in every run."""
+    """Random batches of the data, the same in every run, whatever its transform draws."""
     n = question.batch_size * question.batches
     if len(question.data) < n:
         got, fix = f"{len(question.data)} images", "Lower batch_size or batches."
         raise ValueError(message("diswot_student", f"{n} images", got, fix))
-    generator = torch.Generator().manual_seed(0)
-    places = torch.randperm(len(question.data), generator=generator)[:n].tolist()
-    images, targets = zip(*(question.data[place] for place in places), strict=True)
+    # Transforms draw from the global generators.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        places = torch.randperm(len(question.data))[:n].tolist()
+        images, targets = zip(*(question.data[place] for place in places), strict=True)
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
     sizes = question.batch_size
     stacked = torch.stack(images).split(sizes), torch.tensor(targets).split(sizes)
     return list(zip(*stacked, strict=True))
