@@ -27,6 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchdistill.common import main_util
 
 from kd_lrp_plugin.checking import check
+from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.efficiency import count_parameters
 from kd_lrp_plugin.experiment import Experiment, construct

@@ -252,6 +252,30 @@ def test_whatever_is_trained_goes_on_as_if_nothing_had_been(variant, tmp_path):
     assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
 
 
+class TestRefusals:
+    def test_a_seed_below_zero(self, out):
+        with pytest.raises(ValueError, match="seed: expected a number of 0 or more, got -1"):
+            distill(out, seed=-1)
+        assert not out.exists()
+
+    def test_a_checkpoint_of_another_version(self, out):
+        with pytest.raises(Stopped):
+            distill(out, StopsAt("epoch 2"))
+        state = torch.load(out / "last.pt", weights_only=True)
+        torch.save(state | {"format": 0}, out / "last.pt")
+        with pytest.raises(ValueError, match="expected format 1, got format 0. Finish the run"):
+            distill(out)
+
+    def test_best_weights_that_are_gone_when_no_epoch_is_left(self, out):
+        with pytest.raises(Stopped):
+            distill(out, StopsAt("test"))
+        state = torch.load(out / "last.pt", weights_only=True)
+        torch.save(state | {"best_epoch": 1}, out / "last.pt")  # not those of the last checkpoint
+        (out / "best.pt").unlink()
+        with pytest.raises(ValueError, match="Delete the folder to train again"):
+            distill(out)
+
+
 class TestFolder:
     def test_a_finished_run_is_not_trained_again(self, out):
         summary = distill(out, overrides=[*SMALL], config=BASELINE)
