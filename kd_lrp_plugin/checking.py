@@ -22,6 +22,7 @@ from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.config import Config
 from kd_lrp_plugin.data import unreadable_images
 from kd_lrp_plugin.experiment import (
+    MONITOR,
     PRECISIONS,
     Experiment,
     build_model_of,
@@ -169,13 +170,13 @@ def _check_parts(findings: Findings, content: Mapping[str, Any], here: Processes
     _check_keys(findings, "train", "train", train)
     _check_models(findings, models)
     with findings.at("train.monitor"):
-        monitor = train.get("monitor", "val_accuracy")
+        monitor = train.get("monitor", MONITOR)
         if not str(monitor).startswith("val_"):
             fix = "For example val_accuracy or val_loss."
             raise ValueError(message("monitor", "a metric of the validation", monitor, fix))
-        if monitor != "val_accuracy" and "stage1" in train:
-            fix = "Monitor val_accuracy: the losses of different stages are no one measure."
-            raise ValueError(message("monitor", "val_accuracy with stages", monitor, fix))
+        if monitor != MONITOR and "stage1" in train:
+            fix = f"Monitor {MONITOR}: the losses of different stages are no one measure."
+            raise ValueError(message("monitor", f"{MONITOR} with stages", monitor, fix))
     with findings.at("train.precision"):
         precision = train.get("precision") or "float32"
         check_known("precision", precision, PRECISIONS)
@@ -263,7 +264,7 @@ def _check_stage(
             check_known("key", scheduler.get("key"), SCHEDULER_DICT)
             _check_keywords(SCHEDULER_DICT[scheduler["key"]], scheduler["kwargs"])
             built = SCHEDULER_DICT[scheduler["key"]](trial, **scheduler["kwargs"])
-            monitor = train.get("monitor", "val_accuracy")
+            monitor = train.get("monitor", MONITOR)
             mode = "max" if monitor.endswith("accuracy") else "min"
             if isinstance(built, ReduceLROnPlateau) and built.mode != mode:
                 got, fix = f"mode {built.mode!r}", f"Set scheduler.kwargs.mode to {mode}."
@@ -446,5 +447,5 @@ def _check_step(findings: Findings, dotted: str, experiment: Experiment) -> None
                 got, fix = f"a last one of {rest}", f"Set drop_last: True. ({error})"
                 raise ValueError(message("batches", "full ones", got, fix)) from error
     with findings.at("train.monitor"):
-        known = ["val_accuracy", "val_loss", *(f"val_{name}" for name in meter.latest)]
+        known = [MONITOR, "val_loss", *(f"val_{name}" for name in meter.latest)]
         check_known("train.monitor", experiment.monitor, known)

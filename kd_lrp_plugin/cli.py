@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from kd_lrp_plugin import checking, hook, report, results, selection, training
 from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.experiment import construct
-from kd_lrp_plugin.processes import FirstFailed, joined
+from kd_lrp_plugin.processes import FirstFailed, joined, launched
 from kd_lrp_plugin.progress import Silence
 
 app = typer.Typer(
@@ -28,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Explanation-guided knowledge distillation on torchdistill configs.",
 )
-RANK = int(os.environ.get("RANK", 0))  # torchrun's: the first process speaks for all
+RANK, _ = launched()  # the first process speaks for all
 console = Console(quiet=RANK > 0)
 errors = Console(stderr=True)
 
@@ -78,7 +77,7 @@ def distill(
     A config without a teacher trains that model alone: this is how teachers and baselines are
     made. A run that was stopped or killed goes on when the same command is given again. Examples:
 
-        kd-lrp distill torchdistill_configs/phantom/ce/mobilenetv2_100.yaml
+        kd-lrp distill torchdistill_configs/phantom/ce/resnet10t.yaml
 
         kd-lrp distill my.yaml --set num_epochs=2 --set train.optimizer.kwargs.lr=0.001 --seed 1
 

@@ -46,7 +46,9 @@ def construct(config: Config, failed: Callable[[yaml.Mark, Exception], None] | N
         yaml_util.load_yaml_file(str(Path(folder, "empty.yaml")))
 
     class Loader(yaml.FullLoader):
-        broken: list[yaml.Node] = []  # noqa: RUF012
+        """Constructors of its own: those of PyYAML's class are for everybody."""
+
+    broken: list[yaml.Node] = []
 
     def guarded(make: Callable[[Any, yaml.Node], Any]) -> Callable[[Any, yaml.Node], Any]:
         def call(loader: Any, node: yaml.Node) -> Any:
@@ -55,9 +57,9 @@ def construct(config: Config, failed: Callable[[yaml.Mark, Exception], None] | N
             except Exception as error:
                 if failed is None:
                     raise
-                if not any(_within(inner, node) for inner in loader.broken):
+                if not any(_within(inner, node) for inner in broken):
                     failed(node.start_mark, error)
-                loader.broken.append(node)
+                broken.append(node)
                 return None
 
         return call
@@ -366,12 +368,8 @@ class Experiment:
         """Epochs behind the box, those that an early stop has skipped included."""
         return self.box.current_epoch
 
-    def end_epoch(self, metric: float, stop: bool) -> bool:
-        """Schedulers step; the next stage begins where this one ends, or is stopped.
-
-        Returns:
-            Whether another stage has begun.
-        """
+    def end_epoch(self, metric: float, stop: bool) -> None:
+        """Schedulers step; the next stage begins where this one ends, or is stopped."""
         box, before = self.box, self.stage
         end = getattr(box, "stage_end_epoch", box.num_epochs)
         if stop:
@@ -383,7 +381,6 @@ class Experiment:
             box.current_epoch += 1
         if self.stage != before:
             self._enter_stage()
-        return self.stage != before
 
     def _go_to_stage(self, number: int) -> None:
         """Later stages of a new box without training."""

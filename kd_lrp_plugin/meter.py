@@ -109,8 +109,7 @@ class Meter:
             if name not in names:  # its weight is zero for now
                 continue
             if isinstance(term, RecordedLoss) and term.zero_maps is not None:
-                zeros = here.total(torch.as_tensor(term.zero_maps, device=here.device).float())
-                means[f"{prefix}_{name}_zero_maps"] = float(zeros)
+                means[f"{prefix}_{name}_zero_maps"] = sum(here.gather(float(term.zero_maps)))
         return means
 
     def predictions(self, here: Processes) -> list[Mapping[str, Any]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from kd_lrp_plugin.checks import message
 
@@ -35,23 +35,13 @@ class Processes:
     rank: int = 0
     world: int = 1
 
-    @property
-    def distributed(self) -> bool:
-        return distributed.is_initialized()
-
     def gather(self, item: T) -> list[T]:
         """The items of all processes in the order of their ranks, on every process."""
-        if not self.distributed:
+        if self.world == 1:
             return [item]
         items: list[Any] = [None] * self.world
         distributed.all_gather_object(items, item)
         return items
-
-    def total(self, value: Tensor) -> Tensor:
-        """The sum over all processes; ``value`` is changed in place."""
-        if self.distributed:
-            distributed.all_reduce(value)
-        return value
 
     def first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in the first process, on every process.
@@ -67,13 +57,20 @@ class Processes:
             except Exception as error:
                 failure = error
                 outcome[1] = f"{type(error).__name__}: {error}"
-        if self.distributed:
+        if self.world > 1:
             distributed.broadcast_object_list(outcome)
         if failure is not None:
             raise failure
         if outcome[1] is not None:
             raise FirstFailed(outcome[1])
         return outcome[0]
+
+
+def launched() -> tuple[int, int]:
+    """Rank and number of the processes that torchrun has started; (0, 1) without it."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 @contextmanager
@@ -92,10 +89,10 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     if kind.type == "cuda" and not torch.cuda.is_available():
         fix = "Use --device cpu."
         raise ValueError(message("device", "one that PyTorch finds", repr(device), fix))
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    rank, world = launched()
+    if world == 1:
         yield Processes(kind)
         return
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if kind.type == "cuda":
         place, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if place >= found:

@@ -263,7 +263,7 @@ class TestRefusals:
             distill(out, StopsAt("epoch 2"))
         state = torch.load(out / "last.pt", weights_only=True)
         torch.save(state | {"format": 0}, out / "last.pt")
-        with pytest.raises(ValueError, match="expected format 1, got format 0. Finish the run"):
+        with pytest.raises(ValueError, match=r"expected format 1, got format 0\. Finish the run"):
             distill(out)
 
     def test_best_weights_that_are_gone_when_no_epoch_is_left(self, out):
