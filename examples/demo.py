@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kd_lrp_plugin import cli, report
+from kd_lrp_plugin import console, report
 from kd_lrp_plugin.data import Phantom
 from kd_lrp_plugin.efficiency import count_macs, count_parameters
 from kd_lrp_plugin.evaluation import agreement, mass_inside
@@ -53,7 +53,7 @@ def main() -> None:
         print(f"\n{name}: {config}")
         teacher = f"models.teacher_model.src_ckpt={args.out}/runs/teacher/best.pt"
         extra = [] if name == "teacher" else [teacher]
-        with cli.Show() as show:
+        with console.Show() as show:
             distill(CONFIGS / config, changes + extra, folder, args.seed, show=show)
         models[name] = load_run(folder)
 

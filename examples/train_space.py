@@ -25,7 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from kd_lrp_plugin.cli import Show
+from kd_lrp_plugin.console import Show
 from kd_lrp_plugin.efficiency import count_macs, count_parameters
 from kd_lrp_plugin.spaces import SPACES, MobileNetV2
 from kd_lrp_plugin.training import distill

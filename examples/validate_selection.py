@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kd_lrp_plugin import report
-from kd_lrp_plugin.cli import Show
+from kd_lrp_plugin.console import Show
 from kd_lrp_plugin.data import FolderImages
 from kd_lrp_plugin.efficiency import count_parameters
 from kd_lrp_plugin.quality import ranking_quality

@@ -1,25 +1,30 @@
-"""The command line ``kd-lrp``: arguments, printing, signals."""
+"""The command line ``kd-lrp``: arguments and printing."""
 
 import json
 import logging
-import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kd_lrp_plugin import checking, hook, report, results, selection, training
 from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
+from kd_lrp_plugin.console import (
+    ConfigFile,
+    Device,
+    Overrides,
+    Safe,
+    Show,
+    console,
+    errors,
+    errors_in_words,
+)
 from kd_lrp_plugin.experiment import construct
-from kd_lrp_plugin.processes import FirstFailed, joined, launched
-from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.processes import joined
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,29 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Explanation-guided knowledge distillation on torchdistill configs.",
 )
-RANK, _ = launched()  # the first process speaks for all
-console = Console(quiet=RANK > 0)
-errors = Console(stderr=True)
-
-ConfigFile = Annotated[Path, typer.Argument(help="A torchdistill YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Change a value of the config; repeatable. Keys are joined by dots, "
-        "`+` in front adds one.",
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")
-]
-Safe = Annotated[
-    bool,
-    typer.Option(
-        "--safe", help="Refuse YAML tags and imports that could run code of the config's author."
-    ),
-]
 
 
 @app.callback()
@@ -85,7 +67,7 @@ def distill(
     """
     folder = out or training.default_run_folder(config, seed)
     last = f"What the finished epochs made is in {folder}; the same command goes on from there."
-    with Show() as show, _errors_in_words(last):
+    with Show() as show, errors_in_words(last):
         summary = training.distill(config, overrides or [], folder, seed, device, show, safe)
     console.print(
         f"test accuracy {summary['test_accuracy']:.4f} with the weights of epoch "
@@ -108,7 +90,7 @@ def check(
 
         kd-lrp check my.yaml --set batch_size=64
     """
-    with Show() as show, _errors_in_words():
+    with Show() as show, errors_in_words():
         read = resolve_config(config, overrides or [])
         problems, remarks = unsafe_tags(read) if safe else [], []
         if not problems:
@@ -141,7 +123,7 @@ def evaluate(
         kd-lrp evaluate runs/phantom/kd/*/0
     """
     rows, details = [], []
-    with Show() as show, _errors_in_words():
+    with Show() as show, errors_in_words():
         for run in show.track(runs, "evaluating", len(runs)):
             found = results.evaluate(run, resamples, safe)
             roles = [role for role in ("student", "teacher") if role in found]
@@ -198,7 +180,7 @@ def select(
 
         kd-lrp select torchdistill_configs/phantom/diswot/chosen_from_resnet10t.yaml --jobs 2
     """
-    with Show() as show, _errors_in_words():
+    with Show() as show, errors_in_words():
         question = _question_of(resolve_config(config, overrides or []))
         asked = question if budget is None else replace(question, budget=budget)
         records = hook.select(asked, jobs, show, latency=True)
@@ -254,88 +236,12 @@ def predict(
     safe: Safe = False,
 ) -> None:
     """Classify image files with the student of a run. Not for clinical use."""
-    with _errors_in_words():
+    with errors_in_words():
         records = results.predict(run, images, safe)
     table = Table("file", "class", "probability")
     for record in records:
         table.add_row(record["file"], record["class"], f"{record['probability']:.3f}")
     console.print(table)
-
-
-@contextmanager
-def _errors_in_words(stopped: str = "") -> Iterator[None]:
-    """An expected error becomes its message and exit code 1; any other keeps its traceback.
-
-    A stop, by Ctrl-C or SIGTERM, is no error, and exits with code 130.
-    """
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if RANK == 0:
-            errors.print(f"[red]Stopped.[/] {stopped}", soft_wrap=True, highlight=False)
-        raise typer.Exit(130) from None
-    except FirstFailed as error:
-        raise typer.Exit(1) from error
-    except (ValueError, OSError, TypeError, KeyError, FloatingPointError) as error:
-        process = f" in process {RANK}" if RANK else ""
-        errors.print(f"[red]Error{process}:[/]", end=" ")
-        words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        errors.print(words, markup=False, highlight=False, soft_wrap=True)
-        logging.getLogger(__name__).info("traceback", exc_info=error)
-        raise typer.Exit(1) from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Show(Silence):
-    """Progress bars and a line per epoch."""
-
-    def __enter__(self) -> "Show":
-        self._progress = Progress(
-            TextColumn("{task.description:>16}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def track(self, items: Iterable, what: str, total: int) -> Iterable:
-        task = self._progress.add_task(what, total=total)
-        try:
-            for item in items:
-                yield item
-                self._progress.advance(task)
-        finally:
-            self._progress.remove_task(task)
-
-    def note(self, text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def epoch(self, metrics: Mapping[str, float]) -> None:
-        terms = [
-            f"{name.removeprefix('train_')} {value:.3g}"
-            for name, value in metrics.items()
-            if name.startswith("train_") and name not in ("train_loss", "train_accuracy")
-        ]
-        accuracy = metrics.get("train_accuracy", float("nan"))
-        console.print(
-            f"epoch {metrics['epoch']:>3}  loss {metrics['train_loss']:.4f}  "
-            f"accuracy {accuracy:.3f}  val {metrics['val_accuracy']:.3f}  "
-            f"[dim]{', '.join(terms)}  {metrics['images_per_second']:g} images/s[/]",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 if __name__ == "__main__":
