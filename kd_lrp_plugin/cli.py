@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from kd_lrp_plugin import checking, hook, report, results, selection, training
-from kd_lrp_plugin.checks import check_known, message
+from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.console import (
     ConfigFile,
@@ -167,7 +167,7 @@ def select(
         typer.Option(
             metavar="QUANTITY=VALUE",
             help="Such as params=2.5M, macs=300M or latency=20ms; repeatable. "
-            "Instead of the config's, for a look: the choice is not recorded then.",
+            "Instead of the config's, for a look: nothing is written then.",
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes to share the work.", min=1)] = 1,
@@ -184,21 +184,21 @@ def select(
         question = _question_of(resolve_config(config, overrides or []))
         asked = question if budget is None else replace(question, budget=budget)
         records = hook.select(asked, jobs, show, latency=True)
-        file = hook.question_file(question)
-        words = selection.verdict(records)
-        if budget is None and not file.exists():
-            hook.keep(question, records)
+        file, words = question.file, selection.verdict(records)
         table = report.table(_in_units(records), digits=3)
-        file.with_suffix(".md").write_text(f"{table}\n\n{words}\n", encoding="utf-8")
-        figure = report.selection_figure(records, f"{question.score}: lower is better")
-        figure.savefig(file.with_suffix(".png"))
+        if budget is None:
+            if not file.exists():
+                hook.keep(question, records)
+            file.with_suffix(".md").write_text(f"{table}\n\n{words}\n", encoding="utf-8")
+            figure = report.selection_figure(records, f"{question.score}: lower is better")
+            figure.savefig(file.with_suffix(".png"))
     print(table)
     print(f"\n{words}")
     print(f"\nbest by {question.score}: {records[0]['candidate']}")
-    if file.exists():
+    if budget is None:
         chosen = json.loads(file.read_text(encoding="utf-8"))["candidate"]
         print(f"recorded in {file}: {chosen}; delete it to choose anew")
-    print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
+        print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
 
 
 def _question_of(config: Config) -> hook.Question:
@@ -208,9 +208,7 @@ def _question_of(config: Config) -> hook.Question:
         where = f"{config.path}: models.student_model.key"
         fix = "See torchdistill_configs/phantom/diswot."
         raise ValueError(message(where, "'diswot_student'", repr(entry.get("key")), fix))
-    for key in entry["kwargs"]:
-        check_known("diswot_student: keyword", key, hook.Question.__dataclass_fields__)
-    return hook.Question(**entry["kwargs"])
+    return hook.ask(**entry["kwargs"])
 
 
 SHOWN = 40  # rows of a ranking

@@ -18,9 +18,9 @@ from torch import nn
 from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 
 from kd_lrp_plugin.checks import check_known, message, strict
+from kd_lrp_plugin.processes import launched
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.scores import SCORES
-from kd_lrp_plugin.search import search as search_space
 from kd_lrp_plugin.selection import (
     Batch,
     Candidate,
@@ -41,7 +41,26 @@ Entry = dict[str, Any]  # {"key": ..., "kwargs": ...}, as under ``models``
 
 @dataclass(frozen=True)
 class Question:
-    """What a selection is asked; the arguments of :func:`diswot_student`."""
+    """What a selection is asked.
+
+    Args:
+        num_classes: outputs.
+        record: file for the choice, such as one beside the checkpoint.
+        data: a data set, by alias; its images are scored, in random batches.
+        teacher: an entry of ``models``, by alias; with ``src_ckpt`` it counts as trained.
+        candidates: the name of a space, the choices of one ({width: [0.5, 1.0], ...}), or a list
+            of timm's names and of entries {key: ..., kwargs: ...} of registered models.
+        score: of :data:`kd_lrp_plugin.scores.SCORES`.
+        budget: such as ["params=2.5M", "macs=300M", "latency=20ms"].
+        batch_size: images in a batch.
+        batches: how many batches.
+        seeds: of the initialisations.
+        layers: of the students, for maps and features; None for the last map before pooling.
+        teacher_layers: the same of the teacher.
+        exclude_failures: leave out candidates whose score fails, instead of refusing.
+        search: look at so many students of a space by :func:`kd_lrp_plugin.search.search`, instead
+            of scoring all of them.
+    """
 
     num_classes: int
     record: str
@@ -57,6 +76,11 @@ class Question:
     teacher_layers: Sequence[str] | None = None
     exclude_failures: bool = False
     search: int = 0
+
+    @property
+    def file(self) -> Path:
+        """Of the record."""
+        return Path(os.path.expandvars(self.record)).expanduser()
 
     def words(self) -> dict[str, Any]:
         """What a record must agree on, as JSON."""
@@ -76,23 +100,10 @@ class Question:
         return json.loads(json.dumps(told, default=str))
 
 
-@strict("diswot_student")
-def diswot_student(
-    num_classes: int,
-    record: str,
-    data: Any,
-    teacher: Mapping[str, Any],
-    candidates: Any = "thesis",
-    score: str = "diswot",
-    budget: Sequence[str] = (),
-    batch_size: int = 32,
-    batches: int = 1,
-    seeds: Sequence[int] = (0,),
-    layers: Sequence[str] | None = None,
-    teacher_layers: Sequence[str] | None = None,
-    exclude_failures: bool = False,
-    search: int = 0,
-) -> nn.Module:
+ask = strict("diswot_student")(Question)
+
+
+def diswot_student(**asked: Any) -> nn.Module:
     """The best of some untrained students by a score, chosen once and built from then on.
 
     The choice is recorded in a file. Where that is, the student is built from it without a look
@@ -100,29 +111,14 @@ def diswot_student(
     Under torchrun the first process selects, and the others wait for its record.
 
     Args:
-        num_classes: outputs.
-        record: file for the choice, such as one beside the checkpoint.
-        data: a data set, by alias; its images are scored, in random batches.
-        teacher: an entry of ``models``, by alias; with ``src_ckpt`` it counts as trained.
-        candidates: the name of a space, the choices of one ({width: [0.5, 1.0], ...}), or a list
-            of timm's names and of entries {key: ..., kwargs: ...} of registered models.
-        score: of :data:`kd_lrp_plugin.scores.SCORES`.
-        budget: such as ["params=2.5M", "macs=300M", "latency=20ms"].
-        batch_size: images in a batch.
-        batches: how many batches.
-        seeds: of the initialisations.
-        layers: of the students, for maps and features; None for the last map before pooling.
-        teacher_layers: the same of the teacher.
-        exclude_failures: leave out candidates whose score fails, instead of refusing.
-        search: look at so many students of a space by :func:`kd_lrp_plugin.search.search`, instead
-            of scoring all of them.
+        **asked: see :class:`Question`.
 
     Returns:
         The student, untrained.
 
     Raises:
-        ValueError: for a record of another question, a budget that no candidate keeps, or a
-            candidate whose score fails.
+        ValueError: for an argument that :class:`Question` lacks, a record of another question, a
+            budget that no candidate keeps, or a candidate whose score fails.
 
     Example:
         .. code-block:: yaml
@@ -134,20 +130,19 @@ def diswot_student(
                 kwargs: {num_classes: 4, candidates: thesis, teacher: *teacher,
                   data: *train_images, budget: [params=1M], record: runs/choice.json}
     """
-    question = Question(
-        *(num_classes, record, data, teacher, candidates, score, budget, batch_size, batches),
-        *(seeds, layers, teacher_layers, exclude_failures, search),
-    )
-    file = Path(os.path.expandvars(record)).expanduser()
-    first = int(os.environ.get("RANK", 0)) == 0
-    while not first and not file.exists():  # torchrun ends this process if the first one fails
+    question = ask(**asked)
+    rank, _ = launched()
+    while rank > 0 and not question.file.exists():  # torchrun ends this process if the first fails
         time.sleep(0.2)
-    if not file.exists():
-        found = select(question)
+    if not question.file.exists():
+        with torch.random.fork_rng(devices=[]):  # a run is the same with the record and without
+            found = select(question)
         keep(question, found)
-        logger.warning("%s chose %s; recorded in %s", score, found[0]["candidate"], file)
+        logger.warning(
+            "%s chose %s; recorded in %s", question.score, found[0]["candidate"], question.file
+        )
     entry = recorded(question)
-    model = build(entry)
+    model = builder(entry)()
     model.__dict__["chosen"] = entry  # the driver writes it into its summary
     return model
 
@@ -171,7 +166,7 @@ def select(
     check_known("diswot_student: score", question.score, SCORES)
     budget = parse_budget(question.budget)
     batches = batches_of(question)
-    question_file(question).parent.mkdir(parents=True, exist_ok=True)
+    question.file.parent.mkdir(parents=True, exist_ok=True)
     if question.search:
         return _searched(question, batches, budget, show)
     candidates = candidates_of(question)
@@ -181,7 +176,7 @@ def select(
     if show and len(kept) < len(candidates):
         show.note(f"{len(candidates) - len(kept)} of {len(candidates)} students are over budget")
     candidates = [candidate for candidate in candidates if candidate.name in kept]
-    scores = question_file(question).with_suffix(".scores.jsonl")
+    scores = question.file.with_suffix(".scores.jsonl")
     rows = measure(
         *(candidates, teacher_of(question), batches, [question.score], question.seeds),
         *(scores, jobs, show),
@@ -204,14 +199,16 @@ def _searched(
     if space is None:
         got, fix = "a list", "Name a space, or the choices of one."
         raise ValueError(message("diswot_student: search", "a space of candidates", got, fix))
-    students, rows, costs = search_space(
+    from kd_lrp_plugin.search import search  # Optuna takes a second to import
+
+    students, rows, costs = search(
         space,
         lambda student: builder(_entry(student, question.num_classes)),
         teacher_of(question),
         batches,
         question.score,
         question.search,
-        folder=question_file(question).with_suffix(".search"),
+        folder=question.file.with_suffix(".search"),
         budget=budget,
         seeds=tuple(question.seeds),
         layers=tuple(question.layers) if question.layers else None,
@@ -224,7 +221,7 @@ def _searched(
 
 def keep(question: Question, records: Sequence[Mapping[str, Any]]) -> None:
     """Write the record of a choice: the first of the ranking."""
-    file = question_file(question)
+    file = question.file
     content = {
         "candidate": records[0]["candidate"],
         "entry": records[0]["entry"],
@@ -242,7 +239,7 @@ def recorded(question: Question) -> Entry:
     Raises:
         ValueError: if it is the record of another question.
     """
-    file = question_file(question)
+    file = question.file
     content = json.loads(file.read_text(encoding="utf-8"))
     asked, now = content["question"], question.words()
     differ = [key for key in now if asked.get(key) != now[key]]
@@ -251,10 +248,6 @@ def recorded(question: Question) -> Entry:
         fix = "Delete the record to select again, or set them back."
         raise ValueError(message("diswot_student", "the question of the record", got, fix))
     return content["entry"]
-
-
-def question_file(question: Question) -> Path:
-    return Path(os.path.expandvars(question.record)).expanduser()
 
 
 # --- candidates, teacher, data ------------------------------------------------------------------
@@ -335,10 +328,6 @@ def batches_of(question: Question) -> list[Batch]:
     sizes = question.batch_size
     stacked = torch.stack(images).split(sizes), torch.tensor(targets).split(sizes)
     return list(zip(*stacked, strict=True))
-
-
-def build(entry: Entry) -> nn.Module:
-    return builder(entry)()
 
 
 def builder(entry: Entry, checkpoint: str | None = None) -> Callable[[], nn.Module]:

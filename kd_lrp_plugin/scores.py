@@ -13,6 +13,7 @@ score                   what it is
                         ``lrp_cosine`` and ``relation_cosine`` (the thesis, eq. 2.21-2.27)
 ``diswot_reference``    the formula of DisWOT's published code; its parts are
                         ``reference_semantic`` and ``reference_relation``
+``reference_exact``     the same with rows normalised exactly, however short they are
 ``parameters``,         size and cost, negated: the bigger, the better. What any claim must beat.
 ``macs``
 ``nwot``, ``synflow``,  baselines that see no teacher
@@ -22,7 +23,8 @@ score                   what it is
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -99,13 +101,15 @@ class Observation:
     @property
     def features(self) -> list[Float[Tensor, "n c h w"]]:
         """Activations, one per layer."""
-        method = next(iter(self._recordings), "grad_cam")
-        return [feature.detach() for feature in self._recorded(method)[0].activations]
+        return [feature.detach() for feature in self._forward[0].activations]
 
     @property
     def logits(self) -> Float[Tensor, "n classes"]:
-        method = next(iter(self._recordings), "grad_cam")
-        return self._recorded(method)[1].detach()
+        return self._forward[1].detach()
+
+    @property
+    def _forward(self) -> tuple[Recording, Tensor]:
+        return self._recorded(next(iter(self._recordings), "grad_cam"))  # any method's will do
 
     @cached_property
     def parameters(self) -> int:
@@ -116,28 +120,25 @@ class Observation:
         return count_macs(self.model, self.images.shape[-1], self.images.shape[1])
 
 
-class _as_it_was:
+@contextmanager
+def _as_it_was(model: nn.Module, train_mode: bool) -> Iterator[None]:
     """A model frozen in a mode; flags, modes and statistics are put back on exit.
 
     Without weights to derive for, a forward pass keeps no graph in front of the tapped layers.
     """
-
-    def __init__(self, model: nn.Module, train_mode: bool) -> None:
-        self.model, self.train_mode = model, train_mode
-
-    def __enter__(self) -> None:
-        self._modes = [(module, module.training) for module in self.model.modules()]
-        self._buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.train(self.train_mode).requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train(train_mode).requires_grad_(False)
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for buffer, value in self._buffers:
+            for buffer, value in buffers:
                 buffer.copy_(value)
-        for module, mode in self._modes:
+        for module, mode in modes:
             module.training = mode
-        for parameter in self._trained:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
@@ -206,9 +207,10 @@ def normal_init(model: nn.Module) -> nn.Module:
 
 def _semantic(distance: Callable[..., Tensor], method: str, signed: bool) -> Function:
     def score(student: Observation, teacher: Observation) -> float:
-        ours, theirs = student.maps(method, signed), teacher.maps(method, signed)
-        resized = [resize_maps(t, (s.shape[-2], s.shape[-1])) for s, t in _pairs(ours, theirs)]
-        return _mean(distance, ours, resized)
+        def resized(ours: Tensor, theirs: Tensor) -> Tensor:
+            return distance(ours, resize_maps(theirs, (ours.shape[-2], ours.shape[-1])))
+
+        return _mean(resized, student.maps(method, signed), teacher.maps(method, signed))
 
     return score
 
@@ -218,15 +220,12 @@ def _relation(distance: Callable[..., Tensor]) -> Function:
 
 
 def _mean(distance: Callable[..., Tensor], ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return float(torch.stack([distance(s, t) for s, t in _pairs(ours, theirs)]).mean())
-
-
-def _pairs(ours: list[Tensor], theirs: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     if len(ours) != len(theirs):
         got = f"{len(ours)} of the student, {len(theirs)} of the teacher"
         fix = "Name as many layers of each."
         raise ValueError(message("score", "as many layers of each network", got, fix))
-    return list(zip(ours, theirs, strict=True))
+    pairs = zip(ours, theirs, strict=True)
+    return float(torch.stack([distance(s, t) for s, t in pairs]).mean())
 
 
 def _sum(*names: str) -> Function:
@@ -236,12 +235,15 @@ def _sum(*names: str) -> Function:
 # --- DisWOT's published code --------------------------------------------------------------------
 
 
-def _reference_semantic(student: Observation, teacher: Observation) -> float:
+FLOOR = 1e-12  # of a row's length, in the published code
+
+
+def _reference_semantic(student: Observation, teacher: Observation, floor: float = FLOOR) -> float:
     r"""Mean squared distance of row-normalised channel Gram matrices, one per class.
 
     The matrices :math:`g g^T` are of the gradient g (channels) of the cross entropy for the
     classifier's weights of a class. Their row i, normalised, is :math:`s_i g/|g|`, with the sign
-    :math:`s_i` of g_i, so that no matrix need be made. Where a row is shorter than 1e-12 the
+    :math:`s_i` of g_i, so that no matrix need be made. Where a row is shorter than ``floor`` the
     published code divides by that, which makes s_i small: with weights from N(0, 1) the softmax is
     saturated, and the gradients of most classes are that small.
     """
@@ -255,7 +257,7 @@ def _reference_semantic(student: Observation, teacher: Observation) -> float:
     for gradient in (ours.double(), theirs.double()):
         length = gradient.norm(dim=1, keepdim=True)
         unit.append(gradient / length.clamp(min=1e-300))
-        signs.append(gradient * length / (gradient.abs() * length).clamp(min=1e-12))
+        signs.append(gradient * length / (gradient.abs() * length).clamp(min=floor))
     cosine = (unit[0] * unit[1]).sum(1)
     rows = sum(sign.square().sum(1) for sign in signs) - 2 * (signs[0] * signs[1]).sum(1) * cosine
     return float((rows / ours.shape[1]).mean())
@@ -281,25 +283,35 @@ def _reference_relation(student: Observation, teacher: Observation) -> float:
 # --- baselines ----------------------------------------------------------------------------------
 
 
+def _inputs_of(
+    network: Observation,
+    kinds: tuple[type[nn.Module], ...],
+    images: Tensor,
+    see: Callable[[Tensor], object],
+) -> None:
+    """Run the network, and show the input of each module of some kinds."""
+    modules = [module for module in network.model.modules() if isinstance(module, kinds)]
+    if not modules:
+        fix, kind = "Leave this score out for it.", kinds[0].__name__.lstrip("_")
+        raise ValueError(message("score", f"a network with modules like {kind}", "none", fix))
+    handles = [m.register_forward_pre_hook(lambda _, inputs: see(inputs[0])) for m in modules]
+    try:
+        with torch.no_grad(), _as_it_was(network.model, network.train_mode):
+            network.model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _nwot(student: Observation, _: Observation) -> float:
     """Negated log determinant of how often rectifiers agree for two images."""
     kernel = torch.zeros(len(student.images), len(student.images), dtype=torch.float64)
 
-    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        on = (inputs[0] > 0).flatten(1).float()
+    def count(inputs: Tensor) -> None:
+        on = (inputs > 0).flatten(1).float()
         kernel.add_((on @ on.T + (1 - on) @ (1 - on).T).cpu())
 
-    rectifiers = [m for m in student.model.modules() if isinstance(m, RECTIFIERS)]
-    if not rectifiers:
-        fix = "Leave this score out for it."
-        raise ValueError(message("nwot", "a network with rectifiers", "none", fix))
-    handles = [module.register_forward_pre_hook(count) for module in rectifiers]
-    try:
-        with torch.no_grad(), _as_it_was(student.model, student.train_mode):
-            student.model(student.images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _inputs_of(student, RECTIFIERS, student.images, count)
     return -float(torch.linalg.slogdet(kernel).logabsdet)
 
 
@@ -321,20 +333,10 @@ def _bn_log_variance(student: Observation, _: Observation) -> float:
     """Negated sum of the log standard deviations of what batch norms normalise, on noise."""
     found: list[Tensor] = []
 
-    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0].var((0, 2, 3), unbiased=False).mean().log() / 2)
+    def see(inputs: Tensor) -> None:
+        found.append(inputs.var((0, 2, 3), unbiased=False).mean().log() / 2)
 
-    norms = [module for module in student.model.modules() if isinstance(module, _BatchNorm)]
-    if not norms:
-        fix = "Leave this score out for it."
-        raise ValueError(message("bn_log_variance", "a network with batch norms", "none", fix))
-    handles = [module.register_forward_pre_hook(see) for module in norms]
-    try:
-        with torch.no_grad(), _as_it_was(student.model, True):
-            student.model(torch.randn_like(student.images))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _inputs_of(student, (_BatchNorm,), torch.randn_like(student.images), see)
     return -float(torch.stack(found).sum())
 
 
@@ -353,6 +355,11 @@ for _name, _entry in {
     "diswot_reference": Score(_sum("reference_semantic", "reference_relation"), _CODE, "normal"),
     "reference_semantic": Score(_reference_semantic, _CODE, "normal"),
     "reference_relation": Score(_reference_relation, _CODE, "normal"),
+    "reference_exact": Score(
+        lambda s, t: _reference_semantic(s, t, 1e-300) + _reference_relation(s, t),
+        f"{_CODE}, without its floor of 1e-12",
+        "normal",
+    ),
     "parameters": Score(lambda s, _: -float(s.parameters), "a count", sees_teacher=False),
     "macs": Score(lambda s, _: -float(s.macs), "a count, by thop", sees_teacher=False),
     "nwot": Score(_nwot, "Mellor et al., ICML 2021, in its second version", "own", False),

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.selection import Batch, Candidate, Record, Scorer, Teacher, costs_of
 from kd_lrp_plugin.spaces import MobileNetV2, Space
 
-OVER_BUDGET = 1e9  # stands for the score of a student that is not scored, being over budget
+OVER_BUDGET = 1e9  # stands for the score of a student that is over budget, or cannot be scored
 
 
 def search(
@@ -62,11 +62,11 @@ def search(
         Deb et al., 2002 (NSGA-II), by Optuna (Akiba et al., KDD 2019). The thesis and DisWOT name
         an evolutionary search over one score.
     """
-    budget = budget or {}
+    budget, axes = budget or {}, space.axes()
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(logging.WARNING)
     size, channels = batches[0][0].shape[-1], batches[0][0].shape[1]
-    question = (score, space.axes(), sorted(budget.items()), seeds, layers)
+    question = (score, axes, sorted(budget.items()), seeds, layers)
     study = optuna.create_study(
         study_name=hashlib.sha256(repr(question).encode()).hexdigest()[:16],
         directions=["minimize"] * 3,
@@ -74,31 +74,34 @@ def search(
         storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))),
         load_if_exists=True,
     )
-    students: dict[str, MobileNetV2] = {}
-    costs: dict[str, dict[str, float]] = {}
-
     kept = Record(folder / "scores.jsonl", teacher, batches, [score])
     scorer = Scorer(teacher, batches, [score])
 
+    def finished() -> list[optuna.trial.FrozenTrial]:
+        states = [optuna.trial.TrialState.COMPLETE]
+        return study.get_trials(deepcopy=False, states=states)
+
+    def student_of(places: Mapping[str, int]) -> MobileNetV2:
+        return space.student({name: axes[name][place] for name, place in places.items()})
+
     def scored(candidate: Candidate, seed: int) -> dict[str, Any]:
         kept.refresh()
-        if kept.row(candidate, seed) is None:
-            kept.add(candidate, scorer(candidate, seed))
-        return kept.row(candidate, seed) or {}
+        row = kept.row(candidate, seed)
+        if row is None:
+            row = scorer(candidate, seed)
+            kept.add(candidate, row)
+        return row
 
-    def see(trial: optuna.Trial) -> tuple[float, float, float]:
-        axes = space.axes()
-        chosen = {
-            name: values[trial.suggest_categorical(name, list(range(len(values))))]
-            for name, values in axes.items()
-        }
-        student = space.student(chosen)
-        candidate = Candidate(str(student), build(student), layers)
-        cost = (
-            costs.get(candidate.name)
-            or costs_of([candidate], size, channels, "latency" in budget)[candidate.name]
+    costs = {str(student_of(trial.params)): dict(trial.user_attrs) for trial in finished()}
+
+    def look(trial: optuna.Trial) -> tuple[float, float, float]:
+        student = student_of(
+            {name: trial.suggest_categorical(name, range(len(axes[name]))) for name in axes}
         )
-        costs[candidate.name] = cost
+        candidate = Candidate(str(student), build(student), layers)
+        if candidate.name not in costs:
+            costs.update(costs_of([candidate], size, channels, "latency" in budget))
+        cost = costs[candidate.name]
         over = max((cost[k] / most - 1 for k, most in budget.items()), default=0.0)
         trial.set_constraint("budget", over)
         for key, value in cost.items():
@@ -110,19 +113,19 @@ def search(
                 value = sum(found) / len(found)
         return value, cost["macs"], cost["parameters"]
 
-    finished = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-    left = range(max(0, trials - len(finished)))
-    for _ in (show or Silence()).track(left, "searching", len(left)):
-        study.optimize(see, n_trials=1)
-    for trial in study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE]):
-        axes = space.axes()
-        student = space.student({name: axes[name][trial.params[name]] for name in axes})
-        if trial.values[0] < OVER_BUDGET:
-            students[str(student)] = student
-            costs[str(student)] = dict(trial.user_attrs)
+    def looks() -> Iterator[None]:
+        while len(finished()) < trials:  # other processes add to the same study
+            study.optimize(look, n_trials=1)
+            yield
+
+    for _ in (show or Silence()).track(looks(), "searching", max(0, trials - len(finished()))):
+        pass
+    within = [trial for trial in finished() if trial.values[0] < OVER_BUDGET]
+    students = {str(student): student for student in (student_of(t.params) for t in within)}
     if not students:
         fix = "Allow more trials or a larger budget."
         raise ValueError(message("search", "a student within budget", "none", fix))
+    costs |= {str(student_of(trial.params)): dict(trial.user_attrs) for trial in within}
     candidates = [Candidate(name, build(student), layers) for name, student in students.items()]
     rows = [scored(candidate, seed) for candidate in candidates for seed in seeds]
     return students, rows, {name: costs[name] for name in students}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy.stats import kendalltau
+from scipy.stats import kendalltau, rankdata
 from torch import Tensor, nn
 
 from kd_lrp_plugin.checks import check_known, message
@@ -23,9 +23,13 @@ from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.scores import SCORES, Observation, normal_init
 
 Batch = tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]
-UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "ms": 1e-3, "s": 1.0, "": 1.0}
 TEACHER_SEED = 1_000_003  # added to a seed for the teacher's initialisation
-BUDGETS = {"params": "parameters", "macs": "macs", "latency": "latency"}
+COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+BUDGETS = {  # by the name that users write: the cost, and its units
+    "params": ("parameters", COUNTS),
+    "macs": ("macs", COUNTS),
+    "latency": ("latency", {"ms": 1e-3, "s": 1.0}),
+}
 
 
 @dataclass(frozen=True)
@@ -181,23 +185,23 @@ class Scorer:
 
     def __init__(self, teacher: Teacher, batches: Sequence[Batch], scores: Sequence[str]) -> None:
         self.teacher, self.batches, self.scores = teacher, list(batches), list(scores)
-        self._observed: dict[tuple[int | None, int, str], Observation] = {}
+        self._observed: dict[tuple[int | None, str], list[Observation]] = {}
 
     def __call__(self, candidate: Candidate, seed: int) -> dict[str, Any]:
         values: dict[str, list[float | None]] = {name: [] for name in self.scores}
         problems: dict[str, str] = {}
-        for place, (images, targets) in enumerate(self.batches):
-            students: dict[str, Observation] = {}
-            for name in self.scores:
-                score = SCORES[name]
+        students: dict[str, list[Observation]] = {}
+        for name in self.scores:
+            score = SCORES[name]
+            for place in range(len(self.batches)):
                 try:
                     if score.init not in students:
                         model = seeded(candidate.build, seed, score.init)
-                        observed = Observation(model, images, targets, candidate.layers)
-                        students[score.init] = observed
-                    teacher = self._teacher(seed, place, score.init)
-                    torch.manual_seed(seed)  # of noise, if a score draws any
-                    value = score.function(students[score.init], teacher)
+                        students[score.init] = self._observe(model, candidate.layers)
+                    teacher = self._teacher(seed, score.init)[place]
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(seed)  # of noise, if a score draws any
+                        value = score.function(students[score.init][place], teacher)
                     if not math.isfinite(value):
                         raise ValueError(message(name, "a finite score", value, ""))
                     values[name].append(value)
@@ -206,18 +210,21 @@ class Scorer:
                     problems[name] = str(error)
         return {"candidate": candidate.name, "seed": seed, "scores": values, "problems": problems}
 
-    def _teacher(self, seed: int, place: int, init: str) -> Observation:
+    def _teacher(self, seed: int, init: str) -> list[Observation]:
         fixed = self.teacher.trained and init == "own"
-        key = (None if fixed else seed, place, init)
+        key = (None if fixed else seed, init)
         if key not in self._observed:
             for old in [old for old in self._observed if old[0] not in (None, seed)]:
                 del self._observed[old]  # seeds come one after the other
             # Drawn from the student's seed, their first layers would be the same.
             model = seeded(self.teacher.build, seed + TEACHER_SEED, init)
-            images, targets = self.batches[place]
-            layers = self.teacher.layers
-            self._observed[key] = Observation(model, images, targets, layers, not fixed)
+            self._observed[key] = self._observe(model, self.teacher.layers, not fixed)
         return self._observed[key]
+
+    def _observe(
+        self, model: nn.Module, layers: tuple[str, ...] | None, train_mode: bool = True
+    ) -> list[Observation]:
+        return [Observation(model, *batch, layers, train_mode) for batch in self.batches]
 
 
 def seeded(build: Callable[[], nn.Module], seed: int, init: str = "own") -> nn.Module:
@@ -282,8 +289,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def ranks(values: Sequence[float | None]) -> list[int | None]:
     """Places from 1, the lowest value first; equal ones share the better place."""
-    known = sorted(value for value in values if value is not None)
-    return [None if value is None else known.index(value) + 1 for value in values]
+    numbers = np.array(values, dtype=float)
+    places = rankdata(numbers, method="min", nan_policy="omit")
+    return [None if np.isnan(place) else int(place) for place in places]
 
 
 def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:
@@ -312,18 +320,19 @@ def parse_budget(texts: Sequence[str]) -> dict[str, float]:
     """
     budget = {}
     for text in texts:
-        name, _, value = text.partition("=")
-        check_known("--budget", name.strip(), BUDGETS)
-        number = value.strip().rstrip("KMGms")
-        unit = value.strip()[len(number) :]
-        fix = "For example params=2.5M, macs=300M or latency=20ms."
+        name, _, value = (part.strip() for part in text.partition("="))
+        check_known("budget", name, BUDGETS)
+        cost, units = BUDGETS[name]
+        number = value.rstrip("KMGms")
         try:
-            amount = float(number) * UNITS[unit]
+            amount = float(number) * units[value[len(number) :].strip()]
         except (ValueError, KeyError):
-            raise ValueError(message("--budget", "name=number and unit", repr(text), fix)) from None
+            expected = f"{name}=NUMBER with a unit of {[u or 'none' for u in units]}"
+            fix = "For example params=2.5M, macs=300M or latency=20ms."
+            raise ValueError(message("budget", expected, repr(text), fix)) from None
         if not 0 < amount < math.inf:
-            raise ValueError(message("--budget", "a number above 0", repr(text), fix))
-        budget[BUDGETS[name.strip()]] = amount
+            raise ValueError(message("budget", "a number above 0", repr(text), "Raise it."))
+        budget[cost] = amount
     return budget
 
 

@@ -29,9 +29,9 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def ask(**changes) -> dict:
+def asked(**changes) -> dict:
     teacher = {"key": "timm_model", "kwargs": {"name": "resnet10t", "num_classes": 4}}
-    asked = {
+    usual = {
         "num_classes": 4,
         "record": "choice.json",
         "data": Phantom(size=8, image_size=32),
@@ -39,44 +39,53 @@ def ask(**changes) -> dict:
         "candidates": ["test_resnet", "test_efficientnet"],
         "batch_size": 4,
     }
-    return asked | changes
+    return usual | changes
 
 
 class TestChoice:
     def test_is_made_once(self, monkeypatch):
-        model = hook.diswot_student(**ask())
+        model = hook.diswot_student(**asked())
         content = json.loads(Path("choice.json").read_text())
         assert content["candidate"] == content["ranking"][0]["candidate"]
         assert content["ranking"][0]["score"] < content["ranking"][1]["score"]
         monkeypatch.setattr(hook, "select", None)
-        again = hook.diswot_student(**ask())
+        again = hook.diswot_student(**asked())
         assert list(again.state_dict()) == list(model.state_dict())
 
+    def test_draws_the_same_weights_as_a_choice_that_was_made_before(self):
+        """So a run that selects and one that reads the record begin alike."""
+        weights = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            model = hook.diswot_student(**asked())
+            weights.append([*(p.sum().item() for p in model.parameters()), torch.rand(1).item()])
+        assert weights[0] == weights[1]
+
     def test_needs_no_data_once_it_is_made(self):
-        hook.diswot_student(**ask())
-        assert hook.diswot_student(**ask(data=None)) is not None
+        hook.diswot_student(**asked())
+        assert hook.diswot_student(**asked(data=None)) is not None
 
     @pytest.mark.parametrize(
         "changes",
         [{"candidates": ["test_resnet"]}, {"score": "relation_l2"}, {"budget": ["params=1M"]}],
     )
     def test_of_another_question_is_refused(self, changes):
-        hook.diswot_student(**ask())
+        hook.diswot_student(**asked())
         with pytest.raises(ValueError, match=r"Delete the record to select again"):
-            hook.diswot_student(**ask(**changes))
+            hook.diswot_student(**asked(**changes))
 
     def test_keeps_the_budget(self):
-        hook.diswot_student(**ask(budget=["params=200K"]))
+        hook.diswot_student(**asked(budget=["params=200K"]))
         assert json.loads(Path("choice.json").read_text())["candidate"] == "test_efficientnet"
         with pytest.raises(ValueError, match="nearest is test_efficientnet"):
-            hook.diswot_student(**ask(budget=["params=1K"], record="other.json"))
+            hook.diswot_student(**asked(budget=["params=1K"], record="other.json"))
 
     def test_leaves_out_what_cannot_be_compared_only_when_asked(self):
-        asked = ask(score="reference_semantic", candidates=["resnet10t", "test_resnet"])
+        question = asked(score="reference_semantic", candidates=["resnet10t", "test_resnet"])
         with pytest.raises(ValueError, match=r"(?s)test_resnet: .*exclude_failures"):
-            hook.diswot_student(**asked)
+            hook.diswot_student(**question)
         assert not Path("choice.json").exists()
-        hook.diswot_student(**asked, exclude_failures=True)
+        hook.diswot_student(**question, exclude_failures=True)
         assert json.loads(Path("choice.json").read_text())["candidate"] == "resnet10t"
 
     def test_is_among_spaces_choices_and_entries(self):
@@ -85,11 +94,11 @@ class TestChoice:
             ({"width": [0.35, 0.5]}, 2),
             ([{"key": "timm_model", "kwargs": {"name": "test_resnet", "num_classes": 4}}], 1),
         ):
-            assert len(hook.entries_of(hook.Question(**ask(candidates=candidates)))) == n
+            assert len(hook.entries_of(hook.ask(**asked(candidates=candidates)))) == n
 
     def test_scores_nothing_twice(self):
         """Not even where the data set draws its images anew each time."""
-        question = hook.Question(**ask(data=Phantom(size=8, image_size=32, augment=True)))
+        question = hook.ask(**asked(data=Phantom(size=8, image_size=32, augment=True)))
         hook.select(question)
         torch.manual_seed(7)
         lines = Path("choice.scores.jsonl").read_text()
@@ -109,7 +118,7 @@ class TestChoice:
     )
     def test_refuses_wrong_questions(self, changes, words):
         with pytest.raises(ValueError, match=words):
-            hook.diswot_student(**ask(**changes))
+            hook.diswot_student(**asked(**changes))
 
 
 class TestRun:
@@ -153,7 +162,7 @@ class TestCommand:
         result = CliRunner().invoke(app, ["select", str(DISWOT), *self.flags(), *budget])
         assert result.exit_code == 0, result.output
         assert "best by diswot: test_efficientnet" in result.output
-        assert not RECORD.exists()
+        assert [file.name for file in RECORD.parent.iterdir()] == [f"{RECORD.stem}.scores.jsonl"]
 
     def test_says_what_a_config_without_a_selection_lacks(self):
         kd = CONFIGS / "phantom/kd/test_resnet_from_resnet10t.yaml"
@@ -164,5 +173,5 @@ class TestCommand:
 
 def test_a_question_is_the_same_read_from_yaml_again():
     content = construct(resolve_config(DISWOT, QUICK))
-    question = hook.Question(**content["models"]["student_model"]["kwargs"])
+    question = hook.ask(**content["models"]["student_model"]["kwargs"])
     assert yaml.safe_load(yaml.safe_dump(question.words())) == question.words()

@@ -120,6 +120,10 @@ def test_the_reference_formula_holds_where_gradients_vanish(batch):
     expected = (grams[0] - grams[1]).square().sum() / 30
     observed = [observe(model, batch) for model in models]
     assert score("reference_semantic", *observed) == pytest.approx(float(expected), rel=1e-9)
+    unit = [gram / gram.norm(dim=2, keepdim=True) for gram in grams]
+    relation = score("reference_relation", *observed)
+    exact = float((unit[0] - unit[1]).square().sum() / 30) + relation
+    assert score("reference_exact", *observed) == pytest.approx(exact, rel=1e-6)
 
 
 def test_the_reference_formula_names_channels_that_it_cannot_compare(batch):

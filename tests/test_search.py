@@ -8,7 +8,7 @@ import torch
 
 from kd_lrp_plugin.efficiency import count_parameters
 from kd_lrp_plugin.search import search
-from kd_lrp_plugin.selection import Teacher
+from kd_lrp_plugin.selection import Candidate, Teacher, measure
 from kd_lrp_plugin.spaces import MobileNetV2, Space
 
 SPACE = Space({"width": (0.25, 0.35, 0.5), "depth": (0.5, 1.0), "head": ("linear", "mlp")})
@@ -20,10 +20,13 @@ def look(tmp_path):
     torch.manual_seed(0)
     batches = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3]))]
     made: list[str] = []
+    meanwhile: list = []
 
     def build(student: MobileNetV2):
         def make():
             made.append(str(student))
+            while meanwhile:
+                meanwhile.pop()()
             return student.build(4)
 
         return make
@@ -31,7 +34,7 @@ def look(tmp_path):
     def run(trials: int, **kwargs):
         return search(SPACE, build, TEACHER, batches, "diswot", trials, tmp_path, **kwargs)
 
-    run.made, run.folder = made, tmp_path
+    run.made, run.folder, run.batches, run.meanwhile = made, tmp_path, batches, meanwhile
     return run
 
 
@@ -66,8 +69,21 @@ def test_students_over_budget_are_not_scored(look):
         look(26, budget={"parameters": 1.0})
 
 
-def test_a_search_finds_what_a_ranking_of_all_finds(look):
-    """Twelve students are few enough to see nearly all of them."""
-    students, rows, _ = look(60)
-    assert len(students) >= 10
-    assert min(row["scores"]["diswot"][0] for row in rows) > 0
+def test_a_search_scores_as_a_ranking_of_all_does(look):
+    """Twelve students are few enough to see nearly all of them, and the best."""
+    candidates = [Candidate(str(s), partial(s.build, 4)) for s in SPACE]
+    every = measure(candidates, TEACHER, look.batches, ["diswot"])
+    _, found, _ = look(60)
+    by_name = {row["candidate"]: row["scores"]["diswot"] for row in every}
+    assert len(found) >= 10
+    assert all(by_name[row["candidate"]] == row["scores"]["diswot"] for row in found)
+    assert min(row["scores"]["diswot"] for row in found) == min(by_name.values())
+
+
+def test_processes_that_share_a_folder_share_its_trials(look):
+    """Another one finishes five of eight while this one is at its first: it does three itself."""
+    look.meanwhile.append(lambda: look(5))
+    look(8)
+    journal = (look.folder / "study.journal").read_text().splitlines()
+    values = [line for line in journal if "values" in json.loads(line)]
+    assert len(values) == 8

@@ -100,6 +100,19 @@ class TestMeasure:
         assert len(made) == 1
         assert rows[0]["scores"] == rows[2]["scores"]
 
+    def test_builds_a_candidate_once_per_seed(self, batches):
+        made = []
+
+        def build():
+            made.append(small()())
+            return made[-1]
+
+        draws = torch.random.get_rng_state()
+        scores = ["diswot", "bn_log_variance"]
+        measure([Candidate("a", build)], TEACHER, batches, scores, (0, 1))
+        assert len(made) == 4  # two seeds, initialised as built and from N(0, 1)
+        assert torch.equal(torch.random.get_rng_state(), draws)
+
     def test_a_batch_too_small_is_said(self, candidates):
         batch = torch.randn(1, 3, 32, 32), torch.tensor([0])
         (row, _) = measure(candidates, TEACHER, [batch], ["diswot"])
@@ -123,7 +136,12 @@ class TestBudget:
 
     @pytest.mark.parametrize("text", ["params", "params=", "params=x", "params=-1M", "macs=0"])
     def test_that_is_no_number_is_refused(self, text):
-        with pytest.raises(ValueError, match="--budget"):
+        with pytest.raises(ValueError, match=r"budget: expected .*, got '"):
+            selection.parse_budget([text])
+
+    @pytest.mark.parametrize("text", ["latency=20", "latency=2M", "params=3ms", "macs=1KK"])
+    def test_in_a_unit_of_something_else_is_refused(self, text):
+        with pytest.raises(ValueError, match="with a unit of"):
             selection.parse_budget([text])
 
     def test_of_something_else_is_refused(self):
