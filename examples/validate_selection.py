@@ -2,19 +2,25 @@
 
 Two kinds of ground truth are read: DisWOT's 64 CIFAR networks (columns arch, kd_acc, params, macs),
 and what examples/train_space.py writes (columns student, seed, choices, test_accuracy). Every score
-is computed for several initialisations, on noise and, where there are class folders, on images.
+is computed for several initialisations, on noise and, where there are class folders, on images;
+for a teacher with random weights and, if there is one, for a trained one.
+
 OUT/selection_quality.csv gets Spearman's and Kendall's correlation with the accuracy, concordance
 among pairs of equal size, and the regret under six parameter budgets, each with its spread over the
-seeds; OUT/selection_quality.png shows the first two against parameters alone.
+seeds; OUT/selection_quality.png shows the second and third against parameters alone.
+OUT/differences.csv has each score's difference to parameters, with 95 % intervals from a paired
+bootstrap over the networks. What is scored is kept in OUT, so a stopped call goes on.
 
     python examples/validate_selection.py --ground-truth truth.csv --out quality
-    python examples/validate_selection.py --ground-truth truth.csv --images data/mri --out quality
+    python examples/validate_selection.py --ground-truth truth.csv --images data/mri \\
+        --train-teacher 10 --out quality
 """
 
 import argparse
 import csv
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +28,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from kd_lrp_plugin import report
 from kd_lrp_plugin.console import Show
 from kd_lrp_plugin.data import FolderImages
 from kd_lrp_plugin.efficiency import count_parameters
-from kd_lrp_plugin.quality import ranking_quality
+from kd_lrp_plugin.quality import compare_quality, ranking_quality
 from kd_lrp_plugin.scores import SCORES
 from kd_lrp_plugin.selection import Batch, Candidate, Teacher, measure
 from kd_lrp_plugin.spaces import mobilenetv2
@@ -79,32 +86,73 @@ class CifarResNet(nn.Module):
         return self.fc(self.global_pool(x).flatten(1))
 
 
+@dataclass
+class Judge:
+    """Networks, how accurate they became, and the scores that were computed of them.
+
+    Attributes:
+        accuracies: (networks, seeds) of the training.
+        early: by number of epochs, accuracy on validation images by then, of the same shape.
+        parameters: of each network.
+        scores: by (score, images, teacher): (networks, seeds) of the initialisation; nan where a
+            score failed.
+    """
+
+    accuracies: np.ndarray
+    early: dict[int, np.ndarray]
+    parameters: list[int]
+    scores: dict[tuple[str, str, str], np.ndarray]
+
+    @property
+    def truth(self) -> np.ndarray:
+        return self.accuracies.mean(1)
+
+
 def main() -> None:
+    args = arguments(__doc__).parse_args()
+    judge = score_networks(args)
+    write(args.out, judge, args.resamples)
+
+
+def arguments(words: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=words, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ground-truth", type=Path, required=True, metavar="CSV")
-    parser.add_argument("--images", type=Path, help="class folders; besides noise")
+    parser.add_argument("--images", type=Path, help="class folders under Training; besides noise")
     parser.add_argument("--teacher", type=Path, help="weights of a trained teacher of the kind")
+    parser.add_argument(
+        "--train-teacher", type=int, metavar="EPOCHS", help="make one, on the images"
+    )
     parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
     parser.add_argument("--seeds", type=int, default=3, help="initialisations (default: 3)")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, default=Path("selection_quality"))
-    args = parser.parse_args()
+    return parser
+
+
+def score_networks(args: argparse.Namespace, noise: bool = True) -> Judge:
     args.out.mkdir(parents=True, exist_ok=True)
     with args.ground_truth.open(encoding="utf-8") as file:
         truth = list(csv.DictReader(file))
     read = read_cifar if "kd_acc" in truth[0] else read_space
-    candidates, accuracies, build_teacher, size, classes = read(truth)
-    teachers = {"random": Teacher(build_teacher, trained=False)}
-    if args.teacher:
-        trained = partial(with_weights, build_teacher, args.teacher)
-        teachers["trained"] = Teacher(trained, trained=True)
-    parameters = [count_parameters(candidate.build()) for candidate in candidates]
-    rows = []
-    for images in ["noise", *(["images"] if args.images else [])]:
+    judge = None
+    for images in [*(["noise"] if noise else []), *(["images"] if args.images else [])]:
         folder = args.images if images == "images" else None
+        classes = len(list((folder / "Training").iterdir())) if folder else None
+        candidates, accuracies, build_teacher, size, classes = read(truth, classes)
+        sizes = [count_parameters(candidate.build()) for candidate in candidates]
+        judge = judge or Judge(accuracies, early(truth), sizes, {})
+        teachers = {"random": Teacher(build_teacher, trained=False)}
+        weights = args.teacher
+        if folder and args.train_teacher:
+            weights = args.out / "teacher.pt"
+            train_teacher(build_teacher, folder, size, args.train_teacher, weights)
+        if folder and weights:
+            trained = partial(with_weights, build_teacher, weights)
+            teachers["trained"] = Teacher(trained, trained=True)
         batch = make_batch(folder, args.batch_size, size, classes)
         for name, teacher in teachers.items():
             record = args.out / f"scores-{images}-{name}.jsonl"
@@ -115,42 +163,116 @@ def main() -> None:
                     *(range(args.seeds), record, args.jobs, show),
                 )
             for score in args.scores:
-                qualities = quality_by_seed(found, score, accuracies, parameters, args.seeds)
-                rows.append({"score": score, "images": images, "teacher": name} | spread(qualities))
-    if isinstance(accuracies[0], dict):
-        rows.append(ceiling(accuracies, parameters))
-    with (args.out / "selection_quality.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+                values = [row["scores"][score][0] for row in found]  # there is one batch
+                table = np.array(values, dtype=float).reshape(len(candidates), args.seeds)
+                judge.scores[score, images, name] = table
+    return judge
+
+
+def write(out: Path, judge: Judge, resamples: int) -> None:
+    rows, differences = [], []
+    sizes = -np.array(judge.parameters, dtype=float)
+    for (score, images, teacher), values in judge.scores.items():
+        usable = np.isfinite(values).all(1)
+        named = {"score": score, "images": images, "teacher": teacher}
+        if usable.sum() < 3:
+            rows.append(named | spread([dict.fromkeys(FIGURES, float("nan"))]))
+            continue
+        sides = judge.truth[usable], -sizes[usable]
+        rows.append(named | spread([ranking_quality(c, *sides) for c in values[usable].T]))
+        mean = values[usable].mean(1)
+        found = compare_quality(mean, sizes[usable], *sides, resamples)
+        for figure in ("kendall", "iso_concordance"):
+            value, low, high = found[figure]
+            named |= {figure: value, f"{figure}_low": low, f"{figure}_high": high}
+        differences.append(named)
+    if judge.accuracies.shape[1] > 1:
+        rows += ceilings(judge)
+    for name, content in (("selection_quality", rows), ("differences", differences)):
+        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(content[0]))
+            writer.writeheader()
+            writer.writerows(content)
     print(report.table([{k: v for k, v in row.items() if "_sd" not in k} for row in rows]))
-    draw(rows).savefig(args.out / "selection_quality.png", dpi=150)
-    print(f"wrote {args.out}/selection_quality.csv and {args.out}/selection_quality.png")
+    print("\ndifferences to parameters, of the mean over initialisations\n")
+    print(report.table(differences))
+    draw(rows).savefig(out / "selection_quality.png", dpi=150)
+    print(f"wrote {out}/selection_quality.csv, {out}/selection_quality.png, {out}/differences.csv")
 
 
 # --- ground truth -------------------------------------------------------------------------------
 
 
-def read_cifar(truth: list[dict]) -> tuple:
+def read_cifar(truth: list[dict], classes: int | None) -> tuple:
+    """With the 100 outputs of the published networks, or as many as the images have classes."""
+    classes = classes or 100
     candidates = [
-        Candidate(row["arch"], partial(CifarResNet, tuple(map(int, row["arch"])))) for row in truth
+        Candidate(row["arch"], partial(CifarResNet, tuple(map(int, row["arch"])), classes))
+        for row in truth
     ]
-    teacher = partial(CifarResNet, (9, 9, 9))
-    return candidates, [float(row["kd_acc"]) for row in truth], teacher, 32, 100
+    teacher = partial(CifarResNet, (9, 9, 9), classes)
+    accuracies = np.array([[float(row["kd_acc"])] for row in truth])
+    return candidates, accuracies, teacher, 32, classes
 
 
-def read_space(truth: list[dict]) -> tuple:
-    """Accuracies by seed; the mean over the seeds is the truth."""
-    by_student: dict[str, dict[str, float]] = {}
+def read_space(truth: list[dict], classes: int | None) -> tuple:
+    by_student: dict[str, list[float]] = {}
     builds: dict[str, Callable[[], nn.Module]] = {}
-    for row in truth:
-        by_student.setdefault(row["student"], {})[row["seed"]] = float(row["test_accuracy"])
+    for row in sorted(truth, key=lambda row: row["seed"]):
+        by_student.setdefault(row["student"], []).append(float(row["test_accuracy"]))
         choices = json.loads(row["choices"])
-        builds[row["student"]] = partial(mobilenetv2, num_classes=4, **choices)
+        builds[row["student"]] = partial(mobilenetv2, num_classes=classes or 4, **choices)
     candidates = [Candidate(name, build) for name, build in builds.items()]
-    size = 64
-    teacher = partial(build_model, "mobilenetv2_100", 4, "flatten_mlp", image_size=size)
-    return candidates, list(by_student.values()), teacher, size, 4
+    size = int(truth[0]["image_size"])
+    teacher = partial(
+        *(build_model, "mobilenetv2_100", classes or 4, "flatten_mlp"),
+        image_size=size,
+        timm_kwargs={"pad_type": "same"},
+    )
+    return candidates, np.array(list(by_student.values())), teacher, size, classes or 4
+
+
+def early(truth: list[dict]) -> dict[int, np.ndarray]:
+    if "val_accuracies" not in truth[0]:
+        return {}
+    by_student: dict[str, list[list[float]]] = {}
+    for row in sorted(truth, key=lambda row: row["seed"]):
+        by_student.setdefault(row["student"], []).append(json.loads(row["val_accuracies"]))
+    curves = np.array(list(by_student.values()))
+    return {epochs: curves[..., epochs - 1] for epochs in (1, 2, 5)}
+
+
+def train_teacher(
+    build: Callable[[], nn.Module], folder: Path, size: int, epochs: int, file: Path
+) -> None:
+    """By cross entropy, on the part of Training that validation leaves; kept in a file."""
+    if file.exists():
+        return
+    torch.manual_seed(0)
+    model = build()
+    parts = {
+        part: DataLoader(
+            FolderImages(str(folder), part=part, image_size=size, augment=part == "fit"),
+            *(64, part == "fit"),
+            drop_last=part == "fit",
+        )
+        for part in ("fit", "holdout")
+    }
+    optimizer = torch.optim.Adam(model.parameters())
+    steps = epochs * len(parts["fit"])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, steps)
+    with Show() as show:
+        for _ in show.track(range(epochs), "teacher", epochs):
+            for images, targets in parts["fit"]:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model.train()(images), targets).backward()
+                optimizer.step()
+                schedule.step()
+    model.eval()
+    with torch.no_grad():
+        right = [(model(images).argmax(1) == targets) for images, targets in parts["holdout"]]
+    print(f"teacher trained: {torch.cat(right).float().mean():.3f} right on held-out images")
+    torch.save(model.state_dict(), file)
 
 
 def with_weights(build: Callable[[], nn.Module], file: Path) -> nn.Module:
@@ -173,26 +295,6 @@ def make_batch(folder: Path | None, n: int, size: int, classes: int) -> Batch:
 # --- quality ------------------------------------------------------------------------------------
 
 
-def quality_by_seed(
-    found: list[dict], score: str, accuracies: list, parameters: list[int], seeds: int
-) -> list[dict[str, float]]:
-    """One figure per initialisation, and a last one of the mean over them."""
-    truth = [mean(accuracy) for accuracy in accuracies]
-    (values,) = zip(*(row["scores"][score] for row in found), strict=True)  # there is one batch
-    values = np.array([np.nan if value is None else value for value in values])
-    values = values.reshape(len(accuracies), seeds)
-    usable = np.isfinite(values).all(1)
-    if usable.sum() < 3:
-        return [dict.fromkeys(FIGURES, float("nan"))]
-    sides = [np.asarray(side)[usable] for side in (truth, parameters)]
-    columns = [values[usable, seed] for seed in range(seeds)]
-    return [ranking_quality(column, *sides) for column in columns]
-
-
-def mean(accuracy: float | dict[str, float]) -> float:
-    return float(np.mean(list(accuracy.values()))) if isinstance(accuracy, dict) else accuracy
-
-
 def spread(qualities: list[dict[str, float]]) -> dict[str, float]:
     found = {}
     for figure in FIGURES:
@@ -201,14 +303,19 @@ def spread(qualities: list[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def ceiling(accuracies: list[dict[str, float]], parameters: list[int]) -> dict:
-    """How well the accuracies of one seed rank those of the others."""
-    seeds = list(accuracies[0])
-    qualities = []
-    for seed in seeds:
-        rest = [np.mean([a for s, a in of.items() if s != seed]) for of in accuracies]
-        qualities.append(ranking_quality([-of[seed] for of in accuracies], rest, parameters))
-    return {"score": "another seed's accuracy", "images": "", "teacher": ""} | spread(qualities)
+def ceilings(judge: Judge) -> list[dict]:
+    """How well training with one seed ranks what training with the others gives."""
+    known = {"accuracy": judge.accuracies}
+    known |= {f"validation after {n} epochs": values for n, values in judge.early.items()}
+    rows = []
+    for name, values in known.items():
+        qualities = []
+        for seed in range(judge.accuracies.shape[1]):
+            rest = np.delete(judge.accuracies, seed, axis=1).mean(1)
+            qualities.append(ranking_quality(-values[:, seed], rest, judge.parameters))
+        row = {"score": f"another seed's {name}", "images": "", "teacher": ""}
+        rows.append(row | spread(qualities))
+    return rows
 
 
 def draw(rows: list[dict]) -> Figure:
