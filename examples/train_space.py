@@ -103,6 +103,9 @@ def train(
         row = {"student": str(student), "seed": seed, "choices": json.dumps(asdict(student))}
         row |= {key: summary[key] for key in ("test_accuracy", "test_loss", "val_accuracy")}
         row |= {"parameters": count_parameters(built), "macs": count_macs(built, size)}
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        row["val_accuracies"] = json.dumps([json.loads(line)["val_accuracy"] for line in lines])
+        row["image_size"] = size
         rows.append({**row, "seconds": summary["seconds"]})
     if missing:
         sys.exit(f"{missing} runs are still with other processes: start this again to collect all")

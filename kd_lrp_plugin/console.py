@@ -73,6 +73,7 @@ class Show(Silence):
     """Progress bars and a line per epoch."""
 
     def __enter__(self) -> "Show":
+        super().__enter__()
         self._progress = Progress(
             TextColumn("{task.description:>16}"),
             BarColumn(),
@@ -86,6 +87,7 @@ class Show(Silence):
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+        super().__exit__()
 
     def track(self, items: Iterable, what: str, total: int) -> Iterable:
         task = self._progress.add_task(what, total=total)

@@ -19,7 +19,7 @@ from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 
 from kd_lrp_plugin.checks import check_known, message, strict
 from kd_lrp_plugin.processes import launched
-from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.progress import Silence, listening
 from kd_lrp_plugin.scores import SCORES
 from kd_lrp_plugin.selection import (
     Batch,
@@ -136,7 +136,7 @@ def diswot_student(**asked: Any) -> nn.Module:
         time.sleep(0.2)
     if not question.file.exists():
         with torch.random.fork_rng(devices=[]):  # a run is the same with the record and without
-            found = select(question)
+            found = select(question, show=listening())
         keep(question, found)
         logger.warning(
             "%s chose %s; recorded in %s", question.score, found[0]["candidate"], question.file

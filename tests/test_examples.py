@@ -16,9 +16,8 @@ PHANTOM_KD = EXAMPLES.parent / "torchdistill_configs/phantom/kd/test_resnet_from
 
 # Files that an example finds in its folder; the accuracies are made up.
 FILES = {
-    "validate_selection.py": {
-        "truth.csv": "arch,kd_acc,params,macs\n111,0.6,1,1\n113,0.7,1,1\n131,0.65,1,1\n"
-    }
+    name: {"truth.csv": "arch,kd_acc,params,macs\n111,0.6,1,1\n113,0.7,1,1\n131,0.65,1,1\n"}
+    for name in ("validate_selection.py", "explore_scores.py")
 }
 
 # Arguments of each example's short mode, and the files that it leaves in its folder.
@@ -60,19 +59,28 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
     "validate_selection.py": (
         [
             *("--ground-truth", "truth.csv", "--out", "quality", "--batch-size", "8"),
-            *("--seeds", "2", "--scores", "diswot", "parameters"),
+            *("--seeds", "2", "--scores", "diswot", "parameters", "--resamples", "50"),
         ],
-        ["quality/selection_quality.csv", "quality/selection_quality.png"],
+        [f"quality/{name}" for name in ("selection_quality.csv", "selection_quality.png")],
+    ),
+    "explore_scores.py": (
+        [
+            *("--ground-truth", "truth.csv", "--out", "explored", "--batch-size", "8"),
+            *("--seeds", "1", "--scores", "early_lrp_cosine", "gradient_misalignment"),
+            *("--resamples", "50"),
+        ],
+        ["explored/differences.csv", "explored/selection_quality.csv"],
     ),
 }
 
 # A script without a network: whatever connects, fails. In the end it tells what it has imported.
 OFFLINE = """
-import runpy, socket, sys
+import pathlib, runpy, socket, sys
 def refuse(*_):
     raise OSError("examples are offline")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
 sys.argv = sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
 print("torchdistill" in sys.modules)
 """

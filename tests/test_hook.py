@@ -14,6 +14,7 @@ from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.config import resolve_config
 from kd_lrp_plugin.data import Phantom
 from kd_lrp_plugin.experiment import construct
+from kd_lrp_plugin.progress import Silence
 
 DISWOT = CONFIGS / "phantom/diswot/chosen_from_resnet10t.yaml"
 FEW = "models.student_model.kwargs.candidates=[test_resnet, test_efficientnet]"
@@ -60,6 +61,21 @@ class TestChoice:
             model = hook.diswot_student(**asked())
             weights.append([*(p.sum().item() for p in model.parameters()), torch.rand(1).item()])
         assert weights[0] == weights[1]
+
+    def test_tells_who_listens_how_far_it_is(self):
+        class Listener(Silence):
+            def __init__(self):
+                self.told = []
+
+            def track(self, items, what, total):
+                self.told.append((what, total))
+                return items
+
+        with Listener() as listener:
+            hook.diswot_student(**asked())
+        assert ("scoring", 2) in listener.told
+        hook.diswot_student(**asked(record="other.json"))
+        assert len(listener.told) == 2
 
     def test_needs_no_data_once_it_is_made(self):
         hook.diswot_student(**asked())
