@@ -17,6 +17,7 @@ validation accuracy. OUT/halving.csv has a row for each training (Jamieson and T
 
 import argparse
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def main() -> None:
         write(args.out / "halving.csv", rows)
         print(f"chosen: {rows[-1]['student']}")
     else:
-        rows = [row for seed in args.seeds for row in train(args, students, seed, args.out)]
+        rows = train(args, students, args.out)
         write(args.out / "ground_truth.csv", rows)
 
 
@@ -61,9 +62,7 @@ def halve(args: argparse.Namespace, students: list[MobileNetV2]) -> list[dict]:
     found, epochs = [], max(1, args.epochs // args.halve**2)
     while True:
         folder = args.out / f"{epochs}_epochs"
-        rows = []
-        for seed in args.seeds:
-            rows += train(args, students, seed, folder, [f"train.num_epochs={epochs}"])
+        rows = train(args, students, folder, [f"train.num_epochs={epochs}"])
         accuracies = {
             student: sum(row["val_accuracy"] for row in rows if row["student"] == str(student))
             for student in students
@@ -80,12 +79,11 @@ def halve(args: argparse.Namespace, students: list[MobileNetV2]) -> list[dict]:
 def train(
     args: argparse.Namespace,
     students: list[MobileNetV2],
-    seed: int,
     folder: Path,
     overrides: Sequence[str] = (),
 ) -> list[dict]:
     rows, missing = [], 0
-    for student in students:
+    for seed, student in itertools.product(args.seeds, students):
         choices = {**asdict(student), "num_classes": args.classes}
         entry = {"key": "timm_mobilenetv2", "kwargs": choices}
         model = yaml.safe_dump(entry, default_flow_style=True).strip()
