@@ -4,13 +4,11 @@ The phantom needs no files and no licence. It is a drawing, not anatomy: good fo
 and demonstrating, no ground for any clinical claim.
 """
 
-import csv
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torchvision.datasets import ImageFolder
 from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.phantom import CLASSES, Scene, draw
 from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.splits import held_out, read_groups, read_kept
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +202,9 @@ class FolderImages(ImageFolder):
     ``1 / holdout``-th is held out. Where ``<root>/manifest.csv`` has columns ``file`` and ``group``
     (and perhaps ``split`` and ``class``), a group is never divided.
 
+    With ``manifest``, a ``clean_split.csv`` of ``kd-lrp check-data``, the images are those that it
+    keeps in the split, wherever under ``root`` they lie; its groups are not divided either.
+
     Args:
         root: folder of the data set, or None.
         split: sub-folder, for example Training.
@@ -215,10 +217,16 @@ class FolderImages(ImageFolder):
         augment: see :func:`make_transforms`; refused together with ``transform``.
         skip_corrupt: leave out the files that cannot be read, which are named in the log;
             every file is read for it. Otherwise the first one that is met raises an error.
+        manifest: CSV with columns file (below ``root``), split, class, group and kept (1 or 0);
+            the path may name environment variables. ``split`` is then one of the CSV's.
+        per_class: keep so many images of each class, drawn by ``seed`` alone; of one seed, few are
+            among more.
+        seed: of ``per_class``.
 
     Raises:
-        FileNotFoundError: if the folder of the split is not there.
-        ValueError: for an unknown part, other classes than asked for, or a class too small to cut.
+        FileNotFoundError: if the folder, the manifest, or an image that it keeps is not there.
+        ValueError: for an unknown part, other classes than asked for, a class too small to cut, or
+            a manifest without these columns or this split.
     """
 
     samples: list[tuple[str, int]]
@@ -235,14 +243,18 @@ class FolderImages(ImageFolder):
         transform: Callable[[Image.Image], Any] | None = None,
         augment: bool = False,
         skip_corrupt: bool = False,
+        manifest: str | None = None,
+        per_class: int | None = None,
+        seed: int = 0,
     ) -> None:
         check_known("FolderImages part", part, _PARTS)
         self.folder = _find_folder(root, name)
-        where = self.folder / split
+        self._split, self._kept = split, read_kept(manifest, self.folder, split)
+        where = self.folder if self._kept else self.folder / split
         if not where.is_dir():
             fix = "Set root in YAML, or KD_LRP_DATA in the environment, to where the data lie."
             raise FileNotFoundError(message("FolderImages", "a folder", f"none at {where}", fix))
-        found = sorted(entry.name for entry in where.iterdir() if entry.is_dir())
+        found, _ = self.find_classes(where)
         if classes is not None and found != sorted(classes):
             fix = "Rename the folders, or leave classes out."
             raise ValueError(
@@ -258,8 +270,34 @@ class FolderImages(ImageFolder):
             shown = "; ".join(f"{file} ({why})" for file, why in broken.items())
             logger.warning("%d of %d images left out: %s", len(broken), len(self), shown)
             self.samples = [s for s in self.samples if s[0] not in broken]
+        if per_class is not None:
+            _check_integer("FolderImages", "per_class", per_class)
+            order = np.random.default_rng(seed).permutation(len(self.samples))
+            labels = range(len(self.classes))
+            of_class = [[i for i in order if self.samples[i][1] == label] for label in labels]
+            if (least := min(map(len, of_class))) < per_class:
+                got, fix = f"a class of {least}", "Lower it."
+                raise ValueError(message("FolderImages", f"{per_class} per_class", got, fix))
+            chosen = sorted(i for places in of_class for i in places[:per_class])
+            self.samples = [self.samples[i] for i in chosen]
         self.imgs = self.samples
         self.targets = [label for _, label in self.samples]
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """The manifest's classes, of all its splits; torchvision's way without one."""
+        if not self._kept:
+            return super().find_classes(directory)
+        classes = sorted({row["class"] for row in self._kept})
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def make_dataset(
+        self, directory: str | Path, class_to_idx: dict[str, int], **options: Any
+    ) -> list[tuple[str, int]]:
+        """The manifest's files of the split; torchvision's way without one."""
+        if not self._kept:
+            return super().make_dataset(directory, class_to_idx, **options)
+        rows = [row for row in self._kept if row["split"] == self._split]
+        return sorted((str(self.folder / row["file"]), class_to_idx[row["class"]]) for row in rows)
 
     def mask(self, index: int) -> Bool[np.ndarray, "h w"] | None:
         """Outline from ``<root>/masks/<split>/<class>/<name>.png``; None where there is none."""
@@ -270,27 +308,17 @@ class FolderImages(ImageFolder):
     def _held_out(self, holdout: float) -> set[str]:
         if not 0 < holdout < 1:
             raise ValueError(message("FolderImages", "holdout in (0, 1)", holdout, "Use 0.15."))
-        groups = _read_groups(self.folder / "manifest.csv")
-        decided: dict[object, bool] = {}
-        held: set[str] = set()
-        for label, name in enumerate(self.classes):
-            paths = sorted(path for path, target in self.samples if target == label)
-            run = min(32, max(1, round(len(paths) * min(holdout, 1 - holdout))))
-            members: dict[object, list[str]] = {}  # by group, in the order of their first files
-            for path in paths:
-                short = Path(path).relative_to(self.folder).parts
-                group = groups.get((short[0], name, short[-1]), groups.get(short[-1:], path))
-                members.setdefault(group, []).append(path)
-            before, place = len(held), 0
-            for group, files in members.items():
-                turn = place // run
-                place += len(files)
-                out = floor((turn + 1) * holdout + 0.5) > floor(turn * holdout + 0.5)
-                if decided.setdefault(group, out):  # an earlier class may have decided
-                    held.update(files)
-            if not 0 < len(held) - before < len(paths):
-                fix = f"Give more images than {len(paths)} (or more groups), or part: all."
-                got = f"{len(held) - before} of {len(paths)} of class {name!r}"
+        files = {Path(path).relative_to(self.folder).as_posix(): path for path, _ in self.samples}
+        groups = {row["file"]: row["group"] for row in self._kept}
+        groups = groups or read_groups(self.folder / "manifest.csv", files)
+        paths: dict[str, list[str]] = {name: [] for name in self.classes}
+        for path, label in self.samples:
+            paths[self.classes[label]].append(path)
+        held = held_out(paths, {files[f]: g for f, g in groups.items() if f in files}, holdout)
+        for name, members in paths.items():
+            if not 0 < (out := len(held.intersection(members))) < len(members):
+                fix = f"Give more images than {len(members)} (or more groups), or part: all."
+                got = f"{out} of {len(members)} of class {name!r}"
                 raise ValueError(message("FolderImages", "some images held out", got, fix))
         return held
 
@@ -334,23 +362,6 @@ def _find_folder(root: str | None, name: str) -> Path:
         got = f"root {root!r} and no KD_LRP_DATA (looking for {name!r})"
         raise FileNotFoundError(message("FolderImages", "a folder of images", got, fix))
     return Path(os.environ["KD_LRP_DATA"]).expanduser() / name
-
-
-def _read_groups(manifest: Path) -> Mapping[tuple[str, ...], object]:
-    """Group of each file, keyed by (split, class, file) or, lacking those columns, by (file,)."""
-    if not manifest.is_file():
-        return {}
-    with manifest.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    columns = set(rows[0]) if rows else set()
-    if not {"file", "group"} <= columns:
-        return {}
-    before = ("split", "class") if {"split", "class"} <= columns else ()
-    # The tuple as value keeps a group's name apart from a path.
-    return {
-        (*(row[column] for column in before), Path(row["file"]).name): ("group", row["group"])
-        for row in rows
-    }
 
 
 def _choose_transform(

@@ -26,6 +26,7 @@ from kd_lrp_plugin.data import (
     make_transforms,
     preprocessing,
 )
+from kd_lrp_plugin.splits import read_groups
 
 GLIOMA, MENINGIOMA, NOTUMOR, PITUITARY = range(4)
 
@@ -341,6 +342,110 @@ class TestFolderImages:
     def test_a_cut_that_cannot_be_made_is_refused(self, folder, arguments, hint):
         with pytest.raises(ValueError, match=hint):
             FolderImages(str(folder), "Training", **arguments)
+
+    def test_few_images_per_class_are_drawn_by_the_seed_from_the_part(self, folder):
+        fit = files(FolderImages(str(folder), part="fit", holdout=0.25))
+        few, more, other = (
+            FolderImages(str(folder), part="fit", holdout=0.25, per_class=n, seed=seed)
+            for n, seed in ((3, 0), (9, 0), (3, 1))
+        )
+        assert few.targets == [0] * 3 + [1] * 3
+        assert set(files(few)) < set(files(more)) < set(fit)
+        assert set(files(few)) != set(files(other))
+
+    def test_more_images_per_class_than_there_are_are_refused(self, folder):
+        with pytest.raises(ValueError, match="expected 25 per_class, got a class of 24"):
+            FolderImages(str(folder), "Training", per_class=25)
+
+
+KEPT = ["file", "split", "class", "group", "kept"]
+
+
+def write_split(folder: Path, rows: list[tuple]) -> str:
+    """A clean split beside the folder."""
+    file = folder.parent / f"{folder.name}.csv"
+    with file.open("w", newline="") as out:
+        csv.writer(out).writerows([KEPT, *rows])
+    return str(file)
+
+
+class TestCleanSplit:
+    def test_only_kept_files_of_the_split_are_read_wherever_they_lie(self, folder):
+        rows = [
+            ("Training/cat/cat_003.png", "Testing", "cat", 1, 1),
+            ("Training/cat/cat_002.png", "Testing", "cat", 1, 0),
+            ("Training/dog/dog_001.png", "Training", "dog", 2, 1),
+            ("Training/cat/cat_000.png", "Testing", "cat", 3, 1),
+        ]
+        manifest = write_split(folder, rows)
+        test = FolderImages(str(folder), "Testing", manifest=manifest, image_size=8)
+        assert files(test) == ["cat_000.png", "cat_003.png"]
+        assert test.targets == [0, 0]
+        assert test.classes == ["cat", "dog"]  # also those of other splits
+        assert test[1][0].unique().tolist() == pytest.approx([3 / 127.5 - 1])
+        assert np.array_equal(test.mask(0), np.eye(8) > 0)
+        train = FolderImages(str(folder), "Training", manifest=manifest, classes=["dog", "cat"])
+        assert (files(train), train.targets) == (["dog_001.png"], [1])
+
+    def test_the_groups_of_the_clean_split_are_not_divided(self, folder):
+        group_of = {path.name: int(path.stem[4:]) % 9 for path in folder.glob("Training/*/*.png")}
+        rows = [
+            (f"Training/{name[:3]}/{name}", "Training", name[:3], group, 1)
+            for name, group in group_of.items()
+        ]
+        # The groups beside the images are others, and are not asked.
+        (folder / "manifest.csv").write_text("file,group\ncat_000.png,x\ncat_001.png,x\n")
+        fit, held = (
+            FolderImages(str(folder), part=p, holdout=0.3, manifest=write_split(folder, rows))
+            for p in ("fit", "holdout")
+        )
+        groups = [{group_of[name] for name in files(part)} for part in (fit, held)]
+        assert not groups[0] & groups[1]
+        assert groups[0] | groups[1] == set(range(9))
+
+    def test_its_path_may_name_an_environment_variable(self, folder, monkeypatch):
+        write_split(folder, [("Training/cat/cat_003.png", "Training", "cat", 1, 1)])
+        monkeypatch.setenv("WHERE", str(folder.parent))
+        assert len(FolderImages(str(folder), manifest=f"$WHERE/{folder.name}.csv")) == 1
+
+    @pytest.mark.parametrize(
+        ("row", "arguments", "error", "hint"),
+        [
+            ((), {"split": "Trainning"}, ValueError, "Did you mean 'Training'"),
+            ((), {"classes": ["cow"]}, ValueError, r"\['cow'\].*\['cat'\]"),
+            (("Training/cat/no.png", "Training", "cat", 1, 1), {}, OSError, "1 that are not there"),
+            ((), {"manifest": "nowhere.csv"}, OSError, "nowhere.csv: expected a file"),
+        ],
+    )
+    def test_one_that_does_not_fit_is_refused(self, folder, row, arguments, error, hint):
+        rows = [("Training/cat/cat_003.png", "Training", "cat", 1, 1), *([row] if row else [])]
+        arguments = {"manifest": write_split(folder, rows), **arguments}
+        with pytest.raises(error, match=hint):
+            FolderImages(str(folder), **arguments)
+
+    def test_another_table_is_refused_by_the_columns_that_it_lacks(self, folder):
+        other = folder / "pairs.csv"
+        other.write_text("file,class\na,b\n")
+        with pytest.raises(ValueError, match=r"none of \['group', 'kept', 'split'\]"):
+            FolderImages(str(folder), manifest=str(other))
+
+
+@pytest.mark.parametrize(
+    ("table", "groups"),
+    [
+        ("file,who\nx.png,p\n", {"Training/cat/x.png": "p", "Testing/cat/x.png": "p"}),
+        ("file,who\nTesting/cat/x.png,p\n", {"Testing/cat/x.png": "p"}),
+        ("file,split,class,who\nx.png,Testing,cat,p\n", {"Testing/cat/x.png": "p"}),
+        ("file,who\nx.png,\n", {}),
+        ("file,group\nx.png,p\n", {}),
+        ("", {}),
+    ],
+)
+def test_a_manifest_names_files_by_path_by_split_and_class_or_by_name(tmp_path, table, groups):
+    (tmp_path / "m.csv").write_text(table)
+    found = read_groups(tmp_path / "m.csv", ["Training/cat/x.png", "Testing/cat/x.png"], "who")
+    assert found == groups
+    assert read_groups(tmp_path / "none.csv", ["x.png"], "who") == {}
 
 
 @pytest.mark.skipif(
