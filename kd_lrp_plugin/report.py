@@ -69,9 +69,10 @@ class MapRow(NamedTuple):
         image: grey or RGB; integers in [0, 255] or fractions in [0, 1].
         maps: from a column's heading to its relevance map, of any size. Relevance below zero is
             not shown.
-        predictions: from a column's heading to the class and the confidence, in [0, 1], to print
-            under that map.
+        predictions: from a column's heading, or "image", to the class and the confidence, in
+            [0, 1], to print under that map.
         mask: the object's pixels, in the image's size; its outline is drawn.
+        known: whether the label says the class; otherwise no prediction is called wrong.
     """
 
     label: str
@@ -79,6 +80,7 @@ class MapRow(NamedTuple):
     maps: Mapping[str, Float[np.ndarray, "_ _"]]
     predictions: Mapping[str, tuple[str, float]] = {}
     mask: Bool[np.ndarray, "h w"] | None = None
+    known: bool = True
 
 
 def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour") -> Figure:
@@ -118,13 +120,14 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
         base = _rgb(row.image)
         _show(line[0], base, row.mask)
         line[0].set_ylabel(row.label, fontsize=11)
-        for ax, (name, relevance) in zip(line[1:], row.maps.items(), strict=True):
+        for ax, name in zip(line, ["image", *row.maps], strict=True):
+            if name in row.predictions:
+                _caption(ax, row.label if row.known else None, *row.predictions[name])
+        for ax, relevance in zip(line[1:], row.maps.values(), strict=True):
             _show(ax, _overlay(base, np.asarray(relevance)), row.mask)
             if not (np.asarray(relevance) > 0).any():
                 sign = ax.text(0.5, 0.06, "no relevance", transform=ax.transAxes, ha="center")
                 sign.set(color="white", backgroundcolor="#000000a0", fontsize=9)
-            if name in row.predictions:
-                _caption(ax, row.label, *row.predictions[name])
     for ax, name in zip(axes[0], ["image", *columns[0]], strict=True):
         ax.set_title(name, fontsize=11)
     scale = ScalarMappable(cmap=_blended(np.full(3, 0.35)))
@@ -391,8 +394,8 @@ def _show(ax: Axes, picture: Float[np.ndarray, "h w 3"], mask: Any) -> None:
         ax.contour(np.asarray(mask), levels=[0.5], colors=[_OUTLINE], linewidths=1)
 
 
-def _caption(ax: Axes, label: str, predicted: str, confidence: float) -> None:
-    right = predicted == label.split("\n")[0]
+def _caption(ax: Axes, label: str | None, predicted: str, confidence: float) -> None:
+    right = label is None or predicted == label.split("\n")[0]
     colour = "black" if right else "#c01818"
     sign = "" if right else " ✗"
     ax.set_xlabel(f"{predicted} {confidence:.2f}{sign}", fontsize=10, color=colour)

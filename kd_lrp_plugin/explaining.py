@@ -1,0 +1,450 @@
+"""From run folders to explanations: figures in numbers, and pictures side by side.
+
+``RUN/explanations.json`` is written anew after each method: ``rows``, one per model, method, layer
+and number of samples, each with ``figures`` (mean, standard deviation, number of values, number
+that is not defined; chance level) and ``randomisation``. A row that is there is not computed again.
+"""
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from kd_lrp_plugin.attribution import (
+    ATTRIBUTIONS,
+    INPUT,
+    attribute,
+    deletion,
+    insertion,
+    randomisation,
+)
+from kd_lrp_plugin.checks import check_known, message
+from kd_lrp_plugin.localisation import (
+    agreement,
+    area_share,
+    mass_inside,
+    pointing_game,
+    rank_accuracy,
+)
+from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.report import MapRow, map_figure
+from kd_lrp_plugin.runs import RunFolder
+from kd_lrp_plugin.subjects import (
+    Sample,
+    Shown,
+    Subject,
+    choose,
+    fingerprint,
+    names_of,
+    of_files,
+    open_run,
+    representative,
+    sample_of,
+)
+
+MOST = 1000  # images for the figures of quick methods, without --samples
+FEW = 32  # for what asks the model hundreds of times
+SIDE_BY_SIDE = ("grad_cam", "lrp_composite")  # of several runs, without --method
+FILE = "explanations.json"
+
+FIGURES = {
+    "mass_inside": "share of the relevance inside the mask",
+    "rank_accuracy": "share of the most relevant pixels inside the mask",
+    "pointing_game": "whether the most relevant pixel lies inside the mask",
+    "agreement": "cosine of the student's map and its teacher's",
+    "insertion": "area under the probability while pixels come into the blurred image (high: good)",
+    "deletion": "area under the probability while pixels take the mean colour (low: good)",
+    "randomised": "rank correlation with the map of the same network with random weights",
+}
+_INSIDE = {
+    "mass_inside": mass_inside,
+    "rank_accuracy": rank_accuracy,
+    "pointing_game": pointing_game,
+}
+_FAITHFUL = {"insertion": insertion, "deletion": deletion}
+
+
+def explain(
+    folders: Sequence[str | Path],
+    methods: Sequence[str] = (),
+    layers: Sequence[str] = (),
+    roles: Sequence[str] = ("student", "teacher"),
+    images: Sequence[str | Path] = (),
+    n: int = 8,
+    samples: int | None = None,
+    out: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    safe: bool = False,
+    show: Silence | None = None,
+) -> list[dict[str, Any]]:
+    """Explain the models of finished runs, in pictures and in numbers.
+
+    The numbers are of the true class, on images of the test set, where it has masks on images
+    with a mask: all of them (1,000 at most) for quick methods, 32 of them for LIME, Score-CAM,
+    insertion and deletion, and half of these for the randomisation (8 for slow methods). The
+    pictures are of the class that each model predicts.
+
+    Args:
+        folders: finished runs; several must have one test set.
+        methods: names of :data:`~kd_lrp_plugin.attribution.ATTRIBUTIONS`; without any, all that
+            can handle a model.
+        layers: names of modules; without any, the deepest before the last reduction, where maps
+            still have places to compare. Pictures show the first.
+        roles: "student", "teacher" or both; a run without a teacher has none to explain.
+        images: files to picture in place of test images; then nothing is computed in numbers.
+        n: test images to picture: classes in turn, right and wrong predictions in turn.
+        samples: images for all numbers, in place of the counts above.
+        out: folder for ``maps.png`` and ``explanations.csv``, all runs side by side.
+        device: to compute on.
+        safe: see :func:`kd_lrp_plugin.results.load_run`.
+        show: told how far it is.
+
+    Returns:
+        The rows of all runs, each with "run".
+
+    Raises:
+        FileNotFoundError: if there is no run, no image, or no file of a teacher's weights.
+        ValueError: for an unknown method, layer or role, runs with different test sets, models
+            or images that are not those of the run's predictions, or a preprocessing of its own
+            with ``images``.
+    """
+    show = show or Silence()
+    _check(folders, methods, roles, n, samples)
+    names = names_of([Path(folder) for folder in folders])
+    runs = [
+        open_run(folder, name, methods, layers, roles, device, safe, show)
+        for folder, name in zip(folders, names, strict=True)
+    ]
+    if len({run.test_print for run in runs}) > 1:
+        counts = {run.name: len(run.labels) for run in runs}
+        fix = "Compare runs of one data set; explain the others by themselves."
+        raise ValueError(message("explain", "runs with the same test images", counts, fix))
+    work = _Work(show)
+    shown = of_files(runs, images) if images else choose(runs[0], n)
+    found = [] if images else [row for run in runs for row in work.rows(run, samples)]
+    for run in runs:
+        name = "explanations-images.png" if images else "explanations.png"
+        _save(run.folder, name, work.figure_of_run(run, shown(run)))
+    if out is not None:
+        folder = RunFolder(out)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        chosen = methods or SIDE_BY_SIDE
+        _save(folder, "maps.png", work.figure_of_all(runs, [shown(run) for run in runs], chosen))
+        if not images:
+            folder.write("explanations.csv", _csv(found))
+    return found
+
+
+def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of :func:`explain` as a table with a column per figure, and the chance level."""
+    several = len({row["run"] for row in rows}) > 1
+    table = []
+    for row in rows:
+        figures = row["figures"]
+        line = {"run": row["run"]} if several else {}
+        line |= {key: row[key] for key in ("model", "method", "layer")}
+        line |= {name: of["mean"] for name, of in figures.items()}
+        line |= {f"{name} by chance": figures[name]["chance"] for name in _FAITHFUL}
+        inside = figures.get("mass_inside", {})
+        line |= {"inside by chance": inside.get("chance"), "n": inside.get("n")}
+        table.append(line)
+    columns = ["run", "model", "method", "layer", *_INSIDE, "inside by chance", "n", "agreement"]
+    columns += [column for name in _FAITHFUL for column in (name, f"{name} by chance")]
+    columns.append("randomised")
+    used = [column for column in columns if any(line.get(column) is not None for line in table)]
+    return [{column: line.get(column) for column in used} for line in table]
+
+
+def by_layer(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str, Any]]:
+    """A figure as a table: a line per run, model and method, a column per layer."""
+    lines: dict[tuple, dict[str, Any]] = {}
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    titles = ("run", "model", "method")[len({row["run"] for row in rows}) == 1 :]
+    for row in rows:
+        key = tuple(row[title] for title in titles)
+        empty = dict(zip(titles, key, strict=True)) | dict.fromkeys(layers)
+        lines.setdefault(key, empty)[row["layer"]] = row["figures"].get(figure, {}).get("mean")
+    return list(lines.values())
+
+
+def _check(
+    folders: Sequence[Any],
+    methods: Sequence[str],
+    roles: Sequence[str],
+    n: int,
+    samples: int | None,
+) -> None:
+    for method in methods:
+        check_known("method", method, ATTRIBUTIONS)
+    for role in roles:
+        check_known("model", role, ("student", "teacher"))
+    if not folders or not roles or n < 1 or (samples is not None and samples < 1):
+        got = f"{len(folders)} runs, {len(roles)} models, n {n} and samples {samples}"
+        raise ValueError(message("explain", "one run, model and image at least", got, ""))
+
+
+# --- work ---------------------------------------------------------------------------------------
+
+
+class _Work:
+    """Maps and rows, each made once for all runs of a command: they may share a teacher."""
+
+    def __init__(self, show: Silence) -> None:
+        self._show = show
+        self._maps: dict[tuple, Tensor] = {}
+        self._made: dict[tuple, dict[str, Any]] = {}
+        self._by_chance: dict[tuple, float] = {}
+
+    # --- numbers ------------------------------------------------------------------------------
+
+    def rows(self, run: Subject, samples: int | None) -> list[dict[str, Any]]:
+        """The run's rows for what is asked; those that are new are written as they are made."""
+        content = _read(run)
+        jobs = [
+            (role, method, place)
+            for role in run.models
+            for place in range(len(run.layers[role]))
+            for method in run.methods[role]
+            if ATTRIBUTIONS[method].layered or place == 0
+        ]
+        sample: Sample | None = None
+        found = []
+        for role, method, place in self._show.track(jobs, "explaining", len(jobs)):
+            layer = _layer(run, role, method, place)
+            key = {"model": role, "method": method, "layer": layer, "samples": samples}
+            row = next((r for r in content["rows"] if key.items() <= r.items()), None)
+            if row is not None and row["weights"] != run.prints[role]:
+                content["rows"].remove(row)
+                row = None
+            taught = role == "student" and method in run.methods.get("teacher", [])
+            if row is None or (taught and "agreement" not in row["figures"]):
+                if sample is None:
+                    sample = sample_of(run, representative(run, samples or MOST), run.device)
+                if row is None:
+                    row = {**key, **self._row(run, role, method, layer, sample, samples or FEW)}
+                    content["rows"].append(row)
+                if taught:
+                    other = _layer(run, "teacher", method, place)
+                    row["figures"]["agreement"] = self._agreement(
+                        run, method, (layer, other), sample, samples or FEW
+                    )
+                run.folder.write(FILE, json.dumps(content, indent=1))
+            found.append({"run": run.name, **row})
+        return found
+
+    def _row(
+        self, run: Subject, role: str, method: str, layer: str, sample: Sample, few: int
+    ) -> dict[str, Any]:
+        known = (run.prints[role], method, layer, len(sample.labels), few)
+        if known in self._made:
+            return deepcopy(self._made[known])
+        started = time.monotonic()
+        model, slow = run.models[role], ATTRIBUTIONS[method].slow
+        sample = sample.first(few) if slow else sample
+        maps = self._maps_of(run, role, method, layer, sample.images, sample.labels)
+        figures: dict[str, Any] = {}
+        if sample.masks is not None:
+            chance = area_share(sample.masks)
+            for name, inside in _INSIDE.items():
+                values = inside(maps, sample.masks)
+                figures[name] = _summary(values, float(chance[~values.isnan()].mean()))
+        part = sample.first(few)
+        for name, measure in _FAITHFUL.items():
+            values = measure(model, part.images, part.labels, maps[:few])
+            figures[name] = _summary(values, self._chance(run, role, name, part))
+        part = sample.first(max(2, few // (4 if slow else 2)))
+        curve = []
+        if len(part.labels) > 1:  # the statistics of a batch norm need two
+            arguments = (part.images, part.labels, maps[: len(part.labels)], method, layer)
+            again = randomisation(model, *arguments, points=2 if slow else 4, show=self._show)
+            curve = [{"down_to": name} | _summary(values) for name, values in again.items()]
+            figures["randomised"] = _summary(list(again.values())[-1])
+        made = {
+            "weights": run.prints[role],
+            "images": len(sample.labels),
+            "map": list(maps.shape[1:]),
+            "seconds": round(time.monotonic() - started, 1),
+            "figures": figures,
+            "randomisation": curve,
+        }
+        self._made[known] = deepcopy(made)
+        return made
+
+    def _agreement(
+        self, run: Subject, method: str, layers: tuple[str, str], sample: Sample, few: int
+    ) -> dict[str, Any]:
+        part = sample.first(few) if ATTRIBUTIONS[method].slow else sample
+        student, teacher = (
+            self._maps_of(run, role, method, layer, part.images, part.labels)
+            for role, layer in zip(("student", "teacher"), layers, strict=True)
+        )
+        return _summary(agreement(student, teacher))
+
+    def _chance(self, run: Subject, role: str, name: str, part: Sample) -> float:
+        """The figure of maps that know nothing."""
+        key = (run.prints[role], name, len(part.labels))
+        if key not in self._by_chance:
+            shape = (len(part.labels), 8, 8)
+            noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+            values = _FAITHFUL[name](run.models[role], part.images, part.labels, noise)
+            self._by_chance[key] = float(values.mean())
+        return self._by_chance[key]
+
+    def _maps_of(
+        self,
+        run: Subject,
+        role: str,
+        method: str,
+        layer: str,
+        images: Float[Tensor, "n c h w"],
+        targets: Int[Tensor, " n"],
+    ) -> Float[Tensor, "n h2 w2"]:
+        seen = fingerprint(images.cpu().numpy().tobytes(), targets.tolist())
+        key = (run.prints[role], method, layer, seen)
+        if key not in self._maps:
+            self._maps[key] = attribute(
+                run.models[role], images, targets, method, layer, self._show
+            )
+        return self._maps[key]
+
+    # --- pictures -----------------------------------------------------------------------------
+
+    def figure_of_run(self, run: Subject, shown: Sequence[Shown]) -> Figure:
+        """A row per image and model, a column per method."""
+        methods = _able_in_all([run])
+        roles = sorted(run.models, reverse=True)  # the teacher first
+        parts = {role: self._pictured(run, role, shown, methods) for role in roles}
+        rows = [
+            MapRow(
+                f"{one.label}\n{role}",
+                one.picture,
+                {method.replace("_", " "): part.maps[method][i].numpy() for method in methods},
+                {"image": part.predictions[i]},
+                one.mask,
+                one.known,
+            )
+            for i, one in enumerate(shown)
+            for role, part in parts.items()
+        ]
+        layers = ", ".join(f"{role} at {run.layers[role][0]}" for role in parts)
+        return map_figure(rows, f"Relevance of the predicted class: {layers}")
+
+    def figure_of_all(
+        self, runs: Sequence[Subject], shown: Sequence[Sequence[Shown]], wanted: Sequence[str]
+    ) -> Figure:
+        """A row per image and method, a column per model."""
+        able = _able_in_all(runs)
+        methods = [method for method in wanted if method in able]
+        columns = {}
+        teachers = {run.prints["teacher"] for run in runs if "teacher" in run.models}
+        pictured: set[str] = set()
+        for role in ("teacher", "student"):
+            for run, images in zip(runs, shown, strict=True):
+                if role not in run.models or (role == "teacher" and run.prints[role] in pictured):
+                    continue
+                alone = len(runs) == 1 or (role == "teacher" and len(teachers) == 1)
+                of_run = run.name.replace("/", "\n")
+                heading = (
+                    role if alone else f"teacher of\n{of_run}" if role == "teacher" else of_run
+                )
+                columns[heading] = self._pictured(run, role, images, methods)
+                pictured.add(run.prints[role])
+        rows = [
+            MapRow(
+                f"{one.label}\n{method.replace('_', ' ')}",
+                one.picture,
+                {name: part.maps[method][i].numpy() for name, part in columns.items()},
+                {name: part.predictions[i] for name, part in columns.items()},
+                one.mask,
+                one.known,
+            )
+            for i, one in enumerate(shown[0])
+            for method in methods
+        ]
+        return map_figure(rows, "Relevance of the class that each model predicts")
+
+    def _pictured(
+        self, run: Subject, role: str, shown: Sequence[Shown], methods: Sequence[str]
+    ) -> "_Pictured":
+        images = torch.stack([one.image for one in shown]).to(run.device)
+        with torch.no_grad():
+            probabilities = run.models[role](images).softmax(1)
+        confidence, predicted = probabilities.max(1)
+        maps = {
+            method: self._maps_of(
+                run, role, method, _layer(run, role, method, 0), images, predicted
+            )
+            for method in methods
+        }
+        names = [run.class_name(number) for number in predicted.tolist()]
+        return _Pictured(maps, list(zip(names, confidence.tolist(), strict=True)))
+
+
+class _Pictured(NamedTuple):
+    """A model's maps by method, and its prediction of each image."""
+
+    maps: dict[str, Float[Tensor, "n h w"]]
+    predictions: list[tuple[str, float]]
+
+
+def _able_in_all(runs: Sequence[Subject]) -> list[str]:
+    lists = [methods for run in runs for methods in run.methods.values()]
+    return [method for method in lists[0] if all(method in other for other in lists)]
+
+
+def _layer(run: Subject, role: str, method: str, place: int) -> str:
+    return run.layers[role][place] if ATTRIBUTIONS[method].layered else INPUT
+
+
+def _read(run: Subject) -> dict[str, Any]:
+    """What is known of the run already."""
+    file = run.folder / FILE
+    if not file.is_file():
+        about = {"test_set": run.test_print, "explained": "the true class", "about": FIGURES}
+        return {**about, "rows": []}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content["test_set"] != run.test_print:
+        fix = "Delete it to explain the run anew."
+        raise ValueError(message(str(file), "figures of this run", "those of another", fix))
+    return content
+
+
+def _summary(values: Float[Tensor, " n"], chance: float | None = None) -> dict[str, Any]:
+    known = values[~values.isnan()].double()
+    figures = {
+        "mean": float(known.mean()) if len(known) else None,
+        "std": float(known.std()) if len(known) > 1 else None,
+        "n": len(known),
+        "undefined": len(values) - len(known),
+    }
+    if chance is not None:
+        figures["chance"] = None if math.isnan(chance) else chance
+    return figures
+
+
+def _save(folder: RunFolder, name: str, figure: Figure) -> None:
+    folder.put(name, lambda draft: figure.savefig(draft, format="png", dpi=80))
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line per run, model, method, layer and figure."""
+    text = io.StringIO()
+    columns = ("run", "model", "method", "layer", "samples")
+    of_figure = ("mean", "std", "n", "undefined", "chance")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, "figure", *of_figure])
+    for row in rows:
+        for name, figure in row["figures"].items():
+            values = [figure.get(key) for key in of_figure]
+            writer.writerow([*(row[column] for column in columns), name, *values])
+    return text.getvalue()
