@@ -1,0 +1,447 @@
+"""A study as planned: one YAML file becomes the list of its runs, each with a folder of its own.
+
+.. code-block:: yaml
+
+    question: does relevance add anything to KD?
+    seeds: 3                      # 0, 1 and 2; a list names them
+    set: [image_size=96]          # overrides for every run
+    prepare:                      # trained once; {teacher} below is its best.pt
+      teacher: {config: ../brain_mri/ce/mobilenetv2_100_flatten.yaml, set: [train.num_epochs=20]}
+    configurations:
+      CE: {config: ../brain_mri/ce/mobilenetv2_035.yaml, axes: []}
+      KD:
+        config: ../brain_mri/kd/mobilenetv2_035_from_mobilenetv2_100_flatten.yaml
+        set: ["models.teacher_model.src_ckpt={teacher}"]
+    compare_to: CE                # the others are paired with it, seed by seed
+    grid:                         # crossed with the configurations, or with those of its axes
+      rate: {key: train.optimizer.kwargs.lr, values: [0.0001, 0.001]}
+      schedule: {short: [train.num_epochs=10], long: [train.num_epochs=30]}
+    measures: [val_accuracy, test_accuracy, macro_f1]
+
+Overrides are those of ``--set``; ``{seed}`` in one is the seed of the run. A run is known by what
+it is: a hash of its config as it runs is in the name of its folder. So studies share their runs.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from kd_lrp_plugin.checks import check_known, message
+from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.runs import LOCK, RunFolder
+
+KEYS = ("question", "seeds", "set", "prepare", "configurations", "compare_to", "grid", "measures")
+MEASURES = ("val_accuracy", "test_accuracy", "macro_f1", "calibration_error")
+_SEE = "See torchdistill_configs/studies for examples."
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a study.
+
+    Attributes:
+        name: of its configuration, or of what it prepares.
+        point: its value on each axis of the grid that it is crossed with.
+        seed: of the run.
+        config: file.
+        overrides: all of them, filled in.
+        folder: known by what the run is.
+        needs: folders of prepared runs that come first.
+        epochs: planned.
+    """
+
+    name: str
+    point: Mapping[str, Any]
+    seed: int
+    config: Path
+    overrides: tuple[str, ...]
+    folder: Path
+    needs: tuple[Path, ...]
+    epochs: int
+
+    @property
+    def label(self) -> str:
+        return ", ".join([self.cell, f"seed {self.seed}"])
+
+    @property
+    def cell(self) -> str:
+        """Its configuration and place in the grid."""
+        return ", ".join([self.name, *(f"{axis} {value}" for axis, value in self.point.items())])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study as read.
+
+    Attributes:
+        file: of the study.
+        question: what it asks.
+        seeds: of every configuration.
+        overrides: from the command line.
+        axes: of the grid, with their values.
+        compare_to: the configuration that others are paired with, or None.
+        measures: dotted paths.
+        prepared: runs that others need, in an order that works.
+        runs: the others: by configuration, place in the grid and seed.
+    """
+
+    file: Path
+    question: str
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...]
+    axes: Mapping[str, tuple[Any, ...]]
+    compare_to: str | None
+    measures: tuple[str, ...]
+    prepared: tuple[Run, ...]
+    runs: tuple[Run, ...]
+
+    def trainings(self) -> list[Run]:
+        """Every run once, what is prepared first; of those that are the same, the first."""
+        return list({run.folder: run for run in reversed(self.prepared + self.runs)}.values())[::-1]
+
+
+def read_plan(
+    file: str | Path,
+    overrides: Sequence[str] = (),
+    seeds: int | Sequence[int] | None = None,
+    root: str | Path = "runs",
+) -> Plan:
+    """The runs of a study; every config is resolved, and the files that it names are looked for.
+
+    Args:
+        file: YAML, as above.
+        overrides: further ones for every run, after all others.
+        seeds: how many, from 0, or which; those of the file if None.
+        root: folder of the runs.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or none that a config names.
+        ValueError: for text that is not YAML, an unknown or missing key, or a wrong override.
+    """
+    file = Path(file)
+    content = _read(file)
+    with _errors_at(f"{file}: seeds"):
+        chosen = _seeds(content.get("seeds", 3) if seeds is None else seeds)
+    axes = _axes(file, content.get("grid") or {})
+    common = _overrides_of(f"{file}: set", content.get("set"))
+    made: dict[str, Run] = {}
+    for name, entry in _entries(file, content, "prepare", ("config", "set", "seed")).items():
+        where = f"{file}: prepare {name!r}"
+        own = _overrides_of(where, entry.get("set"))
+        with _errors_at(where):
+            (seed,) = _seeds([entry.get("seed", 0)])
+            changes = (*common, *own, *overrides)
+            made[name] = _run(file, entry, name, {}, seed, changes, made, Path(root))
+    runs = []
+    entries = _entries(file, content, "configurations", ("config", "set", "axes"))
+    for name, entry in entries.items():
+        where = f"{file}: configuration {name!r}"
+        own = _overrides_of(where, entry.get("set"))
+        crossed = _list(f"{where}: axes", entry.get("axes", list(axes)))
+        for axis in crossed:
+            check_known(f"{where}: axes", axis, axes)
+        for values in itertools.product(*(axes[axis] for axis in crossed)):
+            point = dict(zip(crossed, values, strict=True))
+            placed = [o for axis, value in point.items() for o in axes[axis][value]]
+            with _errors_at(where):
+                changes = (*common, *own, *placed, *overrides)
+                run = None
+                for seed in chosen:
+                    if run is None or any("{seed}" in change for change in changes):
+                        run = _run(file, entry, name, point, seed, changes, made, Path(root))
+                    runs.append(replace(run, seed=seed, folder=run.folder.parent / str(seed)))
+    compare_to = content.get("compare_to")
+    if compare_to is not None:
+        check_known(f"{file}: compare_to", compare_to, entries)
+    measures = _list(f"{file}: measures", content.get("measures", list(MEASURES)))
+    return Plan(
+        file=file,
+        question=str(content["question"]),
+        seeds=chosen,
+        overrides=tuple(overrides),
+        axes={axis: tuple(values) for axis, values in axes.items()},
+        compare_to=compare_to,
+        measures=tuple(dict.fromkeys(map(str, measures))),
+        prepared=tuple(made.values()),
+        runs=tuple(runs),
+    )
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _errors_at(where: str) -> Iterator[None]:
+    """Errors inside name the study and the part of it that they are of."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(message("study", "a YAML file", f"none at {file}", _SEE))
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(message(str(file), "YAML", str(error), "Correct it there.")) from error
+    if not isinstance(content, dict):
+        raise ValueError(message(str(file), "a mapping of keys", repr(content)[:60], _SEE))
+    for key in content:
+        check_known(f"{file}: key", key, KEYS)
+    for key in ("question", "configurations"):
+        if not content.get(key):
+            raise ValueError(message(str(file), f"a {key!r}", content.get(key), _SEE))
+    return content
+
+
+def _entries(
+    file: Path, content: Mapping[str, Any], section: str, known: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    entries = content.get(section) or {}
+    if not isinstance(entries, dict):
+        expected = "a mapping from names to {config: ..., set: [...]}"
+        raise ValueError(message(f"{file}: {section}", expected, repr(entries)[:60], _SEE))
+    found = {}
+    for name, entry in entries.items():
+        where = f"{file}: {section} {name!r}"
+        if not isinstance(entry, dict) or not entry.get("config"):
+            raise ValueError(message(where, "a mapping with a config", repr(entry)[:60], _SEE))
+        for key in entry:
+            check_known(f"{where}: key", key, known)
+        if section == "prepare" and not re.fullmatch(r"\w+", str(name)):
+            fix = "It stands in braces in overrides."
+            raise ValueError(message(where, "a name of letters and digits", repr(name), fix))
+        found[str(name)] = entry
+    if section == "prepare" and "seed" in found:
+        raise ValueError(message(f"{file}: prepare", "another name", "'seed'", "Rename it."))
+    return found
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    seeds = list(range(given)) if type(given) is int else given
+    fix = "Give a number of seeds, or a list of them."
+    if not isinstance(seeds, list | tuple) or not seeds:
+        raise ValueError(message("seeds", "one seed or more", repr(given), fix))
+    if any(type(seed) is not int or seed < 0 for seed in seeds):
+        raise ValueError(message("seeds", "integers of 0 or more", list(seeds), fix))
+    return tuple(dict.fromkeys(seeds))
+
+
+def _list(where: str, given: Any) -> list[Any]:
+    if not isinstance(given, list):
+        raise ValueError(message(where, "a list", repr(given)[:60], _SEE))
+    return given
+
+
+def _overrides_of(where: str, given: Any) -> list[str]:
+    """A list of overrides; lists within it, which an alias may bring, are laid flat."""
+    found: list[str] = []
+    for item in _list(where, given or []):
+        if isinstance(item, list):
+            found += _overrides_of(where, item)
+        elif isinstance(item, str) and "=" in item:
+            found.append(item)
+        else:
+            fix = 'In quotes where there are braces, such as "src_ckpt={teacher}".'
+            raise ValueError(message(f"{where}: set", "overrides key=value", repr(item), fix))
+    return found
+
+
+def _axes(file: Path, grid: Any) -> dict[str, dict[Any, list[str]]]:
+    """The overrides of each value of each axis."""
+    if not isinstance(grid, dict):
+        raise ValueError(message(f"{file}: grid", "a mapping of axes", repr(grid)[:60], _SEE))
+    axes: dict[str, dict[Any, list[str]]] = {}
+    for axis, given in grid.items():
+        where = f"{file}: grid {axis!r}"
+        if not isinstance(given, dict) or not given:
+            expected = "{key: ..., values: [...]}, or lists of overrides by value"
+            raise ValueError(message(where, expected, repr(given)[:60], _SEE))
+        if set(given) <= {"key", "values"}:
+            for key in ("key", "values"):
+                if not given.get(key):
+                    raise ValueError(message(where, f"a {key!r}", given.get(key), _SEE))
+            values = _list(f"{where}: values", given["values"])
+            axes[str(axis)] = {_name(v): [f"{given['key']}={_text(v)}"] for v in values}
+        else:
+            axes[str(axis)] = {
+                value: _overrides_of(f"{where}: {value!r}", changes)
+                for value, changes in given.items()
+            }
+    return axes
+
+
+def _text(value: Any) -> str:
+    """A value as people type it, so that it makes the same run."""
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def _name(value: Any) -> Any:
+    """A value of an axis as tables show it."""
+    return value if isinstance(value, str | int | float) else json.dumps(value)
+
+
+def parse_seeds(text: str | None) -> int | list[int] | None:
+    """Seeds as typed: how many, or which.
+
+    Example:
+        >>> parse_seeds("5"), parse_seeds("0,1,7"), parse_seeds("7,")
+        (5, [0, 1, 7], [7])
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        fix = "Such as 5 for five of them, or 0,1,2."
+        raise ValueError(message("--seeds", "numbers", repr(text), fix))
+    return numbers[0] if text.strip() == str(numbers[0]) else numbers
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def _run(
+    file: Path,
+    entry: Mapping[str, Any],
+    name: str,
+    point: Mapping[str, Any],
+    seed: int,
+    overrides: Sequence[str],
+    prepared: Mapping[str, Run],
+    root: Path,
+) -> Run:
+    config = Path(os.path.normpath(file.parent / entry["config"]))
+    used = [n for n in prepared if any(f"{{{n}}}" in override for override in overrides)]
+
+    def filled(values: Mapping[str, str]) -> tuple[str, ...]:
+        known = {"seed": str(seed), **values}
+
+        def fill(match: re.Match[str]) -> str:
+            check_known("set: in braces", match[1], known)
+            return known[match[1]]
+
+        return tuple(re.sub(r"\{(\w+)\}", fill, override) for override in overrides)
+
+    # What a prepared run is, not where it lies: moved along with it, a run stays known.
+    names = {n: f"{run.folder.parent.name}/{run.seed}" for n, run in prepared.items()}
+    text = resolve_config(config, filled(names)).text
+    content = _plain(text)
+    _check_files(content, list(names.values()))
+    key = hashlib.sha256(text.encode()).hexdigest()[:10]
+    dataset, method = config.resolve().parent.parent.name, config.resolve().parent.name
+    folder = root / dataset / method / f"{config.stem}-{key}" / str(seed)
+    final = filled({n: str(run.folder / "best.pt") for n, run in prepared.items()})
+    needs = tuple(prepared[n].folder for n in used)
+    return Run(name, dict(point), seed, config, final, folder, needs, _epochs(content))
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads a config without calling anything: what has a tag becomes None."""
+
+
+for _prefix in ("!", "tag:yaml.org,2002:python/"):
+    _Plain.add_multi_constructor(_prefix, lambda *_: None)
+
+
+def _plain(text: str) -> dict[str, Any]:
+    content = yaml.load(text, _Plain)
+    return content if isinstance(content, dict) else {}
+
+
+def _check_files(content: Mapping[str, Any], promised: Sequence[str]) -> None:
+    """Raise FileNotFoundError unless weights and checkpoints are there, or promised."""
+    models = content.get("models")
+    for role, entry in models.items() if isinstance(models, dict) else ():
+        if not isinstance(entry, dict):
+            continue
+        kwargs = entry.get("kwargs")
+        weights = kwargs.get("weights") if isinstance(kwargs, dict) else None
+        for key, value in (("src_ckpt", entry.get("src_ckpt")), ("weights", weights)):
+            if not isinstance(value, str) or value in promised:
+                continue
+            path = Path(os.path.expandvars(value)).expanduser()
+            if not path.is_file():
+                made_by = entry.get("_made_by")
+                fix = f"Make it with: {made_by}" if made_by else "Correct it, or set it to null."
+                if key == "src_ckpt":
+                    fix = f"{fix} Or prepare it in the study, and set {key} to its name in braces."
+                where = f"models.{role}: {key}"
+                raise FileNotFoundError(message(where, "a file", f"none at {path}", fix))
+
+
+def _epochs(content: Mapping[str, Any]) -> int:
+    train = content.get("train") or {}
+    stages = [train[key] for key in train if re.fullmatch(r"stage\d+", str(key))] or [train]
+    planned = [stage.get("num_epochs") for stage in stages if isinstance(stage, dict)]
+    return sum(number for number in planned if type(number) is int)
+
+
+# --- how far --------------------------------------------------------------------------------------
+
+
+def epochs_done(run: Run) -> int:
+    """Finished epochs of a run."""
+    try:
+        return (run.folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+    except OSError:
+        return 0
+
+
+def finished(run: Run) -> bool:
+    """Whether a run is trained, tested and evaluated."""
+    return RunFolder(run.folder).finished and (run.folder / "evaluation.json").is_file()
+
+
+def log_of(run: Run) -> Path:
+    """What the last process at a run has said; beside its folder."""
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def outline(plan: Plan) -> list[dict[str, Any]]:
+    """A row for each run: what is done already, and what would be."""
+    return [
+        {"run": run.label, "state": state_of(run), "folder": str(run.folder)}
+        for run in plan.prepared + plan.runs
+    ]
+
+
+def state_of(run: Run) -> str:
+    """How far a run is, in words."""
+    if finished(run):
+        return "finished"
+    done = epochs_done(run)
+    words = f"epoch {done} of {run.epochs}" if done else "not begun"
+    return f"{words}, at work" if at_work(run.folder) else words
+
+
+def at_work(folder: Path) -> bool:
+    """Whether another process holds a run folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def epochs_left(run: Run) -> int:
+    """Epochs that are still to train."""
+    return 0 if finished(run) else max(0, run.epochs - epochs_done(run))
