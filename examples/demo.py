@@ -1,9 +1,10 @@
-"""From nothing to a comparison: a teacher, two students, their accuracy and their maps.
+"""From nothing to a report: a teacher, a ranking of students, two of them distilled, and a page.
 
-Trains a ResNet teacher on the built-in brain-MRI phantom, distils a student thirteen times
-smaller from it, once by plain KD and once with relevance maps (LRP + cosine), and compares them:
-a table on the terminal and in OUT/table.md, a figure in OUT/maps.png. Stopped and started again
-it goes on, and uses the runs that are finished.
+Trains a ResNet teacher on the built-in brain-MRI phantom, ranks untrained students for it by
+DisWOT, distils a student thirteen times smaller from it, once by plain KD and once with relevance
+maps (LRP + cosine), and compares them: a table on the terminal and in OUT/table.md, maps in
+OUT/maps.png, and everything in OUT/report.html. Stopped and started again it goes on, and uses the
+runs that are finished.
 
     python examples/demo.py --out demo
 """
@@ -12,15 +13,10 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from kd_lrp_plugin import console, report
-from kd_lrp_plugin.data import Phantom
-from kd_lrp_plugin.efficiency import count_macs, count_parameters
-from kd_lrp_plugin.evaluation import agreement, mass_inside
-from kd_lrp_plugin.relevance import record
-from kd_lrp_plugin.results import load_run
+from kd_lrp_plugin import console, hook, page, report, results
+from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.experiment import construct
+from kd_lrp_plugin.explaining import explain
 from kd_lrp_plugin.training import distill
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
@@ -46,66 +42,72 @@ def main() -> None:
     changes = [f"image_size={image_size}", f"train.num_epochs={epochs}", "num_workers=0"]
     for split, size in zip(("train", "val", "test"), sizes, strict=True):
         changes.append(f"datasets.phantom/{split}.init.kwargs.size={size}")
+    of_teacher = f"models.teacher_model.src_ckpt={args.out}/runs/teacher/best.pt"
 
-    models = {}
+    folders = {}
     for name, config in RUNS.items():
-        folder = args.out / "runs" / name.replace(" + ", "_").lower()
+        folders[name] = args.out / "runs" / name.replace(" + ", "_").lower()
         print(f"\n{name}: {config}")
-        teacher = f"models.teacher_model.src_ckpt={args.out}/runs/teacher/best.pt"
-        extra = [] if name == "teacher" else [teacher]
+        extra = [] if name == "teacher" else [of_teacher]
         with console.Show() as show:
-            distill(CONFIGS / config, changes + extra, folder, args.seed, show=show)
-        models[name] = load_run(folder)
+            distill(CONFIGS / config, changes + extra, folders[name], args.seed, show=show)
+        if name == "teacher":
+            choice = rank([*changes, of_teacher], args.out / "selection.json", args.short)
 
-    images = Phantom("test", size=sizes[2], image_size=image_size)
-    batch = torch.stack([image for image, _ in images])
-    labels = torch.tensor(images.targets)
-    masks = torch.from_numpy(np.stack([images.mask(index) for index in range(len(images))]))
-    maps, predictions = {}, {}
-    for name, (model, _) in models.items():
-        model.requires_grad_(False)
-        with record(model, [LAYER]) as recording:
-            logits = model(batch)
-        maps[name] = recording.maps(logits, labels)[0].detach()
-        predictions[name] = logits.detach().softmax(1)
+    with console.Show() as show:
+        evaluations = {name: results.evaluate(folder) for name, folder in folders.items()}
+        explained = explain(
+            list(folders.values()),
+            methods=["gradient_activation"],
+            layers=[LAYER],
+            n=4,
+            samples=8 if args.short else None,
+            out=args.out,
+            show=show,
+        )
+        page_file = args.out / "report.html"
+        page.write(list(folders.values()), page_file, selection=choice, maps=args.out, show=show)
 
-    rows = [
-        {
-            "model": name,
-            "accuracy": summary["test_accuracy"],
-            "parameters": count_parameters(model),
-            "MACs": int(count_macs(model, image_size)),
-            "maps like the teacher's": float(agreement(maps[name], maps["teacher"]).nanmean()),
-            "relevance in the tumour": float(mass_inside(maps[name], masks).nanmean()),
-            "training s": summary["seconds"],
-        }
-        for name, (model, summary) in models.items()
-    ]
-    area = float(masks[masks.any(2).any(1)].float().mean())
+    figures = {row["run"]: row["figures"] for row in explained if row["model"] == "student"}
+    rows = []
+    for (name, found), of_maps in zip(evaluations.items(), figures.values(), strict=True):
+        student = found["student"]
+        low, high = student["accuracy_interval"]
+        rows.append(
+            {
+                "model": name,
+                "accuracy": student["accuracy"],
+                "95 % interval": f"{low:.3f}-{high:.3f}",
+                "parameters": student["cost"]["parameters"],
+                "MACs": student["cost"]["macs"],
+                "maps like the teacher's": of_maps.get("agreement", {}).get("mean"),
+                "relevance in the tumour": of_maps["mass_inside"]["mean"],
+            }
+        )
     table = report.table(rows)
-    note = f"Evenly spread relevance would lie in the tumour to {area:.3f}, its share of the image."
+    chance = next(iter(figures.values()))["mass_inside"]["chance"]
+    note = f"Relevance by chance lies in the tumour to {chance:.3f}, its share of the image."
     (args.out / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     print(f"\n{table}\n{note}")
-
-    shown = [images.targets.index(label) for label in range(len(images.classes))]
-    figure = report.map_figure(
-        [
-            report.MapRow(
-                label=images.classes[labels[index]],
-                image=np.asarray(images.image(index)),
-                maps={name: of_model[index].numpy() for name, of_model in maps.items()},
-                predictions={
-                    name: (images.classes[int(p[index].argmax())], float(p[index].max()))
-                    for name, p in predictions.items()
-                },
-                mask=masks[index].numpy(),
-            )
-            for index in shown
-        ],
-        title=f"Relevance of the true class at {LAYER}",
-    )
-    figure.savefig(args.out / "maps.png", dpi=150)
     print(f"\nwrote {args.out}/table.md and {args.out}/maps.png in {time.time() - started:.0f} s")
+    print(f"everything on one page: {page_file}")
+
+
+def rank(changes: list[str], record: Path, short: bool) -> Path:
+    """Untrained students, ranked for the trained teacher by DisWOT; the record of it."""
+    kwargs = "models.student_model.kwargs"
+    changes = [*changes, f"{kwargs}.record={record}"]
+    if short:
+        changes += [f"{kwargs}.batch_size=8", f"{kwargs}.seeds=[0]"]
+    config = resolve_config(CONFIGS / "diswot" / "chosen_from_resnet10t.yaml", changes)
+    models = construct(config.only("dependencies", "datasets", "models"))["models"]
+    question = hook.Question(**models["student_model"]["kwargs"])
+    if not record.exists():
+        with console.Show() as show:
+            hook.keep(question, hook.select(question, show=show))
+    first = hook.recorded(question)["kwargs"]["name"]
+    print(f"\nof the untrained students, DisWOT puts {first} first")
+    return record
 
 
 if __name__ == "__main__":
