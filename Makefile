@@ -12,7 +12,7 @@ install: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
-demo: install  ## train a teacher, distil two students, compare them (about five minutes)
+demo: install  ## train a teacher, rank students, distil two; ends with demo/report.html (about six minutes)
 	$(BIN)/python examples/demo.py --out demo
 
 test: install  ## all tests and doctests

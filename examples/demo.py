@@ -101,7 +101,7 @@ def rank(changes: list[str], record: Path, short: bool) -> Path:
         changes += [f"{kwargs}.batch_size=8", f"{kwargs}.seeds=[0]"]
     config = resolve_config(CONFIGS / "diswot" / "chosen_from_resnet10t.yaml", changes)
     models = construct(config.only("dependencies", "datasets", "models"))["models"]
-    question = hook.Question(**models["student_model"]["kwargs"])
+    question = hook.ask(**models["student_model"]["kwargs"])
     if not record.exists():
         with console.Show() as show:
             hook.keep(question, hook.select(question, show=show))

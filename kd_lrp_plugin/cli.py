@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kd_lrp_plugin import checking, hook, report, results, selection, training
+from kd_lrp_plugin import checking, evidence, hook, report, results, selection, training
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.console import (
@@ -240,6 +240,12 @@ def predict(
     for record in records:
         table.add_row(record["file"], record["class"], f"{record['probability']:.3f}")
     console.print(table)
+
+
+app.command()(evidence.study)
+app.command()(evidence.check_data)
+app.command()(evidence.explain)
+app.command("report")(evidence.report_page)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -136,9 +137,10 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
     )
     bar.set_label("relevance / maximum of the map", fontsize=10)
     masked = any(row.mask is not None and np.any(row.mask) for row in rows)
-    figure.supxlabel(CAPTION + (f" Outline: {outline}." if masked else ""), fontsize=9)
+    caption = CAPTION + (f" Outline: {outline}." if masked else "")
+    figure.supxlabel(textwrap.fill(caption, int(15 * size[0])), fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=13)
+        figure.suptitle(textwrap.fill(title, int(10 * size[0])), fontsize=13)
     return figure
 
 

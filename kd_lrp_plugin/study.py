@@ -168,7 +168,7 @@ def check_out(folder: Path, plan: Plan) -> None:
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     differs = []
-    if before["file"] != plan.file.name:
+    if Path(before["file"]).name != plan.file.name:
         differs.append(f"the study {before['file']}")
     if before["overrides"] != list(plan.overrides):
         differs.append(f"--set {before['overrides']}")
@@ -360,7 +360,7 @@ def results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, A
     if not final:
         state = f"Not final: {done} of {len(rows)} runs are finished."
     return {
-        "file": plan.file.name,
+        "file": plan.file.as_posix(),
         "question": plan.question,
         "final": final,
         "state": state,

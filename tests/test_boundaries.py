@@ -10,17 +10,24 @@ LEVELS = {
     0: ("registry", "checks", "progress"),
     1: (
         *("config", "rules", "losses", "students", "efficiency", "phantom", "data"),
-        *("processes", "runs", "spaces"),
+        *("processes", "runs", "spaces", "statistics", "splits", "fingerprints"),
     ),
-    2: ("propagation", "relevance", "evaluation", "report"),
-    3: ("scores", "selection", "search", "quality"),
+    2: (
+        *("propagation", "relevance", "evaluation", "localisation", "report"),
+        *("comparison", "leaks"),
+    ),
+    3: ("scores", "selection", "search", "quality", "attribution"),
     4: ("recipes", "hook", "torchdistill"),
-    5: ("experiment", "meter", "checking", "results", "training", "cli"),
+    5: (
+        *("experiment", "meter", "checking", "results", "training"),
+        *("plan", "study", "subjects", "explaining", "pictures", "outputs", "contents", "page"),
+        *("console", "evidence", "cli"),
+    ),
 }
 LEVEL = {module: level for level, modules in LEVELS.items() for module in modules}
 WITHIN_A_LEVEL = {
     ("checks", "registry"),
-    ("data", "phantom"),
+    *(("data", other) for other in ("phantom", "splits")),
     ("spaces", "students"),
     ("relevance", "propagation"),
     *(("checking", other) for other in ("experiment", "meter")),
@@ -29,7 +36,16 @@ WITHIN_A_LEVEL = {
     *(("torchdistill", other) for other in ("recipes", "hook")),
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),
-    *(("cli", other) for other in ("experiment", "training", "checking", "results")),
+    ("comparison", "report"),
+    *(("study", other) for other in ("plan", "experiment", "checking", "training", "results")),
+    ("subjects", "results"),
+    ("explaining", "subjects"),
+    *(("outputs", other) for other in ("explaining", "pictures")),
+    *(("contents", other) for other in ("results", "explaining", "outputs", "pictures")),
+    *(("page", other) for other in ("contents", "outputs", "pictures")),
+    *(("cli", other) for other in ("console", "experiment", "training", "checking", "results")),
+    ("cli", "evidence"),
+    *(("evidence", o) for o in ("console", "plan", "study", "explaining", "page")),
 }
 CORE = [module for module, level in LEVEL.items() if level < 4]
 

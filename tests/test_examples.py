@@ -34,7 +34,10 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         [],
     ),
     "benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
-    "demo.py": (["--short", "--out", "demo"], ["demo/table.md", "demo/maps.png"]),
+    "demo.py": (
+        ["--short", "--out", "demo"],
+        ["demo/table.md", "demo/maps.png", "demo/report.html"],
+    ),
     "kill_and_resume.py": (
         [
             *("--kills", "1", "--set", "train.num_epochs=2", "--set", "num_workers=1"),
