@@ -33,9 +33,9 @@ WEIGHTS = (0.1, 0.2, 0.3, 0.5, 1.0)  # of a score beside the parameters, both st
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tuned", type=Path, help="weights.json of another ground truth")
-    parser.set_defaults(scores=list(SCORES), batch_size=128)
+    parser.set_defaults(scores=[*TRIED, *BESIDE])
     args = parser.parse_args()
-    judge = score_networks(args, noise=not args.images)
+    judge = score_networks(args, all_kinds=not args.images)
     if args.tuned:
         weights = json.loads(args.tuned.read_text(encoding="utf-8"))
     else:
@@ -108,8 +108,7 @@ def size(student: Observation, _: Observation) -> float:
     return -float(np.log(student.parameters) + 0.3 * np.log(student.macs))
 
 
-HERE = "tried here"
-for _name, _function in {
+TRIED = {
     "early_cross_entropy_alone": early(cross_entropy, kd=False),
     "early_cross_entropy": early(cross_entropy, kd=True),
     "early_divergence": early(divergence, kd=True),
@@ -118,8 +117,10 @@ for _name, _function in {
     "early_relation_cosine": early(SCORES["relation_cosine"].function, kd=True),
     "gradient_misalignment": misalignment,
     "size": size,
-}.items():
-    SCORES.register(Score(_function, HERE), _name)
+}
+for _name, _function in TRIED.items():
+    SCORES.register(Score(_function, "tried in examples/explore_scores.py"), _name)
+BESIDE = ("parameters", "macs", "synflow", "bn_log_variance", "diswot", "lrp_cosine")
 
 
 # --- combinations -------------------------------------------------------------------------------

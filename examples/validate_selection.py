@@ -133,13 +133,14 @@ def arguments(words: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def score_networks(args: argparse.Namespace, noise: bool = True) -> Judge:
+def score_networks(args: argparse.Namespace, all_kinds: bool = True) -> Judge:
+    """Every score of every network; without ``all_kinds`` only on images, by a trained teacher."""
     args.out.mkdir(parents=True, exist_ok=True)
     with args.ground_truth.open(encoding="utf-8") as file:
         truth = list(csv.DictReader(file))
     read = read_cifar if "kd_acc" in truth[0] else read_space
     judge = None
-    for images in [*(["noise"] if noise else []), *(["images"] if args.images else [])]:
+    for images in [*(["noise"] if all_kinds else []), *(["images"] if args.images else [])]:
         folder = args.images if images == "images" else None
         classes = len(list((folder / "Training").iterdir())) if folder else None
         candidates, accuracies, build_teacher, size, classes = read(truth, classes)
@@ -154,6 +155,8 @@ def score_networks(args: argparse.Namespace, noise: bool = True) -> Judge:
             trained = partial(with_weights, build_teacher, weights)
             teachers["trained"] = Teacher(trained, trained=True)
         batch = make_batch(folder, args.batch_size, size, classes)
+        if "trained" in teachers and not all_kinds:
+            del teachers["random"]
         for name, teacher in teachers.items():
             record = args.out / f"scores-{images}-{name}.jsonl"
             print(f"{len(candidates)} networks, {images}, {name} teacher", flush=True)
