@@ -42,7 +42,7 @@ def main() -> None:
         weights = tuned(judge)
         (args.out / "weights.json").write_text(json.dumps(weights, indent=2), encoding="utf-8")
     for (score, images, teacher), values in list(judge.scores.items()):
-        weight = weights.get(f"{score}, {teacher} teacher")
+        weight = weights.get(" ".join(filter(None, (score, teacher))))
         if weight is not None and np.isfinite(values).all():
             name = f"parameters + {weight} {score}"
             judge.scores[name, images, teacher] = combined(judge, values, weight)
@@ -120,7 +120,10 @@ TRIED = {
 }
 for _name, _function in TRIED.items():
     SCORES.register(Score(_function, "tried in examples/explore_scores.py"), _name)
-BESIDE = ("parameters", "macs", "synflow", "bn_log_variance", "diswot", "lrp_cosine")
+BESIDE = (
+    *("parameters", "macs", "synflow", "bn_log_variance"),
+    *("diswot", "lrp_cosine", "relation_l2", "reference_relation"),
+)
 
 
 # --- combinations -------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def tuned(judge: Judge) -> dict[str, float]:
                 qualities = [ranking_quality(c, judge.truth, judge.parameters) for c in columns]
                 return float(np.mean([quality["kendall"] for quality in qualities]))
 
-            found[f"{score}, {teacher} teacher"] = max(WEIGHTS, key=quality)
+            found[" ".join(filter(None, (score, teacher)))] = max(WEIGHTS, key=quality)
     return found
 
 

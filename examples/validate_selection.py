@@ -95,7 +95,7 @@ class Judge:
         early: by number of epochs, accuracy on validation images by then, of the same shape.
         parameters: of each network.
         scores: by (score, images, teacher): (networks, seeds) of the initialisation; nan where a
-            score failed.
+            score failed; no teacher for scores that see none.
     """
 
     accuracies: np.ndarray
@@ -168,7 +168,8 @@ def score_networks(args: argparse.Namespace, all_kinds: bool = True) -> Judge:
             for score in args.scores:
                 values = [row["scores"][score][0] for row in found]  # there is one batch
                 table = np.array(values, dtype=float).reshape(len(candidates), args.seeds)
-                judge.scores[score, images, name] = table
+                seen = name if SCORES[score].sees_teacher else ""
+                judge.scores[score, images, seen] = table
     return judge
 
 
@@ -334,6 +335,7 @@ def draw(rows: list[dict]) -> Figure:
         axes.set_title(name.replace("iso_", "equal-size "), fontsize=10)
         axes.tick_params(labelsize=7)
         axes.grid(axis="x", alpha=0.3)
+        axes.margins(y=0.01)
     figure.get_axes()[0].invert_yaxis()
     return figure
 

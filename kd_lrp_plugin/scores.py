@@ -238,22 +238,24 @@ def _sum(*names: str) -> Function:
 FLOOR = 1e-12  # of a row's length, in the published code
 
 
-def _reference_semantic(student: Observation, teacher: Observation, floor: float = FLOOR) -> float:
+def _reference_semantic(student: Observation, teacher: Observation, exact: bool = False) -> float:
     r"""Mean squared distance of row-normalised channel Gram matrices, one per class.
 
     The matrices :math:`g g^T` are of the gradient g (channels) of the cross entropy for the
     classifier's weights of a class. Their row i, normalised, is :math:`s_i g/|g|`, with the sign
-    :math:`s_i` of g_i, so that no matrix need be made. Where a row is shorter than ``floor`` the
+    :math:`s_i` of g_i, so that no matrix need be made. Where a row is shorter than 1e-12 the
     published code divides by that, which makes s_i small: with weights from N(0, 1) the softmax is
-    saturated, and the gradients of most classes are that small.
+    saturated, and the gradients of most classes are that small, or zero in single precision.
+    ``exact`` normalises every row to length 1, however short.
     """
-    ours, theirs = _classifier_gradient(student), _classifier_gradient(teacher)
+    ours, theirs = (_classifier_gradient(network, exact) for network in (student, teacher))
     if ours.shape != theirs.shape:
         got = f"{tuple(ours.shape)} and {tuple(theirs.shape)}"
         fix = "Leave this score out for students whose last map has other channels."
         expected = "classifier gradients (classes, channels) of one shape"
         raise ValueError(message("reference_semantic", expected, got, fix))
     unit, signs = [], []
+    floor = 1e-300 if exact else FLOOR
     for gradient in (ours.double(), theirs.double()):
         length = gradient.norm(dim=1, keepdim=True)
         unit.append(gradient / length.clamp(min=1e-300))
@@ -263,12 +265,21 @@ def _reference_semantic(student: Observation, teacher: Observation, floor: float
     return float((rows / ours.shape[1]).mean())
 
 
-def _classifier_gradient(network: Observation) -> Float[Tensor, "classes channels"]:
-    """Of the mean cross entropy, for a linear classifier on the pooled last map."""
-    pooled = network.features[-1].mean((2, 3))
-    wrong = network.logits.softmax(1)
-    wrong[torch.arange(len(wrong)), network.targets] -= 1
-    return wrong.T @ pooled / len(pooled)
+def _classifier_gradient(network: Observation, exact: bool) -> Float[Tensor, "classes channels"]:
+    """Of the mean cross entropy, for a linear classifier on the pooled last map.
+
+    With ``exact``, in double precision and, for each class, only in direction: then no factor
+    vanishes that a saturated softmax leaves.
+    """
+    pooled, logits = network.features[-1].mean((2, 3)), network.logits
+    hit = nn.functional.one_hot(network.targets, logits.shape[1]).bool()
+    if not exact:
+        return (logits.softmax(1) - hit.to(logits)).T @ pooled / len(pooled)
+    logits = logits.double()
+    missing = logits.masked_fill(hit, -math.inf).logsumexp(1) - logits.logsumexp(1)
+    logs = torch.where(hit, missing[:, None], logits.log_softmax(1))
+    wrong = (logs - logs.amax(0)).exp() * torch.where(hit, -1.0, 1.0)
+    return wrong.T @ pooled.double()
 
 
 def _reference_relation(student: Observation, teacher: Observation) -> float:
@@ -356,7 +367,7 @@ for _name, _entry in {
     "reference_semantic": Score(_reference_semantic, _CODE, "normal"),
     "reference_relation": Score(_reference_relation, _CODE, "normal"),
     "reference_exact": Score(
-        lambda s, t: _reference_semantic(s, t, 1e-300) + _reference_relation(s, t),
+        lambda s, t: _reference_semantic(s, t, exact=True) + _reference_relation(s, t),
         f"{_CODE}, without its floor of 1e-12",
         "normal",
     ),

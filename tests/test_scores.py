@@ -124,6 +124,12 @@ def test_the_reference_formula_holds_where_gradients_vanish(batch):
     relation = score("reference_relation", *observed)
     exact = float((unit[0] - unit[1]).square().sum() / 30) + relation
     assert score("reference_exact", *observed) == pytest.approx(exact, rel=1e-6)
+    with torch.no_grad():
+        for model in models:
+            model.fc.bias[3:] = -1e4  # in no precision does any of this gradient remain
+    observed = [observe(model, batch) for model in models]
+    assert (observed[0].logits.softmax(1)[:, 3:] == 0).all()
+    assert score("reference_exact", *observed) == pytest.approx(exact, rel=1e-6)
 
 
 def test_the_reference_formula_names_channels_that_it_cannot_compare(batch):
