@@ -169,7 +169,7 @@ def check_out(folder: Path, plan: Plan) -> None:
     before = json.loads(file.read_text(encoding="utf-8"))
     differs = []
     if Path(before["file"]).name != plan.file.name:
-        differs.append(f"the study {before['file']}")
+        differs.append(f"the study {Path(before['file']).name}")
     if before["overrides"] != list(plan.overrides):
         differs.append(f"--set {before['overrides']}")
     if more := sorted(set(before["seeds"]) - set(plan.seeds)):
