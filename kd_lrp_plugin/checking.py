@@ -36,8 +36,6 @@ from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.registry import unknown_name
 from kd_lrp_plugin.torchdistill import check_finite
 
-logger = logging.getLogger(__name__)
-
 # Every key that torchdistill or the driver reads, by kind of section.
 _STAGE = (
     "num_epochs train_data_loader val_data_loader teacher student model optimizer scheduler "
@@ -95,7 +93,7 @@ class Findings:
         try:
             yield
         except Exception as error:
-            logger.info("%s", dotted, exc_info=error)
+            logging.getLogger(__name__).info("%s", dotted, exc_info=error)
             self.add(dotted, error)
 
 
