@@ -273,7 +273,7 @@ class TestTheTeacher:
     def test_is_found_from_elsewhere(self, project, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         models = results.load_models(project / "runs/kd/0")
-        saved = torch.load(project / "teacher/best.pt")["model"]
+        saved = torch.load(project / "teacher/best.pt", weights_only=True)["model"]
         assert torch.equal(models["teacher"].fc.weight, saved["fc.weight"])
         assert not any(model.training for model in models.values())
 
