@@ -145,6 +145,32 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return Config(str(path), root)
 
 
+class _Untagged(yaml.SafeLoader):
+    """Calls nothing: of what has a tag, mappings and lists are read, a scalar becomes None."""
+
+
+def _untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return None  # its text is not its value
+
+
+_Untagged.add_multi_constructor(None, _untagged)
+
+
+def read_untagged(text: str) -> dict[str, Any]:
+    """A config without what its tags would call: for looking, not for running.
+
+    Example:
+        >>> read_untagged("{a: 1, b: !import_call {key: os.getcwd}, c: !getenv HOME}")
+        {'a': 1, 'b': {'key': 'os.getcwd'}, 'c': None}
+    """
+    content = yaml.load(text, _Untagged)
+    return content if isinstance(content, dict) else {}
+
+
 def unsafe_tags(config: Config) -> list[str]:
     """What of a config could run code beyond :data:`HARMLESS`, a message with its place each."""
     found = []

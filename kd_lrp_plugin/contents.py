@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kd_lrp_plugin import results
 from kd_lrp_plugin.checks import message
+from kd_lrp_plugin.config import read_untagged
 from kd_lrp_plugin.explaining import FIGURES
 from kd_lrp_plugin.outputs import (
     command,
@@ -116,21 +115,6 @@ def _named(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     return list(zip(paths, map("/".join, parts), strict=True))
 
 
-class _Plain(yaml.SafeLoader):
-    """Reads a config without its tags: what they would call stays unread."""
-
-
-def _untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return node.value
-
-
-_Plain.add_multi_constructor(None, _untagged)
-
-
 def _first_seeds(study: Mapping[str, Any]) -> list[tuple[Path, str]]:
     """A finished run of each configuration, for what a study's table does not show."""
     found: dict[str, tuple[Path, str]] = {}
@@ -169,7 +153,7 @@ def _run(path: Path, name: str, show: Silence, safe: bool) -> dict[str, Any]:
         "sessions": len(sessions),
         "processes": about["processes"],
         "question": _question(session.get("config")),
-        "config": yaml.load(text, Loader=_Plain),
+        "config": read_untagged(text),
         "text": text,
         "curves": _curves([json.loads(line) for line in epochs]),
         "test_set": _test_set(path / "predictions.csv"),

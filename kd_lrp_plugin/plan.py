@@ -37,7 +37,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from kd_lrp_plugin.checks import check_known, message
-from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.config import read_untagged, resolve_config
 from kd_lrp_plugin.runs import LOCK, RunFolder
 
 KEYS = ("question", "seeds", "set", "prepare", "configurations", "compare_to", "grid", "measures")
@@ -342,7 +342,7 @@ def _run(
     # What a prepared run is, not where it lies: moved along with it, a run stays known.
     names = {n: f"{run.folder.parent.name}/{run.seed}" for n, run in prepared.items()}
     text = resolve_config(config, filled(names)).text
-    content = _plain(text)
+    content = read_untagged(text)
     _check_files(content, list(names.values()))
     key = hashlib.sha256(text.encode()).hexdigest()[:10]
     dataset, method = config.resolve().parent.parent.name, config.resolve().parent.name
@@ -350,19 +350,6 @@ def _run(
     final = filled({n: str(run.folder / "best.pt") for n, run in prepared.items()})
     needs = tuple(prepared[n].folder for n in used)
     return Run(name, dict(point), seed, config, final, folder, needs, _epochs(content))
-
-
-class _Plain(yaml.SafeLoader):
-    """Reads a config without calling anything: what has a tag becomes None."""
-
-
-for _prefix in ("!", "tag:yaml.org,2002:python/"):
-    _Plain.add_multi_constructor(_prefix, lambda *_: None)
-
-
-def _plain(text: str) -> dict[str, Any]:
-    content = yaml.load(text, _Plain)
-    return content if isinstance(content, dict) else {}
 
 
 def _check_files(content: Mapping[str, Any], promised: Sequence[str]) -> None:
