@@ -66,7 +66,8 @@ def build_model(
             ``{"pad_type": "same", "bn_eps": 1e-3}``.
 
     Returns:
-        The model, in training mode.
+        The model, in training mode, in the channels-last memory format, in which a step of a
+        network of depthwise convolutions is faster, on CPUs too.
 
     Raises:
         ValueError: for an unknown name or head, an argument that is decided here, a head that
@@ -97,7 +98,7 @@ def build_model(
     model.__dict__["timm_arguments"] = arguments if head == "linear" and _plain(arguments) else None
     if weights is not None:
         load_weights(model, weights, where)
-    return model
+    return model.to(memory_format=torch.channels_last)
 
 
 def place_head(

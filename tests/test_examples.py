@@ -1,7 +1,6 @@
-"""Every example runs as a script: offline, in under a minute, and it leaves what it says."""
+"""Every example runs as a script, offline, and leaves what it says."""
 
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,7 +106,6 @@ def run_example(name: str, folder: Path, *arguments: str) -> str:
 class Finished(NamedTuple):
     folder: Path
     printed: str
-    seconds: float  # of the processor: unlike the clock, it does not depend on who else is busy
 
 
 @pytest.fixture(scope="module")
@@ -119,20 +117,15 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]
         folder = tmp_path_factory.mktemp(name.removesuffix(".py"))
         for file, text in FILES.get(name, {}).items():
             (folder / file).write_text(text)
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        printed = run_example(name, folder, *SHORT[name][0])
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return Finished(folder, printed, seconds)
+        return Finished(folder, run_example(name, folder, *SHORT[name][0]))
 
     return run
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
-def test_runs_offline_in_under_a_minute_and_leaves_its_files(name, short):
+def test_runs_offline_and_leaves_its_files(name, short):
     assert name in SHORT, f"give {name} a short mode in SHORT"
-    folder, printed, seconds = short(name)
-    assert seconds < 60
+    folder, printed = short(name)
     for file in SHORT[name][1]:
         assert (folder / file).stat().st_size > 100
         assert file in printed
