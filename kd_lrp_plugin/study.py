@@ -94,7 +94,10 @@ def run(
     _refuse_problems(plan, device, show, safe)
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Path, str] = {}
-    todo = [run for run in plan.trainings() if not finished(run)]
+    rounds = {seed: place for place, seed in enumerate(plan.seeds)}
+    # Seed by seed, so that a study which is still at work compares like with like.
+    in_turn = sorted(plan.trainings(), key=lambda run: rounds.get(run.seed, 0))
+    todo = [run for run in in_turn if not finished(run)]
     if not todo:
         show.note(f"all {len(plan.trainings())} runs are finished already")
     work = _Work(todo, jobs, device, safe, show, failed, lambda: write(plan, folder, failed))

@@ -414,6 +414,12 @@ class TestRunning:
         assert {name: after[name] for name in before} == before
         assert len(after) == 6
 
+    def test_every_configuration_has_a_seed_before_one_has_two(self, written):
+        notes = Notes()
+        study.run(written(configurations=noted("well"), prepare={}), out="out", show=notes)
+        ended = [note.partition(":")[0] for note in notes.notes]
+        assert ended == ["CE, seed 0", "other, seed 0", "CE, seed 1", "other, seed 1"]
+
     def test_a_failing_run_is_named_with_its_words_and_the_others_go_on(self, written):
         notes = Notes()
         file = written(configurations=noted("fails"), prepare={})
