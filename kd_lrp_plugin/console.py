@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.processes import FirstFailed, launched
 from kd_lrp_plugin.progress import Silence
 
@@ -115,3 +116,22 @@ class Show(Silence):
             highlight=False,
             soft_wrap=True,
         )
+
+
+def parse_seeds(text: str | None) -> int | list[int] | None:
+    """Seeds as typed: how many, or which.
+
+    Example:
+        >>> parse_seeds("5"), parse_seeds("0,1,7"), parse_seeds("7,")
+        (5, [0, 1, 7], [7])
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        fix = "Such as 5 for five of them, or 0,1,2."
+        raise ValueError(message("--seeds", "numbers", repr(text), fix))
+    return numbers[0] if text.strip() == str(numbers[0]) else numbers

@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from kd_lrp_plugin import report
-from kd_lrp_plugin.console import Device, Overrides, Safe, Show, console, errors_in_words
+from kd_lrp_plugin.console import (
+    Device,
+    Overrides,
+    Safe,
+    Show,
+    console,
+    errors_in_words,
+    parse_seeds,
+)
 from kd_lrp_plugin.processes import joined
 
 SHOWN = 40  # files of a kind
@@ -19,6 +27,12 @@ def study(
         typer.Option(help="How many, as 5, or which, as 0,1,2; default: those of the study."),
     ] = None,
     overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AXIS=VALUE", help="A part: of the grid, or configuration=NAME; repeatable."
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
     out: Annotated[
         Path | None, typer.Option(help="For the results; default runs/studies/STUDY.")
@@ -42,20 +56,24 @@ def study(
 
         kd-lrp study torchdistill_configs/studies/core.yaml --jobs 2 --seeds 5
 
+        kd-lrp study torchdistill_configs/studies/low_data.yaml --only "images per class=5"
+
         kd-lrp study my_study.yaml --set train.num_epochs=1 --seeds 0,7 --out trial
     """
     from kd_lrp_plugin import plan, study  # slow: scipy's statistics
 
     last = "What is finished stays; the same command goes on from there."
     with errors_in_words(last):
-        chosen = plan.parse_seeds(seeds)
+        chosen = parse_seeds(seeds)
         if dry_run:
-            planned = plan.read_plan(file, overrides or [], chosen, runs)
+            planned = plan.read_plan(file, overrides or [], chosen, runs, only or [])
             print(report.table(plan.outline(planned)))
             return
         folder = out or study.default_out(file)
         with Show() as show:
-            found = study.run(file, overrides or [], chosen, folder, runs, jobs, device, show, safe)
+            found = study.run(
+                *(file, overrides or [], chosen, folder, runs, jobs, device, show, safe, only or [])
+            )
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"written: {folder}/study.json, study.csv, table.md, study.png")
     if not found["final"]:

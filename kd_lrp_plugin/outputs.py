@@ -119,6 +119,7 @@ def study_of(path: Path, name: str) -> dict[str, Any]:
     """The content of ``study.json``, and its tables by measure."""
     content = read_json(path / "study.json")
     words = [word for change in content["overrides"] for word in ("--set", change)]
+    words += [word for choice in content["only"] for word in ("--only", choice)]
     seeds = ",".join(map(str, content["seeds"]))
     return {
         **content,

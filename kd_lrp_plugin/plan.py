@@ -27,7 +27,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,6 +88,7 @@ class Plan:
         question: what it asks.
         seeds: of every configuration.
         overrides: from the command line.
+        only: from there too, see :func:`read_plan`.
         axes: of the grid, with their values.
         compare_to: the configuration that others are paired with, or None.
         measures: dotted paths.
@@ -99,6 +100,7 @@ class Plan:
     question: str
     seeds: tuple[int, ...]
     overrides: tuple[str, ...]
+    only: tuple[str, ...]
     axes: Mapping[str, tuple[Any, ...]]
     compare_to: str | None
     measures: tuple[str, ...]
@@ -115,6 +117,7 @@ def read_plan(
     overrides: Sequence[str] = (),
     seeds: int | Sequence[int] | None = None,
     root: str | Path = "runs",
+    only: Sequence[str] = (),
 ) -> Plan:
     """The runs of a study; every config is resolved, and the files that it names are looked for.
 
@@ -123,6 +126,7 @@ def read_plan(
         overrides: further ones for every run, after all others.
         seeds: how many, from 0, or which; those of the file if None.
         root: folder of the runs.
+        only: ``axis=value`` or ``configuration=name``, what to keep; all of an axis not named.
 
     Raises:
         FileNotFoundError: if there is no such file, or none that a config names.
@@ -163,16 +167,29 @@ def read_plan(
     compare_to = content.get("compare_to")
     if compare_to is not None:
         check_known(f"{file}: compare_to", compare_to, entries)
+    kept = _kept(only, {"configuration": list(entries), **axes})
+    runs = [
+        run
+        for run in runs
+        if run.name in kept["configuration"] and all(v in kept[a] for a, v in run.point.items())
+    ]
+    needs = {need for run in runs for need in run.needs}
+    prepared: list[Run] = []
+    for run in reversed(made.values()):
+        if run.folder in needs or not only:
+            needs.update(run.needs)
+            prepared.insert(0, run)
     measures = _list(f"{file}: measures", content.get("measures", list(MEASURES)))
     return Plan(
         file=file,
         question=str(content["question"]),
         seeds=chosen,
         overrides=tuple(overrides),
-        axes={axis: tuple(values) for axis, values in axes.items()},
-        compare_to=compare_to,
+        only=tuple(only),
+        axes={axis: tuple(kept[axis]) for axis in axes},
+        compare_to=compare_to if compare_to in kept["configuration"] else None,
         measures=tuple(dict.fromkeys(map(str, measures))),
-        prepared=tuple(made.values()),
+        prepared=tuple(prepared),
         runs=tuple(runs),
     )
 
@@ -283,6 +300,18 @@ def _axes(file: Path, grid: Any) -> dict[str, dict[Any, list[str]]]:
     return axes
 
 
+def _kept(only: Sequence[str], places: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
+    """The values of each axis that are left; of an axis that is not named, all."""
+    named: dict[str, list[Any]] = {}
+    for choice in only:
+        axis, _, value = choice.partition("=")
+        check_known("--only", axis, places)
+        known = {_text(place): place for place in places[axis]}
+        check_known(f"--only {axis}", value, known)
+        named.setdefault(axis, []).append(known[value])
+    return {axis: named.get(axis, list(values)) for axis, values in places.items()}
+
+
 def _text(value: Any) -> str:
     """A value as people type it, so that it makes the same run."""
     if isinstance(value, str):
@@ -293,25 +322,6 @@ def _text(value: Any) -> str:
 def _name(value: Any) -> Any:
     """A value of an axis as tables show it."""
     return value if isinstance(value, str | int | float) else json.dumps(value)
-
-
-def parse_seeds(text: str | None) -> int | list[int] | None:
-    """Seeds as typed: how many, or which.
-
-    Example:
-        >>> parse_seeds("5"), parse_seeds("0,1,7"), parse_seeds("7,")
-        (5, [0, 1, 7], [7])
-    """
-    if text is None:
-        return None
-    try:
-        numbers = [int(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        numbers = []
-    if not numbers:
-        fix = "Such as 5 for five of them, or 0,1,2."
-        raise ValueError(message("--seeds", "numbers", repr(text), fix))
-    return numbers[0] if text.strip() == str(numbers[0]) else numbers
 
 
 # --- runs -----------------------------------------------------------------------------------------

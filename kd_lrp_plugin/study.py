@@ -64,6 +64,7 @@ def run(
     device: str | None = None,
     show: Silence | None = None,
     safe: bool = False,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train and evaluate every run of a study that is not finished, and compare.
 
@@ -78,6 +79,7 @@ def run(
         device: see :func:`kd_lrp_plugin.processes.joined`.
         show: told how the work goes.
         safe: refuse tags beyond :data:`kd_lrp_plugin.config.HARMLESS`.
+        only: a part of it, see :func:`kd_lrp_plugin.plan.read_plan`.
 
     Returns:
         The content of ``study.json``; see :func:`results`.
@@ -88,7 +90,7 @@ def run(
         ValueError: for a study or a config that cannot be run.
     """
     show = show or Silence()
-    plan = read_plan(file, overrides, seeds, root)
+    plan = read_plan(file, overrides, seeds, root, only)
     folder = Path(out) if out is not None else default_out(file)
     check_out(folder, plan)
     _refuse_problems(plan, device, show, safe)
@@ -175,6 +177,8 @@ def check_out(folder: Path, plan: Plan) -> None:
         differs.append(f"the study {Path(before['file']).name}")
     if before["overrides"] != list(plan.overrides):
         differs.append(f"--set {before['overrides']}")
+    if plan.only and before["only"] != list(plan.only):
+        differs.append(f"--only {before['only']}" if before["only"] else "the whole study")
     if more := sorted(set(before["seeds"]) - set(plan.seeds)):
         differs.append(f"further seeds {more}")
     if differs:
@@ -347,9 +351,9 @@ def results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, A
     """What the finished runs of a plan say.
 
     Returns:
-        ``file``, ``question``, ``overrides``, ``seeds``, ``axes``, ``compare_to`` and ``measures``
-        of the plan; ``runs``, a row for each, with its state and measures, and ``prepared``, the
-        same; ``table`` of :func:`comparison.summarise` and ``comparisons`` of
+        ``file``, ``question``, ``overrides``, ``only``, ``seeds``, ``axes``, ``compare_to`` and
+        ``measures`` of the plan; ``runs``, a row for each, with its state and measures, and
+        ``prepared``, the same; ``table`` of :func:`comparison.summarise` and ``comparisons`` of
         :func:`comparison.compare`; ``final``, whether all is finished, and ``state``, the same in
         words; ``failed``, words by label.
     """
@@ -369,6 +373,7 @@ def results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, A
         "state": state,
         "failed": {r.label: failed[r.folder] for r in plan.trainings() if r.folder in failed},
         "overrides": list(plan.overrides),
+        "only": list(plan.only),
         "seeds": list(plan.seeds),
         "axes": {axis: list(values) for axis, values in plan.axes.items()},
         "compare_to": plan.compare_to,

@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from kd_lrp_plugin import study
 from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.comparison import compare, page, study_figure, summarise, value_at
-from kd_lrp_plugin.plan import outline, parse_seeds, read_plan
+from kd_lrp_plugin.console import parse_seeds
+from kd_lrp_plugin.plan import outline, read_plan
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.results import evaluate
 from kd_lrp_plugin.statistics import describe, paired_difference
@@ -109,6 +110,25 @@ class TestPlan:
         ]
         assert plan.runs[2].overrides == (f"{RATE}=0.2", "train.num_epochs=3")
         assert len({run.folder for run in plan.runs}) == 7
+
+    def test_a_part_of_a_study_is_the_same_runs(self, written):
+        grid = {"rate": {"key": "train.optimizer.kwargs.lr", "values": [0.1, 0.01]}}
+        whole = read_plan(written(grid=grid))
+        part = read_plan(written(grid=grid), only=["configuration=CE", "rate=0.01"])
+        assert [(run.name, run.point, run.seed) for run in part.runs] == [
+            *(("CE", {"rate": 0.01}, 0), ("CE", {"rate": 0.01}, 1))
+        ]
+        assert {run.folder for run in part.runs} < {run.folder for run in whole.runs}
+        assert (part.axes, part.prepared) == ({"rate": (0.01,)}, ())
+        taught = read_plan(written(grid=grid), only=["configuration=KD", "configuration=CE"])
+        assert taught.trainings() == whole.trainings()
+        assert read_plan(written(), only=["configuration=KD"]).compare_to is None
+
+    def test_a_part_that_is_not_there_is_refused(self, written):
+        with pytest.raises(ValueError, match=r"--only configuration: .*got 'KE'.*'KD'"):
+            read_plan(written(), only=["configuration=KE"])
+        with pytest.raises(ValueError, match=r"--only: .*got 'rate'"):
+            read_plan(written(), only=["rate=1"])
 
     def test_later_overrides_win_all_the_way_to_the_command_line(self, written):
         configurations = {"CE": {"config": str(BASELINE), "set": [f"{RATE}=2"]}}
@@ -506,9 +526,13 @@ class TestRunning:
             study.run(file, seeds=1, out="out")
         with pytest.raises(FileExistsError, match=r"which holds --set \[\]"):
             study.run(file, ["batch_size=4"], out="out")
+        with pytest.raises(FileExistsError, match="which holds the whole study"):
+            study.run(file, out="out", only=["configuration=CE"])
         with pytest.raises(FileExistsError, match=r"which holds the study study\.yaml"):
             study.run(file.rename(file.with_name("b.yaml")), out="out")
-        assert study.run(file.with_name("b.yaml"), out="b")["final"]
+        b = file.with_name("b.yaml")
+        assert study.run(b, out="b", only=["configuration=CE"])["final"]
+        assert study.run(b, out="b")["only"] == []
 
     def test_more_seeds_are_added_to_the_results(self, written):
         file = written(**ALONE)
