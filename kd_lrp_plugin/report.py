@@ -130,7 +130,8 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
                 sign = ax.text(0.5, 0.06, "no relevance", transform=ax.transAxes, ha="center")
                 sign.set(color="white", backgroundcolor="#000000a0", fontsize=9)
     for ax, name in zip(axes[0], ["image", *columns[0]], strict=True):
-        ax.set_title(name, fontsize=11)
+        lines = [textwrap.fill(line, 20) for line in name.splitlines()]
+        ax.set_title("\n".join(lines), fontsize=11, verticalalignment="bottom")
     scale = ScalarMappable(cmap=_blended(np.full(3, 0.35)))
     bar = figure.colorbar(
         scale, ax=axes, shrink=min(1, 2.5 / height), aspect=25, pad=0.01, ticks=[0, 0.5, 1]

@@ -68,6 +68,13 @@ def picture(figure: Figure, place: int) -> np.ndarray:
 
 
 class TestMapFigure:
+    def test_a_long_name_stays_above_its_own_column(self):
+        name = "lrp_cosine\nmobilenetv2_035_from_mobilenetv2_100_flatten-bc88cb2b31"
+        figure = map_figure([row(maps={name: np.ones((4, 4)), name + "4": np.ones((4, 4))})])
+        figure.draw_without_rendering()
+        first, second = (ax.title.get_window_extent() for ax in figure.get_axes()[1:3])
+        assert first.x1 < second.x0
+
     def test_has_a_column_per_map_and_a_line_per_image(self):
         axes = map_figure([row("glioma"), row("notumor")]).get_axes()
         assert [ax.get_title() for ax in axes[:3]] == ["image", "teacher", "KD"]
