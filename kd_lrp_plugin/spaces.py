@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-import torch
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.efficientnet import EfficientNet
 from torch import nn
@@ -106,7 +105,7 @@ class MobileNetV2:
         )
         shape = (3, image_size, image_size)
         place_head(model, str(self), num_classes, self.head, hidden, shape)
-        return model.to(memory_format=torch.channels_last)
+        return model
 
     def _blocks(self) -> list[list[str]]:
         names = []

@@ -66,8 +66,7 @@ def build_model(
             ``{"pad_type": "same", "bn_eps": 1e-3}``.
 
     Returns:
-        The model, in training mode, in the channels-last memory format, in which a step of a
-        network of depthwise convolutions is faster, on CPUs too.
+        The model, in training mode.
 
     Raises:
         ValueError: for an unknown name or head, an argument that is decided here, a head that
@@ -98,7 +97,7 @@ def build_model(
     model.__dict__["timm_arguments"] = arguments if head == "linear" and _plain(arguments) else None
     if weights is not None:
         load_weights(model, weights, where)
-    return model.to(memory_format=torch.channels_last)
+    return model
 
 
 def place_head(
