@@ -5,7 +5,9 @@
 
 Plain KD step: teacher's forward without gradients, student's forward, cross entropy + KL, backward,
 Adam. Every other case adds one loss to it, at the last of the taps or at all of them. Teacher
-(frozen, eval mode) and student (train mode) are of one architecture, images and labels are noise.
+(frozen, eval mode) and student (train mode) are of one architecture, images and labels are noise,
+all in the channels-last memory format, in which the driver trains; the last rows repeat two cases
+in PyTorch's own.
 
 Time: every round runs all cases once, in an order of its own; the first round is not counted. Each
 time is divided by that of the same round's plain step; the table shows the median of these ratios.
@@ -57,15 +59,15 @@ Outcome = tuple[Tensor, Tensor, Tensor | float]
 class Setting:
     """The two models, a batch and the student's optimizer."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, memory_format: torch.memory_format) -> None:
         torch.manual_seed(0)
         device = torch.device(args.device)
         self.teacher = timm.create_model(args.model, num_classes=4).eval().requires_grad_(False)
         self.student = timm.create_model(args.model, num_classes=4)
-        self.teacher.to(device)
-        self.student.to(device)
+        self.teacher.to(device, memory_format=memory_format)
+        self.student.to(device, memory_format=memory_format)
         size = (args.batch_size, 3, args.image_size, args.image_size)
-        self.images = torch.randn(size).to(device)
+        self.images = torch.randn(size).to(device, memory_format=memory_format)
         self.labels = torch.randint(4, (args.batch_size,)).to(device)
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=1e-4)
 
@@ -169,11 +171,12 @@ def semantic(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
 
 
 PLAIN = "plain KD"
+OURS = "gradient_activation, semantic_cosine"
 CASES: dict[str, Callable[[Setting, list[str]], Outcome]] = {
     "grad_cam, correlation_l2": partial(ours, "correlation_l2", "grad_cam"),
     "features, relation_cosine": partial(ours, "relation_cosine", "gradient_activation"),
     "gradient_activation, semantic_l2": partial(ours, "semantic_l2", "gradient_activation"),
-    "gradient_activation, semantic_cosine": partial(ours, "semantic_cosine", "gradient_activation"),
+    OURS: partial(ours, "semantic_cosine", "gradient_activation"),
     "lrp_epsilon, semantic_cosine": partial(ours, "semantic_cosine", "lrp_epsilon"),
     "lrp_zplus, semantic_cosine": partial(ours, "semantic_cosine", "lrp_zplus"),
     "lrp_gamma, semantic_cosine": partial(ours, "semantic_cosine", "lrp_gamma"),
@@ -197,9 +200,9 @@ def run_step(setting: Setting, case: Callable[..., Outcome], layers: list[str]) 
     setting.optimizer.step()
 
 
-def measure_times(setting: Setting, runs: dict, args: argparse.Namespace) -> dict:
+def measure_times(runs: dict[tuple, Callable[[], None]], args: argparse.Namespace) -> dict:
     """Median ratio to the plain step of the same round, and the plain step's median seconds."""
-    on_gpu = setting.images.is_cuda
+    on_gpu = torch.device(args.device).type == "cuda"
     clock = time.perf_counter if on_gpu or args.threads > 1 else time.process_time
     order = random.Random(0)
     rounds: list[dict] = []
@@ -210,7 +213,7 @@ def measure_times(setting: Setting, runs: dict, args: argparse.Namespace) -> dic
             if on_gpu:
                 torch.cuda.synchronize()
             started = clock()
-            run_step(setting, *runs[key])
+            runs[key]()
             if on_gpu:
                 torch.cuda.synchronize()
             seconds[key] = clock() - started
@@ -221,23 +224,23 @@ def measure_times(setting: Setting, runs: dict, args: argparse.Namespace) -> dic
     return ratios
 
 
-def measure_memory(setting: Setting, runs: dict, args: argparse.Namespace) -> dict:
+def measure_memory(runs: dict[tuple, Callable[[], None]], args: argparse.Namespace) -> dict:
     """Peak of each case as a ratio to the plain step's."""
     peaks = {}
     steps = track(runs.items(), "memory", console=Console(stderr=True))
-    if setting.images.is_cuda:
+    if torch.device(args.device).type == "cuda":
         for key, run in steps:
-            run_step(setting, *run)
+            run()
             gc.collect()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            run_step(setting, *run)
+            run()
             peaks[key] = torch.cuda.max_memory_allocated() - before
     else:
         fork = multiprocessing.get_context("fork")
         for key, run in steps:
             receiver, sender = fork.Pipe(duplex=False)
-            process = fork.Process(target=grow, args=(sender, setting, run, args.threads))
+            process = fork.Process(target=grow, args=(sender, run, args.threads))
             process.start()
             sender.close()
             peaks[key] = receiver.recv()
@@ -246,12 +249,12 @@ def measure_memory(setting: Setting, runs: dict, args: argparse.Namespace) -> di
     return {key: peak / peaks[first] for key, peak in peaks.items()}
 
 
-def grow(sender, setting: Setting, run: tuple, threads: int) -> None:
+def grow(sender, run: Callable[[], None], threads: int) -> None:
     """In a process of its own: send by how much two steps raise the largest resident set."""
     torch.set_num_threads(threads)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(2):
-        run_step(setting, *run)
+        run()
     sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
@@ -259,16 +262,22 @@ def main() -> None:
     args = parse()
     # More threads only in the forked processes and after them: forking does not copy threads.
     torch.set_num_threads(1)
-    setting = Setting(args)
+    setting = Setting(args, torch.channels_last)
     taps = {1: args.taps[-1:], len(args.taps): args.taps}
-    runs = {(PLAIN, 0): (plain, [])}
-    runs |= {(name, n): (case, taps[n]) for name, case in CASES.items() for n in taps}
-    memory = measure_memory(setting, runs, args)
+    runs = {(PLAIN, 0): partial(run_step, setting, plain, [])}
+    for name, case in CASES.items():
+        runs |= {(name, n): partial(run_step, setting, case, taps[n]) for n in taps}
+    contiguous = Setting(args, torch.contiguous_format)
+    for name, case in [(PLAIN, plain), (OURS, CASES[OURS])]:
+        runs |= {
+            (f"{name}, contiguous", n): partial(run_step, contiguous, case, taps[n]) for n in taps
+        }
+    memory = measure_memory(runs, args)
     torch.set_num_threads(args.threads)
-    times = measure_times(setting, runs, args)
+    times = measure_times(runs, args)
 
     records = []
-    for name in [PLAIN, *CASES]:
+    for name in dict.fromkeys(name for name, _ in runs):
         row: dict = {"step": name}
         for what, ratios in (("time", times), ("memory", memory)):
             for n in taps:
