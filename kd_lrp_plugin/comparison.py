@@ -102,7 +102,7 @@ def compare(
 def page(content: Mapping[str, Any]) -> str:
     """``study.json`` as Markdown: a table for each measure, and how to read them."""
     parts = [f"# {content['question']}", content["state"]]
-    parts += [f"- {line}" for line in content["failed"].values()]
+    parts += [f"- {label}: {words}" for label, words in content["failed"].items()]
     for measure in content["measures"]:
         rows = _table_rows(content, measure)
         if any(row["n"] for row in rows):
@@ -180,13 +180,9 @@ def _reading(content: Mapping[str, Any]) -> list[str]:
         )
     pairs = max((record["n"] for record in content["comparisons"]), default=0)
     if pairs > 1:
-        tests = max(
-            sum(r["measure"] == m and r["p"] is not None for r in content["comparisons"])
-            for m in content["measures"]
-        )
         lines += [
-            f"- Differences are of runs with the same seed; p is of the two-sided paired t-test, "
-            f"corrected by Holm for the {tests} tests of its table.",
+            "- Differences are of runs with the same seed; p is of the two-sided paired t-test, "
+            "corrected by Holm for all tests of its table.",
             f"- With {pairs} pairs a mean difference must reach {detectable(pairs):.1f} times its "
             "standard deviation to be told from none, before any correction.",
         ]

@@ -248,7 +248,7 @@ class FolderImages(ImageFolder):
         seed: int = 0,
     ) -> None:
         check_known("FolderImages part", part, _PARTS)
-        self.folder = _find_folder(root, name)
+        self.folder = find_folder(root, name)
         self._split, self._kept = split, read_kept(manifest, self.folder, split)
         where = self.folder if self._kept else self.folder / split
         if not where.is_dir():
@@ -354,7 +354,12 @@ def _why_unreadable(file: str, stamp: int) -> str | None:
     return None
 
 
-def _find_folder(root: str | None, name: str) -> Path:
+def find_folder(root: str | None, name: str) -> Path:
+    """Where the images of :class:`FolderImages` lie.
+
+    Raises:
+        FileNotFoundError: if neither ``root`` nor KD_LRP_DATA says so.
+    """
     if root:
         return Path(root).expanduser()
     if not os.environ.get("KD_LRP_DATA"):

@@ -24,7 +24,7 @@ def study(
     file: Annotated[Path, typer.Argument(help="A study, such as torchdistill_configs/studies/*.")],
     seeds: Annotated[
         str | None,
-        typer.Option(help="How many, as 5, or which, as 0,1,2; default: those of the study."),
+        typer.Option(help="How many, as 5, or which, as 0,1,2 or 7,; default: those of the study."),
     ] = None,
     overrides: Overrides = None,
     only: Annotated[
@@ -60,14 +60,14 @@ def study(
 
         kd-lrp study my_study.yaml --set train.num_epochs=1 --seeds 0,7 --out trial
     """
-    from kd_lrp_plugin import plan, study  # slow: scipy's statistics
+    from kd_lrp_plugin import plan, study, tally  # slow: scipy's statistics
 
     last = "What is finished stays; the same command goes on from there."
     with errors_in_words(last):
         chosen = parse_seeds(seeds)
         if dry_run:
             planned = plan.read_plan(file, overrides or [], chosen, runs, only or [])
-            print(report.table(plan.outline(planned)))
+            print(report.table(tally.outline(planned)))
             return
         folder = out or study.default_out(file)
         with Show() as show:

@@ -120,7 +120,9 @@ def study_of(path: Path, name: str) -> dict[str, Any]:
     content = read_json(path / "study.json")
     words = [word for change in content["overrides"] for word in ("--set", change)]
     words += [word for choice in content["only"] for word in ("--only", choice)]
-    seeds = ",".join(map(str, content["seeds"]))
+    seeds = ",".join(map(str, content["seeds"])) + "," * (len(content["seeds"]) == 1)
+    if content["root"] != "runs":
+        words += ["--runs", content["root"]]
     return {
         **content,
         "name": name,

@@ -34,14 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.config import read_untagged, resolve_config
-from kd_lrp_plugin.runs import LOCK, RunFolder
 
 KEYS = ("question", "seeds", "set", "prepare", "configurations", "compare_to", "grid", "measures")
 MEASURES = ("val_accuracy", "test_accuracy", "macro_f1", "calibration_error")
+COLUMNS = ("configuration", "seed", "state", "folder")  # of the results, beside axes and measures
 _SEE = "See torchdistill_configs/studies for examples."
 
 
@@ -85,6 +84,7 @@ class Plan:
 
     Attributes:
         file: of the study.
+        root: folder of the runs.
         question: what it asks.
         seeds: of every configuration.
         overrides: from the command line.
@@ -97,6 +97,7 @@ class Plan:
     """
 
     file: Path
+    root: Path
     question: str
     seeds: tuple[int, ...]
     overrides: tuple[str, ...]
@@ -109,7 +110,10 @@ class Plan:
 
     def trainings(self) -> list[Run]:
         """Every run once, what is prepared first; of those that are the same, the first."""
-        return list({run.folder: run for run in reversed(self.prepared + self.runs)}.values())[::-1]
+        found: dict[Path, Run] = {}
+        for run in self.prepared + self.runs:
+            found.setdefault(run.folder, run)
+        return list(found.values())
 
 
 def read_plan(
@@ -136,7 +140,12 @@ def read_plan(
     content = _read(file)
     with _errors_at(f"{file}: seeds"):
         chosen = _seeds(content.get("seeds", 3) if seeds is None else seeds)
+    measures = _list(f"{file}: measures", content.get("measures", list(MEASURES)))
     axes = _axes(file, content.get("grid") or {})
+    for axis in axes:
+        if axis in (*COLUMNS, *measures):
+            got, fix = repr(axis), "Rename it: results have a column of this name."
+            raise ValueError(message(f"{file}: grid", "a name of its own for an axis", got, fix))
     common = _overrides_of(f"{file}: set", content.get("set"))
     made: dict[str, Run] = {}
     for name, entry in _entries(file, content, "prepare", ("config", "set", "seed")).items():
@@ -179,9 +188,9 @@ def read_plan(
         if run.folder in needs or not only:
             needs.update(run.needs)
             prepared.insert(0, run)
-    measures = _list(f"{file}: measures", content.get("measures", list(MEASURES)))
     return Plan(
         file=file,
+        root=Path(root),
         question=str(content["question"]),
         seeds=chosen,
         overrides=tuple(overrides),
@@ -388,57 +397,3 @@ def _epochs(content: Mapping[str, Any]) -> int:
     stages = [train[key] for key in train if re.fullmatch(r"stage\d+", str(key))] or [train]
     planned = [stage.get("num_epochs") for stage in stages if isinstance(stage, dict)]
     return sum(number for number in planned if type(number) is int)
-
-
-# --- how far --------------------------------------------------------------------------------------
-
-
-def epochs_done(run: Run) -> int:
-    """Finished epochs of a run."""
-    try:
-        return (run.folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
-    except OSError:
-        return 0
-
-
-def finished(run: Run) -> bool:
-    """Whether a run is trained, tested and evaluated."""
-    return RunFolder(run.folder).finished and (run.folder / "evaluation.json").is_file()
-
-
-def log_of(run: Run) -> Path:
-    """What the last process at a run has said; beside its folder."""
-    return run.folder.with_name(f"{run.folder.name}.log")
-
-
-def outline(plan: Plan) -> list[dict[str, Any]]:
-    """A row for each run: what is done already, and what would be."""
-    return [
-        {"run": run.label, "state": state_of(run), "folder": str(run.folder)}
-        for run in plan.prepared + plan.runs
-    ]
-
-
-def state_of(run: Run) -> str:
-    """How far a run is, in words."""
-    if finished(run):
-        return "finished"
-    done = epochs_done(run)
-    words = f"epoch {done} of {run.epochs}" if done else "not begun"
-    return f"{words}, at work" if at_work(run.folder) else words
-
-
-def at_work(folder: Path) -> bool:
-    """Whether another process holds a run folder."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with FileLock(folder / LOCK, blocking=False):
-            return False
-    except Timeout:
-        return True
-
-
-def epochs_left(run: Run) -> int:
-    """Epochs that are still to train."""
-    return 0 if finished(run) else max(0, run.epochs - epochs_done(run))

@@ -35,6 +35,11 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = ("last.pt", "previous.pt")
 DRAFT = ".draft"  # ending of a file that is being written
 LOCK = ".lock"
+PATHS = ("src_ckpt:", "weights:", "root:", "manifest:")  # lines of a config
+
+
+class Busy(BlockingIOError):
+    """Another process is at work in a run folder."""
 
 
 class RunFolder:
@@ -76,7 +81,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: if the folder holds something else, or another run's checkpoint.
-            BlockingIOError: if another process is at work in it.
+            Busy: if another process is at work in it.
         """
         made = not self.path.exists()
         if os.path.lexists(self.path) and not self.path.is_dir():
@@ -97,7 +102,7 @@ class RunFolder:
         except Timeout:
             fix = "Wait for it, or choose another --out or --seed."
             got = f"{self.path}, where another process is at work"
-            raise BlockingIOError(message("run folder", "a free one", got, fix)) from None
+            raise Busy(message("run folder", "a free one", got, fix)) from None
 
     def _clear(self, made: bool) -> None:
         """Leave no trace of a run that has made nothing of value."""
@@ -126,19 +131,41 @@ class RunFolder:
             self.write("environment.json", json.dumps({**about, "sessions": []}, indent=2))
             self.write("config.yaml", config)
             return True
-        before = json.loads((self / "environment.json").read_text(encoding="utf-8"))
-        differs = [
-            f"{k} {before.get(k)!r}, now {v!r}" for k, v in about.items() if before.get(k) != v
-        ]
+        differs = self.changed(about)
+        moved = "files" in self._about()  # then their content is compared, wherever they lie
         lines = (self / "config.yaml").read_text(encoding="utf-8").splitlines()
         for line in difflib.unified_diff(lines, config.splitlines(), n=0, lineterm=""):
             if line[:1] in "+-" and line[:3] not in ("+++", "---"):
                 words = re.sub(r"&id\d+ ?", "", line[1:]).strip()  # anchors are the writer's
-                differs.append(f"{'now' if line[0] == '+' else 'was'} {words!r}")
+                if not (moved and words.startswith(PATHS)):
+                    differs.append(f"{'now' if line[0] == '+' else 'was'} {words!r}")
         if differs:
             got = f"{self.path}, which holds another run: {'; '.join(differs[:6])}"
             raise FileExistsError(message("run folder", "a new one or this run", got, fix))
+        self.write("config.yaml", config)  # with the paths of now
         return False
+
+    def changed(self, about: Mapping[str, Any]) -> list[str]:
+        """What of ``about`` is not as it was when the run began, in words.
+
+        Nothing for a run that has not begun. What is not known, then or now, counts as the same.
+        """
+        before = self._about()
+        found = []
+        for key, value in about.items():
+            if isinstance(value, dict) and isinstance(before.get(key), dict):
+                pairs = {k: (before[key].get(k, v), v) for k, v in value.items()}
+            else:
+                pairs = {key: (before.get(key, value), value)}
+            known = {k: values for k, values in pairs.items() if None not in values}
+            found += [
+                f"{k} {then!r}, now {now!r}" for k, (then, now) in known.items() if then != now
+            ]
+        return found
+
+    def _about(self) -> dict[str, Any]:
+        file = self / "environment.json"
+        return json.loads(file.read_text(encoding="utf-8")) if self._is_run() else {}
 
     def _is_run(self) -> bool:
         file = self / "environment.json"
@@ -149,7 +176,7 @@ class RunFolder:
 
     def add_session(self, session: Mapping[str, Any]) -> None:
         """Note under which circumstances the run goes on."""
-        about = json.loads((self / "environment.json").read_text(encoding="utf-8"))
+        about = self._about()
         about["sessions"].append(dict(session))
         self.write("environment.json", json.dumps(about, indent=2))
 

@@ -6,8 +6,6 @@ is finished is never run again; :mod:`kd_lrp_plugin.plan` says when two runs are
 """
 
 import _thread
-import csv
-import io
 import itertools
 import json
 import logging
@@ -18,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,30 +26,22 @@ from filelock import FileLock, Timeout
 
 from kd_lrp_plugin.checking import check
 from kd_lrp_plugin.checks import message
-from kd_lrp_plugin.comparison import compare, page, study_figure, summarise, value_at
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.experiment import build_model_of, construct
-from kd_lrp_plugin.plan import (
-    Plan,
-    Run,
-    at_work,
-    epochs_left,
-    finished,
-    log_of,
-    read_plan,
-    state_of,
-)
+from kd_lrp_plugin.plan import Plan, Run, read_plan
 from kd_lrp_plugin.processes import joined
 from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.provenance import files_of
 from kd_lrp_plugin.results import evaluate
-from kd_lrp_plugin.runs import LOCK, RunFolder
+from kd_lrp_plugin.runs import LOCK, Busy, RunFolder
+from kd_lrp_plugin.tally import at_work, check_out, epochs_left, finished, log_of, write
 from kd_lrp_plugin.training import distill
 
 logger = logging.getLogger(__name__)
 
 BUSY = 75  # exit code of a process that found another one at work (EX_TEMPFAIL)
 COMMAND = (sys.executable, "-c", "from kd_lrp_plugin.study import work; work()")
-FAILED = "Error: "  # before the words of an error, in the log of a run
+FAILED = "The run has failed: "  # before the words of an error, in its log
 
 
 def run(
@@ -82,10 +72,11 @@ def run(
         only: a part of it, see :func:`kd_lrp_plugin.plan.read_plan`.
 
     Returns:
-        The content of ``study.json``; see :func:`results`.
+        The content of ``study.json``; see :func:`kd_lrp_plugin.tally.results`.
 
     Raises:
-        FileExistsError: if ``out`` holds the results of another study, or of seeds beyond these.
+        FileExistsError: if ``out`` holds the results of another study, or of seeds beyond these,
+            or a run was made with other images or weights than lie there now.
         FileNotFoundError: if there is no such file, or none that a config names.
         ValueError: for a study or a config that cannot be run.
     """
@@ -93,18 +84,29 @@ def run(
     plan = read_plan(file, overrides, seeds, root, only)
     folder = Path(out) if out is not None else default_out(file)
     check_out(folder, plan)
+    _refuse_other_files(plan)
     _refuse_problems(plan, device, show, safe)
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Path, str] = {}
+
+    def keep() -> None:
+        try:
+            check_out(folder, plan)
+            write(plan, folder, failed)
+        except FileExistsError as error:  # another process has begun to write there since
+            show.note(f"results are not written: {error}")
+
+    keep()
     rounds = {seed: place for place, seed in enumerate(plan.seeds)}
     # Seed by seed, so that a study which is still at work compares like with like.
     in_turn = sorted(plan.trainings(), key=lambda run: rounds.get(run.seed, 0))
     todo = [run for run in in_turn if not finished(run)]
     if not todo:
         show.note(f"all {len(plan.trainings())} runs are finished already")
-    work = _Work(todo, jobs, device, safe, show, failed, lambda: write(plan, folder, failed))
+    work = _Work(todo, jobs, device, safe, show, failed, keep)
     for _ in show.track(work.off(), "epochs", sum(map(epochs_left, todo))):
         pass
+    check_out(folder, plan)
     return write(plan, folder, failed)
 
 
@@ -116,22 +118,35 @@ def default_out(file: str | Path) -> Path:
 # --- before ---------------------------------------------------------------------------------------
 
 
+def _refuse_other_files(plan: Plan) -> None:
+    """Raise FileExistsError where a run that has begun saw other images or weights."""
+    for run in plan.trainings():
+        if not run.folder.exists():
+            continue
+        files = files_of(resolve_config(run.config, run.overrides).text)
+        if changed := RunFolder(run.folder).changed({"files": files}):
+            fix = "Put them back, choose another --runs, or delete the run."
+            where, got = f"{run.label} ({run.folder})", "; ".join(changed)
+            raise FileExistsError(message(where, "the files that the run began with", got, fix))
+
+
 def _refuse_problems(plan: Plan, device: str | None, show: Silence, safe: bool) -> None:
     """Check every config that has not begun; for a model still to prepare an untrained one stands.
 
     So a teacher that does not fit is found before it is trained.
     """
-    begun = {run.folder.parent for run in plan.trainings() if (run.folder / "last.pt").exists()}
     prepare = {run.folder for run in plan.prepared if not RunFolder(run.folder).finished}
-    new = {
-        run.folder.parent: run
-        for run in plan.trainings()
-        if run.folder in prepare or run.folder.parent not in begun
-    }
+    new = [run for run in plan.prepared if run.folder in prepare]
+    seen = {run.folder.parent for run in new}  # one seed of each is enough
+    seen |= {run.folder.parent for run in plan.trainings() if (run.folder / "last.pt").exists()}
+    for run in plan.trainings():
+        if run.folder.parent not in seen:
+            seen.add(run.folder.parent)
+            new.append(run)
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as place, joined(device) as here, _quiet():
         untrained = {folder: Path(place, folder.parent.name, folder.name) for folder in prepare}
-        for run in show.track(new.values(), "checking", len(new)):
+        for run in show.track(new, "checking", len(new)):
             changes, missing = run.overrides, [need for need in run.needs if need in prepare]
             for need in missing:
                 changes = tuple(c.replace(str(need), str(untrained[need])) for c in changes)
@@ -161,30 +176,6 @@ def _save_untrained(config: Config, folder: Path) -> None:
     model = build_model_of(models.get("student_model") or models["model"])
     folder.mkdir(parents=True)
     torch.save({"model": model.state_dict()}, folder / "best.pt")
-
-
-def check_out(folder: Path, plan: Plan) -> None:
-    """Raise FileExistsError where results would overwrite those of another study, or of more seeds.
-
-    Those of fewer seeds, or of an older version of the file, can be made again from the runs.
-    """
-    file = folder / "study.json"
-    if not file.exists():
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    differs = []
-    if Path(before["file"]).name != plan.file.name:
-        differs.append(f"the study {Path(before['file']).name}")
-    if before["overrides"] != list(plan.overrides):
-        differs.append(f"--set {before['overrides']}")
-    if plan.only and before["only"] != list(plan.only):
-        differs.append(f"--only {before['only']}" if before["only"] else "the whole study")
-    if more := sorted(set(before["seeds"]) - set(plan.seeds)):
-        differs.append(f"further seeds {more}")
-    if differs:
-        fix = "Choose another --out, or give the same as then."
-        got = f"{folder}, which holds {' and '.join(differs)}"
-        raise FileExistsError(message("study", "a folder for these results", got, fix))
 
 
 # --- the work -------------------------------------------------------------------------------------
@@ -285,8 +276,8 @@ class _Work:
             else:
                 self.failed[folder] = _words_of(log_of(run), code)
                 words = f"failed: {self.failed[folder]} (log: {log_of(run)})"
-            self.show.note(f"{run.label}: {words}")
             self.after()
+            self.show.note(f"{run.label}: {words}")
 
     def _stop(self) -> None:
         for _, process in self.active.values():
@@ -306,10 +297,10 @@ def _cores() -> int:
 
 def _words_of(log: Path, code: int) -> str:
     said = log.read_text(encoding="utf-8", errors="replace")
-    if FAILED in said:
-        return said.rpartition(FAILED)[2].strip()
     if code < 0:
         return f"ended by signal {-code}; 9 may mean too little memory for so many jobs"
+    if FAILED in said:
+        return said.rpartition(FAILED)[2].strip()
     return f"exit code {code}: {said.strip().splitlines()[-1] if said.strip() else 'no words'}"
 
 
@@ -324,7 +315,7 @@ def work() -> None:
         with FileLock(Path(job["out"], LOCK), blocking=False):
             if not Path(job["out"], "evaluation.json").exists():
                 evaluate(job["out"], safe=job["safe"])
-    except (BlockingIOError, Timeout):
+    except (Busy, Timeout):
         sys.exit(BUSY)
     except KeyboardInterrupt:
         os._exit(130)
@@ -342,105 +333,3 @@ def _end_with_parent() -> None:
         _thread.interrupt_main()
         time.sleep(5)
     os._exit(130)  # every file of a run is whole at any time
-
-
-# --- after ----------------------------------------------------------------------------------------
-
-
-def results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, Any]:
-    """What the finished runs of a plan say.
-
-    Returns:
-        ``file``, ``question``, ``overrides``, ``only``, ``seeds``, ``axes``, ``compare_to`` and
-        ``measures`` of the plan; ``runs``, a row for each, with its state and measures, and
-        ``prepared``, the same; ``table`` of :func:`comparison.summarise` and ``comparisons`` of
-        :func:`comparison.compare`; ``final``, whether all is finished, and ``state``, the same in
-        words; ``failed``, words by label.
-    """
-    failed = failed or {}
-    rows, prepared = (
-        [_row(run, plan.measures) for run in runs] for runs in (plan.runs, plan.prepared)
-    )
-    done = sum(row["state"] == "finished" for row in rows)
-    final = done == len(rows)
-    state = f"All {len(rows)} runs are finished."
-    if not final:
-        state = f"Not final: {done} of {len(rows)} runs are finished."
-    return {
-        "file": plan.file.as_posix(),
-        "question": plan.question,
-        "final": final,
-        "state": state,
-        "failed": {r.label: failed[r.folder] for r in plan.trainings() if r.folder in failed},
-        "overrides": list(plan.overrides),
-        "only": list(plan.only),
-        "seeds": list(plan.seeds),
-        "axes": {axis: list(values) for axis, values in plan.axes.items()},
-        "compare_to": plan.compare_to,
-        "measures": list(plan.measures),
-        "prepared": prepared,
-        "runs": rows,
-        "table": summarise(rows, plan.measures),
-        "comparisons": compare(rows, plan.measures, plan.compare_to),
-    }
-
-
-def _row(run: Run, measures: Sequence[str]) -> dict[str, Any]:
-    sources: list[Any] = []
-    if finished(run):
-        names = ("summary.json", "evaluation.json", "explanations.json")
-        files = [run.folder / name for name in names]
-        found = [json.loads(f.read_text(encoding="utf-8")) if f.exists() else {} for f in files]
-        lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        last = {"last": json.loads(lines[-1])}
-        sources = [found[0], found[1]["student"], found[1], _means(found[2]), last]
-    values = {}
-    for measure in measures:
-        numbers = (value_at(source, measure) for source in sources)
-        values[measure] = next((number for number in numbers if number is not None), None)
-    return {
-        "configuration": run.name,
-        "point": dict(run.point),
-        "seed": run.seed,
-        "state": state_of(run),
-        "folder": str(run.folder),
-        "measures": values,
-    }
-
-
-def _means(explanations: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of maps by model, method, layer and name; those of more samples count."""
-    found: dict[str, Any] = {}
-    for row in sorted(explanations.get("rows", []), key=lambda row: row["samples"] or float("inf")):
-        layers = found.setdefault(row["model"], {}).setdefault(row["method"], {})
-        figures = layers.setdefault(str(row["layer"]), {})
-        figures |= {name: of["mean"] for name, of in row["figures"].items()}
-    return found
-
-
-def write(plan: Plan, folder: Path, failed: Mapping[Path, str] | None = None) -> dict[str, Any]:
-    """Write study.json, study.csv, table.md and study.png, and return the content of the first."""
-    content = results(plan, failed)
-    text = io.StringIO()
-    axes = list(plan.axes)
-    columns = ["configuration", *axes, "seed", "state", "folder", *plan.measures]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in content["runs"]:
-        flat = {**row, **row["point"], **row["measures"]}
-        writer.writerow([flat.get(column) for column in columns])
-    picture = io.BytesIO()
-    study_figure(content).savefig(picture, format="png")
-    _put(folder / "study.csv", text.getvalue().encode())
-    _put(folder / "table.md", page(content).encode())
-    _put(folder / "study.png", picture.getvalue())
-    _put(folder / "study.json", json.dumps(content, indent=2).encode())
-    return content
-
-
-def _put(file: Path, content: bytes) -> None:
-    """All of a file or nothing; several studies may write the same."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".draft", delete=False) as draft:
-        draft.write(content)
-    Path(draft.name).chmod(0o644)
-    Path(draft.name).replace(file)

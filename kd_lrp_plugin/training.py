@@ -34,6 +34,7 @@ from kd_lrp_plugin.experiment import Experiment, construct
 from kd_lrp_plugin.meter import Meter
 from kd_lrp_plugin.processes import Processes, joined
 from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.provenance import files_of
 from kd_lrp_plugin.report import curves_figure
 from kd_lrp_plugin.results import predictions_csv
 from kd_lrp_plugin.runs import RunFolder, read_checkpoint
@@ -90,7 +91,7 @@ def distill(
     with joined(device) as here, ExitStack() as stack:
         show = show if show is not None and here.rank == 0 else Silence()
         folder = RunFolder(out if out is not None else default_run_folder(path, seed))
-        about = {"seed": seed, "processes": here.world}
+        about = {"seed": seed, "processes": here.world, "files": files_of(config.text)}
         here.first(lambda: stack.enter_context(folder.claimed(config.text, about)) and None)
         if here.first(lambda: folder.finished):
             show.note(f"{folder.path} is finished already")

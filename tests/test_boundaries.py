@@ -14,13 +14,23 @@ LEVELS = {
     ),
     2: (
         *("propagation", "relevance", "evaluation", "localisation", "report"),
-        *("comparison", "leaks"),
+        *("comparison", "leaks", "provenance"),
     ),
     3: ("scores", "selection", "search", "quality", "attribution"),
     4: ("recipes", "hook", "torchdistill"),
     5: (
         *("experiment", "meter", "checking", "results", "training"),
-        *("plan", "study", "subjects", "explaining", "pictures", "outputs", "contents", "page"),
+        *(
+            "plan",
+            "tally",
+            "study",
+            "subjects",
+            "explaining",
+            "pictures",
+            "outputs",
+            "contents",
+            "page",
+        ),
         *("console", "evidence", "cli"),
     ),
 }
@@ -37,7 +47,11 @@ WITHIN_A_LEVEL = {
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),
     ("comparison", "report"),
-    *(("study", other) for other in ("plan", "experiment", "checking", "training", "results")),
+    ("tally", "plan"),
+    *(
+        ("study", other)
+        for other in ("plan", "tally", "experiment", "checking", "training", "results")
+    ),
     ("subjects", "results"),
     ("explaining", "subjects"),
     *(("outputs", other) for other in ("explaining", "pictures")),
@@ -45,7 +59,7 @@ WITHIN_A_LEVEL = {
     *(("page", other) for other in ("contents", "outputs", "pictures")),
     *(("cli", other) for other in ("console", "experiment", "training", "checking", "results")),
     ("cli", "evidence"),
-    *(("evidence", o) for o in ("console", "plan", "study", "explaining", "page")),
+    *(("evidence", o) for o in ("console", "plan", "tally", "study", "explaining", "page")),
 }
 CORE = [module for module, level in LEVEL.items() if level < 4]
 

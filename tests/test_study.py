@@ -21,14 +21,15 @@ from matplotlib.figure import Figure
 from small_runs import BASELINE, CONFIGS, KD, SMALL
 from typer.testing import CliRunner
 
-from kd_lrp_plugin import study
+from kd_lrp_plugin import study, tally
 from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.comparison import compare, page, study_figure, summarise, value_at
 from kd_lrp_plugin.console import parse_seeds
-from kd_lrp_plugin.plan import outline, read_plan
+from kd_lrp_plugin.plan import read_plan
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.results import evaluate
-from kd_lrp_plugin.statistics import describe, paired_difference
+from kd_lrp_plugin.statistics import describe, holm, paired_difference
+from kd_lrp_plugin.tally import outline
 from kd_lrp_plugin.training import distill
 
 TEACHER = CONFIGS / "phantom/ce/resnet10t.yaml"
@@ -211,6 +212,17 @@ class TestPlan:
         with pytest.raises(FileNotFoundError, match="study: expected a YAML file"):
             read_plan("no_study.yaml")
 
+    @pytest.mark.parametrize("axis", ["configuration", "seed", "macro_f1"])
+    def test_an_axis_has_a_name_of_its_own(self, written, axis):
+        with pytest.raises(ValueError, match=f"a name of its own for an axis, got '{axis}'"):
+            read_plan(written(grid={axis: {"key": RATE, "values": [0.1]}}))
+
+    def test_a_teacher_that_is_also_a_configuration_is_trained_once_and_first(self, written):
+        teacher = {"teacher": {"config": str(TEACHER)}}
+        plan = read_plan(written(configurations={**STUDY["configurations"], **teacher}, seeds=1))
+        labels = [run.label for run in plan.trainings()]
+        assert labels == ["teacher, seed 0", "CE, seed 0", "KD, seed 0"]
+
     def test_text_that_is_not_yaml_is_refused(self, tmp_path):
         (tmp_path / "broken.yaml").write_text("question: [")
         with pytest.raises(ValueError, match=r"broken\.yaml: expected YAML"):
@@ -275,9 +287,9 @@ class TestComparing:
         expected = paired_difference({0: 0.82, 1: 0.85}, {0: 0.80, 1: 0.82})
         assert one["p"] == expected["p"]
         assert (one["n"], two["n"]) == (2, 3)
-        assert one["p_holm"] == max(min(1, 2 * one["p"]), 0) or one["p"] > two["p"]
-        assert min(one["p_holm"] / one["p"], two["p_holm"] / two["p"]) == pytest.approx(1)
-        assert max(one["p_holm"], two["p_holm"]) <= 1
+        assert [one["p_holm"], two["p_holm"]] == holm([one["p"], two["p"]])
+        assert two["p"] < one["p"]
+        assert two["p_holm"] == pytest.approx(2 * two["p"])
 
     def test_a_reference_on_the_grid_is_compared_at_the_same_place_of_it(self):
         rows = rows_of(
@@ -361,7 +373,7 @@ with starts.open("a") as file:
     file.write(f"{os.getpid()}\\n")
 first = len(starts.read_text().split()) == 1
 if how.get("+note") == "fails":
-    sys.exit("Error: it is broken")
+    sys.exit("Error: of before\\nThe run has failed: Error: it is broken")
 if how.get("+note") == "hangs" and first:
     while os.read(0, 1):
         pass
@@ -381,7 +393,7 @@ def pretending(tmp_path, monkeypatch):
     (tmp_path / "pretend.py").write_text(PRETEND)
     monkeypatch.setattr(study, "COMMAND", (sys.executable, str(tmp_path / "pretend.py")))
     monkeypatch.setattr(study, "_refuse_problems", lambda *_: None)
-    monkeypatch.setattr(study, "study_figure", lambda _: Figure(figsize=(0.1, 0.1)))
+    monkeypatch.setattr(tally, "study_figure", lambda _: Figure(figsize=(0.1, 0.1)))
     monkeypatch.chdir(tmp_path)
 
 
@@ -409,7 +421,7 @@ def alive(pid: int) -> bool:
 @pytest.mark.usefixtures("pretending")
 class TestRunning:
     def test_results_are_one_row_per_run_and_paired_by_seed(self, written, tmp_path, monkeypatch):
-        monkeypatch.setattr(study, "study_figure", study_figure)
+        monkeypatch.setattr(tally, "study_figure", study_figure)
         file = written(configurations=noted("well"), prepare={}, seeds=3)
         content = study.run(file, out="out", jobs=3)
         assert content["final"]
@@ -445,10 +457,10 @@ class TestRunning:
         file = written(configurations=noted("fails"), prepare={})
         content = study.run(file, out="out", show=notes)
         assert list(content["failed"]) == ["other, seed 0", "other, seed 1"]
-        assert content["failed"]["other, seed 0"] == "it is broken"
+        assert content["failed"]["other, seed 0"] == "Error: it is broken"
         assert content["state"] == "Not final: 2 of 4 runs are finished."
         assert any(
-            re.match(r"other, seed 0: failed: it is broken \(log: .*0\.log\)", n)
+            re.match(r"other, seed 0: failed: Error: it is broken \(log: .*0\.log\)", n)
             for n in notes.notes
         )
         assert notes.counts["epochs"] == (32, 32)
@@ -488,10 +500,15 @@ class TestRunning:
                 raise KeyboardInterrupt
 
         file = written(configurations=noted("hangs"), prepare={}, seeds=1)
-        hanging = read_plan(file).runs[1].folder.with_name("0.starts")
+        quick, hangs = (run.folder for run in read_plan(file).runs)
+        hanging, results = hangs.with_name("0.starts"), Path("out/study.json")
         with pytest.raises(KeyboardInterrupt):
             study.run(file, out="out", jobs=2, show=Stops())
         assert not hanging.exists() or not alive(int(hanging.read_text() or -1))
+        found = {
+            row["folder"]: row["state"] for row in json.loads(until(results.read_text))["runs"]
+        }
+        assert found == {str(quick): "finished", str(hangs): "not begun"}
 
     def test_a_run_with_another_process_is_left_to_it_and_collected(self, written, tmp_path):
         file = written(**{**ALONE, "seeds": 1})
@@ -528,11 +545,53 @@ class TestRunning:
             study.run(file, ["batch_size=4"], out="out")
         with pytest.raises(FileExistsError, match="which holds the whole study"):
             study.run(file, out="out", only=["configuration=CE"])
-        with pytest.raises(FileExistsError, match=r"which holds the study study\.yaml"):
-            study.run(file.rename(file.with_name("b.yaml")), out="out")
+        other = written(**{**ALONE, "question": "Else?"})
+        with pytest.raises(FileExistsError, match=r"which holds the study .*\(Does KD help\?\)"):
+            study.run(other, out="out")
+        with pytest.raises(FileExistsError, match=r"which holds the study .*study\.yaml"):
+            study.run(written(**ALONE).rename(file.with_name("b.yaml")), out="out")
         b = file.with_name("b.yaml")
         assert study.run(b, out="b", only=["configuration=CE"])["final"]
         assert study.run(b, out="b")["only"] == []
+
+    def test_two_studies_at_once_do_not_write_into_one_folder(self, written):
+        """The other one begins while this one is at work."""
+
+        class Meanwhile(Notes):
+            def note(self, text: str) -> None:
+                super().note(text)
+                if len(self.notes) == 1:
+                    study.run(file, out="out")
+
+        file = written(configurations=noted("well"), prepare={}, seeds=1)
+        show = Meanwhile()
+        with pytest.raises(FileExistsError, match="the whole study"):
+            study.run(file, out="out", only=["configuration=CE"], show=show)
+        assert json.loads(Path("out/study.json").read_text())["only"] == []
+
+    def test_a_process_that_cannot_be_started_is_no_busy_one(self, monkeypatch):
+        """BlockingIOError is also what a fork raises where no more processes are allowed."""
+
+        def no_fork(**_):
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        monkeypatch.setattr(study, "distill", no_fork)
+        monkeypatch.setattr(study, "_end_with_parent", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["-c", json.dumps({"out": "nowhere", "safe": False})])
+        with pytest.raises(SystemExit) as stopped:
+            study.work()
+        assert stopped.value.code == 1
+
+    def test_a_run_of_other_weights_is_not_taken_over(self, written):
+        file = written(seeds=1)
+        study.run(file, out="out")
+        (teacher,), (_, student) = (read_plan(file).prepared, read_plan(file).runs)
+        (teacher.folder / "best.pt").write_bytes(b"as it was")
+        key = "models.teacher_model.src_ckpt"
+        about = {"seed": 0, "files": {key: "0123456789abcdef"}, "sessions": []}
+        (student.folder / "environment.json").write_text(json.dumps(about))
+        with pytest.raises(FileExistsError, match=rf"KD, seed 0 .*{key} '0123456789abcdef', now '"):
+            study.run(file, out="out")
 
     def test_more_seeds_are_added_to_the_results(self, written):
         file = written(**ALONE)
@@ -570,12 +629,12 @@ class TestMeasures:
 
     def test_figures_of_maps_are_found_by_model_method_and_layer(self):
         rows = [
-            {"model": "student", "method": "grad_cam", "layer": "blocks.6", "samples": n}
-            | {"figures": {"mass_inside": {"mean": n / 100, "n": n}}}
-            for n in (32, 8)
+            {"model": "student", "method": "grad_cam", "layer": "blocks.6", "samples": samples}
+            | {"figures": {"mass_inside": {"mean": mean, "n": n - 4, "undefined": 4}}}
+            for samples, n, mean in ((None, 32, 0.1), (400, 400, 0.4), (8, 8, 0.2))
         ]
-        found = study._means({"rows": rows})
-        assert value_at(found, "student.grad_cam.blocks.6.mass_inside") == 0.32
+        found = tally._means({"rows": rows})
+        assert value_at(found, "student.grad_cam.blocks.6.mass_inside") == 0.4
 
 
 # --- running in earnest ---------------------------------------------------------------------------
@@ -633,7 +692,8 @@ class TestRealRuns:
                 "set": [TAUGHT, "models.teacher_model.kwargs.name=test_resnet"],
             },
         }
-        file = written(configurations=wrong, seeds=1, set=SMALL)
+        wrong |= {"teacher": {"config": str(TEACHER)}}  # is prepared as well
+        file = written(configurations=wrong, seeds=2, set=SMALL)
         with pytest.raises(ValueError, match="the weights of this model") as error:
             study.run(file, out=tmp_path / "out", root=tmp_path / "runs", device="cpu")
         assert re.search(r"study\.yaml: CE: .*Did you mean 'weight_decay'", str(error.value))
@@ -650,11 +710,11 @@ class TestRealRuns:
         with pytest.raises(SystemExit) as stopped:
             study.work()
         assert stopped.value.code == 1
-        assert capfd.readouterr().err.endswith("Error: loss: expected a finite loss, got nan.\n")
+        assert capfd.readouterr().err.endswith("failed: loss: expected a finite loss, got nan.\n")
 
 
 def test_a_run_killed_for_memory_is_said_to_be(tmp_path):
     log = tmp_path / "0.log"
-    log.touch()
+    log.write_text("INFO Error: a damaged checkpoint; the one before it is used\n")
     killed = subprocess.run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     assert "signal 9" in study._words_of(log, killed.returncode)

@@ -1,0 +1,200 @@
+"""How far the runs of a plan are, and what they say together."""
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kd_lrp_plugin.checks import message
+from kd_lrp_plugin.comparison import compare, page, study_figure, summarise, value_at
+from kd_lrp_plugin.plan import COLUMNS, Plan, Run
+from kd_lrp_plugin.runs import LOCK, RunFolder
+
+# --- how far --------------------------------------------------------------------------------------
+
+
+def epochs_done(run: Run) -> int:
+    """Finished epochs of a run."""
+    try:
+        return (run.folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+    except OSError:
+        return 0
+
+
+def finished(run: Run) -> bool:
+    """Whether a run is trained, tested and evaluated."""
+    return RunFolder(run.folder).finished and (run.folder / "evaluation.json").is_file()
+
+
+def log_of(run: Run) -> Path:
+    """What the last process at a run has said; beside its folder."""
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def outline(plan: Plan) -> list[dict[str, Any]]:
+    """A row for each run: what is done already, and what would be."""
+    return [
+        {"run": run.label, "state": state_of(run), "folder": str(run.folder)}
+        for run in plan.prepared + plan.runs
+    ]
+
+
+def state_of(run: Run) -> str:
+    """How far a run is, in words."""
+    if finished(run):
+        return "finished"
+    done = epochs_done(run)
+    words = f"epoch {done} of {run.epochs}" if done else "not begun"
+    return f"{words}, at work" if at_work(run.folder) else words
+
+
+def at_work(folder: Path) -> bool:
+    """Whether another process holds a run folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def epochs_left(run: Run) -> int:
+    """Epochs that are still to train."""
+    return 0 if finished(run) else max(0, run.epochs - epochs_done(run))
+
+
+# --- together -------------------------------------------------------------------------------------
+
+
+def check_out(folder: Path, plan: Plan) -> None:
+    """Raise FileExistsError where results would overwrite those of another study, or of more seeds.
+
+    Those of fewer seeds, or of an older version of the file, can be made again from the runs.
+    """
+    file = folder / "study.json"
+    if not file.exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differs = []
+    if Path(before["file"]).name != plan.file.name or before["question"] != plan.question:
+        differs.append(f"the study {before['file']} ({before['question']})")
+    if before["overrides"] != list(plan.overrides):
+        differs.append(f"--set {before['overrides']}")
+    if plan.only and before["only"] != list(plan.only):
+        differs.append(f"--only {before['only']}" if before["only"] else "the whole study")
+    if more := sorted(set(before["seeds"]) - set(plan.seeds)):
+        differs.append(f"further seeds {more}")
+    if differs:
+        fix = "Choose another --out, or give the same as then."
+        got = f"{folder}, which holds {' and '.join(differs)}"
+        raise FileExistsError(message("study", "a folder for these results", got, fix))
+
+
+def results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, Any]:
+    """What the finished runs of a plan say.
+
+    Returns:
+        ``file``, ``root``, ``question``, ``overrides``, ``only``, ``seeds``, ``axes``,
+        ``compare_to`` and ``measures`` of the plan; ``runs``, a row for each, with its state and
+        measures, and ``prepared``, the same; ``table`` of :func:`comparison.summarise` and
+        ``comparisons`` of :func:`comparison.compare`; ``final``, whether all is finished, and
+        ``state``, the same in words; ``failed``, words by label.
+    """
+    failed = failed or {}
+    rows, prepared = (
+        [_row(run, plan.measures) for run in runs] for runs in (plan.runs, plan.prepared)
+    )
+    done = sum(row["state"] == "finished" for row in rows)
+    final = done == len(rows)
+    state = f"All {len(rows)} runs are finished."
+    if not final:
+        state = f"Not final: {done} of {len(rows)} runs are finished."
+    return {
+        "file": plan.file.as_posix(),
+        "root": plan.root.as_posix(),
+        "question": plan.question,
+        "final": final,
+        "state": state,
+        "failed": {r.label: failed[r.folder] for r in plan.trainings() if r.folder in failed},
+        "overrides": list(plan.overrides),
+        "only": list(plan.only),
+        "seeds": list(plan.seeds),
+        "axes": {axis: list(values) for axis, values in plan.axes.items()},
+        "compare_to": plan.compare_to,
+        "measures": list(plan.measures),
+        "prepared": prepared,
+        "runs": rows,
+        "table": summarise(rows, plan.measures),
+        "comparisons": compare(rows, plan.measures, plan.compare_to),
+    }
+
+
+def _row(run: Run, measures: Sequence[str]) -> dict[str, Any]:
+    sources: list[Any] = []
+    if finished(run):
+        names = ("summary.json", "evaluation.json", "explanations.json")
+        files = [run.folder / name for name in names]
+        found = [json.loads(f.read_text(encoding="utf-8")) if f.exists() else {} for f in files]
+        lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        last = {"last": json.loads(lines[-1])}
+        sources = [found[0], found[1]["student"], found[1], _means(found[2]), last]
+    values = {}
+    for measure in measures:
+        numbers = (value_at(source, measure) for source in sources)
+        values[measure] = next((number for number in numbers if number is not None), None)
+    return {
+        "configuration": run.name,
+        "point": dict(run.point),
+        "seed": run.seed,
+        "state": state_of(run),
+        "folder": str(run.folder),
+        "measures": values,
+    }
+
+
+def _means(explanations: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of maps by model, method, layer and name; those of more images count."""
+    found: dict[str, Any] = {}
+    images: dict[tuple, int] = {}
+    for row in explanations.get("rows", []):
+        model, method, layer = row["model"], row["method"], str(row["layer"])
+        figures = found.setdefault(model, {}).setdefault(method, {}).setdefault(layer, {})
+        for name, of in row["figures"].items():
+            asked, key = of["n"] + of["undefined"], (model, method, layer, name)
+            if asked >= images.get(key, 0):
+                images[key], figures[name] = asked, of["mean"]
+    return found
+
+
+def write(plan: Plan, folder: Path, failed: Mapping[Path, str] | None = None) -> dict[str, Any]:
+    """Write study.json, study.csv, table.md and study.png, and return the content of the first."""
+    content = results(plan, failed)
+    text = io.StringIO()
+    axes = list(plan.axes)
+    columns = [COLUMNS[0], *axes, *COLUMNS[1:], *plan.measures]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in content["runs"]:
+        flat = {**row, **row["point"], **row["measures"]}
+        writer.writerow([flat.get(column) for column in columns])
+    picture = io.BytesIO()
+    study_figure(content).savefig(picture, format="png")
+    _put(folder / "study.csv", text.getvalue().encode())
+    _put(folder / "table.md", page(content).encode())
+    _put(folder / "study.png", picture.getvalue())
+    _put(folder / "study.json", json.dumps(content, indent=2).encode())
+    return content
+
+
+def _put(file: Path, content: bytes) -> None:
+    """All of a file or nothing; several studies may write the same."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".draft", delete=False) as draft:
+        draft.write(content)
+    Path(draft.name).chmod(0o644)
+    Path(draft.name).replace(file)
