@@ -16,6 +16,7 @@ from captum._utils.models.linear_model import SkLearnRidge
 from captum.attr import Lime
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.transforms.functional import gaussian_blur
 
 from kd_lrp_plugin.checks import check_known, check_same_shape, message
@@ -293,7 +294,6 @@ def _blurred(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
 def randomisation(
     model: nn.Module,
     images: Float[Tensor, "n c h w"],
-    targets: Int[Tensor, " n"],
     maps: Float[Tensor, "n h2 w2"],
     method: str,
     layer: str = INPUT,
@@ -303,12 +303,13 @@ def randomisation(
     """How like its maps are to those of the model once its layers have forgotten what they learnt.
 
     From the classifier downwards, layer after layer is initialised anew. A method whose maps
-    stay the same does not explain the model but, say, the edges of the image.
+    stay the same does not explain the model but, say, the edges of the image. The changed network
+    is explained for the class that it predicts, for it has learnt none; where the output of that
+    is negative, which leaves LRP's maps without a positive part, for its negation.
 
     Args:
         model: in evaluation mode; left as it is.
         images: as the model takes them.
-        targets: one class index per image.
         maps: of :func:`attribute` by this method, for this model.
         method: a name of :data:`ATTRIBUTIONS`.
         layer: as for :func:`attribute`.
@@ -325,12 +326,20 @@ def randomisation(
     Reference:
         Adebayo et al., NeurIPS 2018, cascading randomisation (sec. 3.1), Spearman's correlation
         without taking absolute values. Layers are all modules that PyTorch can reset, in the
-        reversed order of their definition. Deviation: batch norms that are reset take their
-        statistics from ``images``, without which the features of a random network vanish.
+        reversed order of their definition. Deviations: the class, there the true one; batch norms
+        that are reset take their statistics from ``images``, without which the features of a
+        random network vanish.
     """
     found = {}
     for name, changed in _forgetting(model, images, points):
-        again = attribute(changed, images, targets, method, layer, show)
+        with torch.no_grad():
+            highest, predicted = changed(images).max(1)
+        if method in METHODS:
+            classes = changed(images[:1]).shape[1]
+            signs = functional.one_hot(predicted, classes) * highest.sign()[:, None]
+            again = relevance_maps(changed, images, signs, [layer], method)[0].detach().cpu()
+        else:
+            again = attribute(changed, images, predicted, method, layer, show)
         check_same_shape("randomisation", "Give this method's maps.", maps=maps, again=again)
         found[name] = rank_correlation(again, maps)
     return found

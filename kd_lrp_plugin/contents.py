@@ -11,7 +11,6 @@ from typing import Any
 from kd_lrp_plugin import results
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.config import read_untagged
-from kd_lrp_plugin.explaining import FIGURES
 from kd_lrp_plugin.outputs import (
     command,
     data_check_of,
@@ -26,6 +25,7 @@ from kd_lrp_plugin.pictures import vector
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.report import curves_figure
 from kd_lrp_plugin.runs import RunFolder
+from kd_lrp_plugin.tables import FIGURES
 
 RUN_FILES = ("config.yaml", "environment.json", "summary.json", "predictions.csv")
 PHANTOM = "kd_lrp_plugin.torchdistill.phantom"

@@ -198,8 +198,8 @@ def explain(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Test images for every figure. Default: all with a mask for quick methods, "
-            "32 for what takes long.",
+            help="Test images for every figure, a half or a quarter of them for the random "
+            "networks. Default: all with a mask for quick methods, 32 for what takes long.",
             min=1,
         ),
     ] = None,
@@ -223,7 +223,7 @@ def explain(
 
         kd-lrp explain RUN --images scan.jpg --method lrp_composite
     """
-    from kd_lrp_plugin import explaining
+    from kd_lrp_plugin import explaining, tables
 
     roles = tuple(model or ("student", "teacher"))
     last = "What is finished stays; the same command goes on from there."
@@ -231,11 +231,11 @@ def explain(
         options = (method or (), layer or (), roles, images or (), n, samples, out)
         rows = explaining.explain(runs, *options, here.device, safe, show)
     if rows:
-        print(report.table(explaining.records(rows)))
+        print(report.table(tables.records(rows)))
     if len({row["layer"] for row in rows} - {"input"}) > 1:
         for figure in ("mass_inside", "rank_accuracy", "pointing_game"):
-            print(f"\n{figure}: {explaining.FIGURES[figure]}\n")
-            print(report.table(explaining.by_layer(rows, figure)))
+            print(f"\n{figure}: {tables.FIGURES[figure]}\n")
+            print(report.table(tables.by_layer(rows, figure)))
     made = ["explanations-images.png"] if images else ["explanations.json", "explanations.png"]
     print(f"\nwritten to each run folder: {', '.join(made)}")
     if out is not None:

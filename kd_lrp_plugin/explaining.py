@@ -1,16 +1,13 @@
 """From run folders to explanations: figures in numbers, and pictures side by side.
 
 ``RUN/explanations.json`` is written anew after each method: ``rows``, one per model, method, layer
-and number of samples, each with ``figures`` (mean, standard deviation, number of values, number
-that is not defined; chance level) and ``randomisation``. A row that is there is not computed again.
+and number of samples, each with ``figures`` (:func:`kd_lrp_plugin.tables.summary`) and
+``randomisation``. A row that is there is not computed again.
 """
 
-import csv
-import io
 import json
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,27 +48,15 @@ from kd_lrp_plugin.subjects import (
     representative,
     sample_of,
 )
+from kd_lrp_plugin.tables import FAITHFUL, FIGURES, INSIDE, flat, summary
 
 MOST = 1000  # images for the figures of quick methods, without --samples
 FEW = 32  # for what asks the model hundreds of times
 SIDE_BY_SIDE = ("grad_cam", "lrp_composite")  # of several runs, without --method
 FILE = "explanations.json"
 
-FIGURES = {
-    "mass_inside": "share of the relevance inside the mask",
-    "rank_accuracy": "share of the most relevant pixels inside the mask",
-    "pointing_game": "whether the most relevant pixel lies inside the mask",
-    "agreement": "cosine of the student's map and its teacher's",
-    "insertion": "area under the probability while pixels come into the blurred image (high: good)",
-    "deletion": "area under the probability while pixels take the mean colour (low: good)",
-    "randomised": "rank correlation with the map of the same network with random weights",
-}
-_INSIDE = {
-    "mass_inside": mass_inside,
-    "rank_accuracy": rank_accuracy,
-    "pointing_game": pointing_game,
-}
-_FAITHFUL = {"insertion": insertion, "deletion": deletion}
+_INSIDE = dict(zip(INSIDE, (mass_inside, rank_accuracy, pointing_game), strict=True))
+_FAITHFUL = dict(zip(FAITHFUL, (insertion, deletion), strict=True))
 
 
 def explain(
@@ -91,8 +76,10 @@ def explain(
 
     The numbers are of the true class, on images of the test set, where it has masks on images
     with a mask: all of them (1,000 at most) for quick methods, 32 of them for LIME, Score-CAM,
-    insertion and deletion, and half of these for the randomisation (8 for slow methods). The
-    pictures are of the class that each model predicts.
+    insertion and deletion, and half of these for the randomisation (8 for slow methods). A map
+    without relevance, as an LRP map of a class with a negative output is, counts as 0 where the
+    figure is of a place or a likeness to the teacher's, and is left out elsewhere. The pictures
+    are of the class that each model predicts.
 
     Args:
         folders: finished runs; several must have one test set.
@@ -103,7 +90,8 @@ def explain(
         roles: "student", "teacher" or both; a run without a teacher has none to explain.
         images: files to picture in place of test images; then nothing is computed in numbers.
         n: test images to picture: classes in turn, right and wrong predictions in turn.
-        samples: images for all numbers, in place of the counts above.
+        samples: images for all numbers, in place of the counts above; half or a quarter of them
+            for the randomisation.
         out: folder for ``maps.png`` and ``explanations.csv``, all runs side by side.
         device: to compute on.
         safe: see :func:`kd_lrp_plugin.results.load_run`.
@@ -141,40 +129,8 @@ def explain(
         chosen = methods or SIDE_BY_SIDE
         _save(folder, "maps.png", work.figure_of_all(runs, [shown(run) for run in runs], chosen))
         if not images:
-            folder.write("explanations.csv", _csv(found))
+            folder.write("explanations.csv", flat(found))
     return found
-
-
-def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of :func:`explain` as a table with a column per figure, and the chance level."""
-    several = len({row["run"] for row in rows}) > 1
-    table = []
-    for row in rows:
-        figures = row["figures"]
-        line = {"run": row["run"]} if several else {}
-        line |= {key: row[key] for key in ("model", "method", "layer")}
-        line |= {name: of["mean"] for name, of in figures.items()}
-        line |= {f"{name} by chance": figures[name]["chance"] for name in _FAITHFUL}
-        inside = figures.get("mass_inside", {})
-        line |= {"inside by chance": inside.get("chance"), "n": inside.get("n")}
-        table.append(line)
-    columns = ["run", "model", "method", "layer", *_INSIDE, "inside by chance", "n", "agreement"]
-    columns += [column for name in _FAITHFUL for column in (name, f"{name} by chance")]
-    columns.append("randomised")
-    used = [column for column in columns if any(line.get(column) is not None for line in table)]
-    return [{column: line.get(column) for column in used} for line in table]
-
-
-def by_layer(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str, Any]]:
-    """A figure as a table: a line per run, model and method, a column per layer."""
-    lines: dict[tuple, dict[str, Any]] = {}
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    titles = ("run", "model", "method")[len({row["run"] for row in rows}) == 1 :]
-    for row in rows:
-        key = tuple(row[title] for title in titles)
-        empty = dict(zip(titles, key, strict=True)) | dict.fromkeys(layers)
-        lines.setdefault(key, empty)[row["layer"]] = row["figures"].get(figure, {}).get("mean")
-    return list(lines.values())
 
 
 def _check(
@@ -203,7 +159,7 @@ class _Work:
         self._show = show
         self._maps: dict[tuple, Tensor] = {}
         self._made: dict[tuple, dict[str, Any]] = {}
-        self._by_chance: dict[tuple, float] = {}
+        self._by_chance: dict[tuple, Tensor] = {}
 
     # --- numbers ------------------------------------------------------------------------------
 
@@ -227,7 +183,8 @@ class _Work:
                 content["rows"].remove(row)
                 row = None
             taught = role == "student" and method in run.methods.get("teacher", [])
-            if row is None or (taught and "agreement" not in row["figures"]):
+            compared = row["figures"].get("agreement", {}) if row else {}
+            if row is None or (taught and compared.get("teacher") != run.prints["teacher"]):
                 if sample is None:
                     sample = sample_of(run, representative(run, samples or MOST), run.device)
                 if row is None:
@@ -235,9 +192,8 @@ class _Work:
                     content["rows"].append(row)
                 if taught:
                     other = _layer(run, "teacher", method, place)
-                    row["figures"]["agreement"] = self._agreement(
-                        run, method, (layer, other), sample, samples or FEW
-                    )
+                    alike = self._agreement(run, method, (layer, other), sample, samples or FEW)
+                    row["figures"]["agreement"] = {**alike, "teacher": run.prints["teacher"]}
                 run.folder.write(FILE, json.dumps(content, indent=1))
             found.append({"run": run.name, **row})
         return found
@@ -256,19 +212,18 @@ class _Work:
         if sample.masks is not None:
             chance = area_share(sample.masks)
             for name, inside in _INSIDE.items():
-                values = inside(maps, sample.masks)
-                figures[name] = _summary(values, float(chance[~values.isnan()].mean()))
+                figures[name] = summary(inside(maps, sample.masks), chance, otherwise=0)
         part = sample.first(few)
         for name, measure in _FAITHFUL.items():
             values = measure(model, part.images, part.labels, maps[:few])
-            figures[name] = _summary(values, self._chance(run, role, name, part))
+            figures[name] = summary(values, self._chance(run, role, name, part))
         part = sample.first(max(2, few // (4 if slow else 2)))
         curve = []
         if len(part.labels) > 1:  # the statistics of a batch norm need two
-            arguments = (part.images, part.labels, maps[: len(part.labels)], method, layer)
+            arguments = (part.images, maps[: len(part.labels)], method, layer)
             again = randomisation(model, *arguments, points=2 if slow else 4, show=self._show)
-            curve = [{"down_to": name} | _summary(values) for name, values in again.items()]
-            figures["randomised"] = _summary(list(again.values())[-1])
+            curve = [{"down_to": name} | summary(values) for name, values in again.items()]
+            figures["randomised"] = summary(list(again.values())[-1])
         made = {
             "weights": run.prints[role],
             "images": len(sample.labels),
@@ -288,16 +243,17 @@ class _Work:
             self._maps_of(run, role, method, layer, part.images, part.labels)
             for role, layer in zip(("student", "teacher"), layers, strict=True)
         )
-        return _summary(agreement(student, teacher))
+        return summary(agreement(student, teacher), otherwise=0)
 
-    def _chance(self, run: Subject, role: str, name: str, part: Sample) -> float:
-        """The figure of maps that know nothing."""
+    def _chance(self, run: Subject, role: str, name: str, part: Sample) -> Tensor:
+        """The figure of maps that know nothing, of each image."""
         key = (run.prints[role], name, len(part.labels))
         if key not in self._by_chance:
             shape = (len(part.labels), 8, 8)
             noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-            values = _FAITHFUL[name](run.models[role], part.images, part.labels, noise)
-            self._by_chance[key] = float(values.mean())
+            self._by_chance[key] = _FAITHFUL[name](
+                run.models[role], part.images, part.labels, noise
+            )
         return self._by_chance[key]
 
     def _maps_of(
@@ -407,44 +363,17 @@ def _layer(run: Subject, role: str, method: str, place: int) -> str:
 
 
 def _read(run: Subject) -> dict[str, Any]:
-    """What is known of the run already."""
+    """What is known of the run already; not what other definitions of the figures gave."""
     file = run.folder / FILE
-    if not file.is_file():
-        about = {"test_set": run.test_print, "explained": "the true class", "about": FIGURES}
-        return {**about, "rows": []}
-    content = json.loads(file.read_text(encoding="utf-8"))
+    about = {"test_set": run.test_print, "explained": "the true class", "about": FIGURES}
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else about
+    if content["about"] != FIGURES:
+        content = about
     if content["test_set"] != run.test_print:
         fix = "Delete it to explain the run anew."
         raise ValueError(message(str(file), "figures of this run", "those of another", fix))
-    return content
-
-
-def _summary(values: Float[Tensor, " n"], chance: float | None = None) -> dict[str, Any]:
-    known = values[~values.isnan()].double()
-    figures = {
-        "mean": float(known.mean()) if len(known) else None,
-        "std": float(known.std()) if len(known) > 1 else None,
-        "n": len(known),
-        "undefined": len(values) - len(known),
-    }
-    if chance is not None:
-        figures["chance"] = None if math.isnan(chance) else chance
-    return figures
+    return {"rows": [], **content}
 
 
 def _save(folder: RunFolder, name: str, figure: Figure) -> None:
     folder.put(name, lambda draft: figure.savefig(draft, format="png", dpi=80))
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per run, model, method, layer and figure."""
-    text = io.StringIO()
-    columns = ("run", "model", "method", "layer", "samples")
-    of_figure = ("mean", "std", "n", "undefined", "chance")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, "figure", *of_figure])
-    for row in rows:
-        for name, figure in row["figures"].items():
-            values = [figure.get(key) for key in of_figure]
-            writer.writerow([*(row[column] for column in columns), name, *values])
-    return text.getvalue()

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kd_lrp_plugin.results import load_models, load_test_set, read_predictions
 from kd_lrp_plugin.runs import RunFolder
 
 SIDE = 256  # of pictures, in pixels at most
+TRIED = 32  # images, of all classes, on which a model must predict what it did
 
 
 @dataclass
@@ -133,10 +135,11 @@ def open_run(
     opened = Subject(
         run, name, summary, models, {}, test_set, fingerprint(images), labels, probabilities, {}, {}
     )
-    tried = sample_of(opened, range(min(4, len(labels))), device)
+    places = list(islice(_turns(labels), TRIED))
+    tried = sample_of(opened, places, device)
     for role, model in models.items():
         model.to(device).requires_grad_(False)
-        _check_predictions(opened, role, tried.images)
+        _check_predictions(opened, role, places, tried.images)
         weights = [tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()]
         opened.prints[role] = fingerprint(summary["image_shape"], *weights)
         opened.layers[role] = _layers(model, layers)
@@ -144,12 +147,12 @@ def open_run(
     return opened
 
 
-def _check_predictions(run: Subject, role: str, images: Tensor) -> None:
+def _check_predictions(run: Subject, role: str, places: Sequence[int], images: Tensor) -> None:
     if role not in run.probabilities:  # features were compared: there is no record of logits
         return
     with torch.no_grad():
         now = run.models[role](images).float().softmax(1).cpu().numpy()
-    off = float(np.abs(now - run.probabilities[role][: len(now)]).max())
+    off = float(np.abs(now - run.probabilities[role][places]).max())
     if off > 0.05:  # low precision in training, or another device, changes less
         fix = "Put the weights and images back that the run was tested with."
         got = f"probabilities that differ by up to {off:.2f}"
@@ -319,7 +322,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
         raise ValueError(message("explain", "each run once", got, "Leave one out."))
     if len(parts) == 1:
         return [str(folders[0])]
-    while len({p[0] for p in parts}) == 1:
+    while len({p[:1] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
     while len({p[-1:] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]

@@ -166,9 +166,9 @@ def _means(explanations: Mapping[str, Any]) -> dict[str, Any]:
         model, method, layer = row["model"], row["method"], str(row["layer"])
         figures = found.setdefault(model, {}).setdefault(method, {}).setdefault(layer, {})
         for name, of in row["figures"].items():
-            asked, key = of["n"] + of["undefined"], (model, method, layer, name)
-            if asked >= images.get(key, 0):
-                images[key], figures[name] = asked, of["mean"]
+            key = (model, method, layer, name)
+            if of["n"] >= images.get(key, 0):
+                images[key], figures[name] = of["n"], of["mean"]
     return found
 
 

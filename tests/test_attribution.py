@@ -255,7 +255,7 @@ class TestRandomisation:
         (images, targets), model = batch(4), network()
         before = {key: value.clone() for key, value in model.state_dict().items()}
         maps = attribute(model, images, targets, "grad_cam", LAYER)
-        found = randomisation(model, images, targets, maps, "grad_cam", LAYER, points=3)
+        found = randomisation(model, images, maps, "grad_cam", LAYER, points=3)
         assert len(found) == 3
         assert next(iter(found)) == "classifier"
         assert list(found)[-1] == "conv_stem"
@@ -268,22 +268,22 @@ class TestRandomisation:
         ATTRIBUTIONS.register(edges, "edges")
         images, targets = batch(4)
         maps = attribute(network(), images, targets, "edges")
-        found = randomisation(network(), images, targets, maps, "edges", points=2)
+        found = randomisation(network(), images, maps, "edges", points=2)
         for values in found.values():
             torch.testing.assert_close(values, torch.ones(4))
 
     def test_layers_above_are_reset_and_those_below_are_not(self, monkeypatch):
         seen = []
         monkeypatch.setattr(
-            attribution, "attribute", lambda model, *_: seen.append(weights(model)) or maps
+            attribution, "relevance_maps", lambda model, *_: seen.append(weights(model)) or [maps]
         )
 
         def weights(model: nn.Module) -> dict[str, Tensor]:
             return {key: value.clone() for key, value in model.named_parameters()}
 
-        (images, targets), model = batch(4), network()
+        (images, _), model = batch(4), network()
         maps = torch.rand(4, 2, 2)
-        names = list(randomisation(model, images, targets, maps, "grad_cam", LAYER, points=5))
+        names = list(randomisation(model, images, maps, "grad_cam", LAYER, points=5))
         order = [name for name, module in model.named_modules() if hasattr(module, "weight")]
         for name, now in zip(names, seen, strict=True):
             kept = order[: order.index(name)]
@@ -304,12 +304,25 @@ class TestRandomisation:
             handle.remove()
             assert 0.1 < float(activations[0].std()) < 10, name
 
+    @pytest.mark.parametrize("bias", [3.0, -3.0])
+    def test_a_random_network_has_relevance_whatever_the_sign_of_its_output(
+        self, bias, monkeypatch
+    ):
+        def reset(self) -> None:
+            nn.init.normal_(self.weight, std=0.01)
+            nn.init.constant_(self.bias, bias)
+
+        images, targets = batch(8)
+        maps = attribute(network(), images, targets, "gradient_activation", LAYER)
+        monkeypatch.setattr(nn.Linear, "reset_parameters", reset)
+        found = randomisation(network(), images, maps, "lrp_zplus", LAYER, points=3)
+        empty = int((maps.flatten(1).amax(1) == 0).sum())
+        assert [int(values.isnan().sum()) for values in found.values()] == [empty] * 3
+
     def test_maps_of_another_size_are_refused(self):
-        images, targets = batch(2)
+        images, _ = batch(2)
         with pytest.raises(ValueError, match="this method's maps"):
-            randomisation(
-                network(), images, targets, torch.rand(2, 3, 3), "grad_cam", LAYER, points=1
-            )
+            randomisation(network(), images, torch.rand(2, 3, 3), "grad_cam", LAYER, points=1)
 
 
 PLAIN = {"abs": False, "normalise": False, "disable_warnings": True}
@@ -378,8 +391,8 @@ class TestAgainstQuantus:
         def explain_function(
             model: nn.Module, inputs: np.ndarray, targets: np.ndarray, **_: object
         ):
-            arrays = (torch.as_tensor(inputs), torch.as_tensor(targets))
-            return attribute(model.eval(), *arrays, "gradient_activation", "0")[:, None].numpy()
+            arrays = torch.as_tensor(inputs), model.eval()(torch.as_tensor(inputs)).argmax(1)
+            return attribute(model, *arrays, "gradient_activation", "0")[:, None].numpy()
 
         metric = quantus.MPRT(
             similarity_func=quantus.similarity_func.correlation_spearman, seed=-1, **PLAIN
@@ -394,7 +407,7 @@ class TestAgainstQuantus:
             channel_first=True,
         )
         torch.set_rng_state(state)
-        got = randomisation(model, images, targets, maps, "gradient_activation", "0", points=2)
+        got = randomisation(model, images, maps, "gradient_activation", "0", points=2)
         assert got["4"].tolist() == pytest.approx([*expected["4"]], abs=1e-6)
 
     def test_rank_correlation(self, quantus):

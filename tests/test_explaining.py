@@ -19,11 +19,11 @@ from kd_lrp_plugin import attribution, explaining, results, subjects, training
 from kd_lrp_plugin.attribution import ATTRIBUTIONS, Attribution
 from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.data import Phantom
-from kd_lrp_plugin.explaining import by_layer, records
 from kd_lrp_plugin.localisation import agreement, mass_inside
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.relevance import relevance_maps
 from kd_lrp_plugin.report import MapRow, map_figure
+from kd_lrp_plugin.tables import by_layer, records
 
 QUICK = ("grad_cam", "lrp_gamma")
 explain = partial(explaining.explain, n=1)  # figures take seconds
@@ -96,13 +96,13 @@ class TestFigures:
         for role in models:
             figures = find(rows, model=role, method="grad_cam", layer="layer3")["figures"]
             expected = mass_inside(maps[role], masks)
-            assert figures["mass_inside"]["mean"] == pytest.approx(float(expected.nanmean()))
+            assert figures["mass_inside"]["mean"] == pytest.approx(float(expected.nansum()) / 6)
             assert figures["mass_inside"]["undefined"] == int(expected.isnan().sum())
-            assert figures["mass_inside"]["n"] + figures["mass_inside"]["undefined"] == 6
-            shares = [float(m.float().mean()) for m in masks[~expected.isnan()]]
+            assert figures["mass_inside"]["n"] == 6
+            shares = [float(m.float().mean()) for m in masks]
             assert figures["mass_inside"]["chance"] == pytest.approx(np.mean(shares))
             assert {"insertion", "deletion", "randomised"} <= figures.keys()
-        expected = float(agreement(maps["student"], maps["teacher"]).nanmean())
+        expected = float(agreement(maps["student"], maps["teacher"]).nansum()) / 6
         figures = find(rows, model="student", method="grad_cam")["figures"]
         assert figures["agreement"]["mean"] == pytest.approx(expected)
         assert "agreement" not in find(rows, model="teacher", method="grad_cam")["figures"]
@@ -115,7 +115,7 @@ class TestFigures:
         assert {row["layer"] for row in rows} == {"layer3", "input"}
         for row in rows:
             for name in ("mass_inside", "insertion", "deletion"):
-                assert row["figures"][name]["n"] + row["figures"][name]["undefined"] == 3
+                assert row["figures"][name]["n"] == 3
 
     def test_of_several_layers_become_a_table_of_methods_and_layers(self, project):
         rows = explain(["runs/kd/0"], QUICK, ["layer2", "layer3"], ["teacher"], samples=2)
@@ -196,8 +196,29 @@ class TestWhatIsKept:
         both = explain(["runs/kd/0"], QUICK[:1], samples=2)
         row = find(both, model="student")
         compared = row["figures"].pop("agreement")
-        assert compared["n"] + compared["undefined"] == 2
+        assert compared["n"] == 2
         assert row == alone[0]
+
+    def test_the_agreement_with_another_teacher_is_made_anew(self, project):
+        explain(["runs/kd/0"], QUICK[:1], samples=2)
+        file = project / "runs/kd/0/explanations.json"
+        content = json.loads(file.read_text())
+        known = find(content["rows"], model="student")["figures"]["agreement"]
+        expected = dict(known)
+        known |= {"teacher": "another", "mean": 2.0}
+        file.write_text(json.dumps(content))
+        again = find(explain(["runs/kd/0"], QUICK[:1], samples=2), model="student")
+        assert again["figures"]["agreement"] == expected
+
+    def test_figures_of_other_definitions_are_made_anew(self, project):
+        explain(["runs/ce/0"], QUICK[:1], samples=2)
+        file = project / "runs/ce/0/explanations.json"
+        content = json.loads(file.read_text())
+        content["about"]["mass_inside"] = "something else"
+        content["rows"][0]["figures"]["mass_inside"]["mean"] = 2.0
+        file.write_text(json.dumps(content))
+        (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
+        assert row["figures"]["mass_inside"]["mean"] <= 1
 
     def test_figures_of_other_weights_are_made_anew(self, project):
         explain(["runs/ce/0"], QUICK[:1], samples=2)
@@ -255,6 +276,20 @@ class TestSeveralRuns:
         titles = [ax.get_title() for ax in figure.get_axes()]
         assert titles[:5] == ["image", "teacher", "kd\n0", "kd\n1", "ce\n0"]
         assert len(figure.get_axes()) == 5 * 2 * len(QUICK) + 1  # and the colour bar
+
+    def test_that_lie_within_each_other_have_names(self):
+        found = subjects.names_of([Path("runs/x"), Path("runs/x/0"), Path("runs/x/1")])
+        assert found == [".", "0", "1"]
+
+    def test_of_other_weights_are_refused_whatever_image_shows_it(self, project):
+        """The first images are of one class, which most models know."""
+        file = project / "runs/ce/0/predictions.csv"
+        *lines, last = file.read_text().splitlines()
+        values = last.split(",")
+        values[2:] = [str(1 - float(value)) if "." in value else value for value in values[2:]]
+        file.write_text("\n".join([*lines, ",".join(values)]) + "\n")
+        with pytest.raises(ValueError, match=r"the predictions in predictions\.csv"):
+            explain(["runs/ce/0"], QUICK[:1])
 
     def test_of_other_test_images_are_refused(self, project):
         config = project / "runs/ce/0/config.yaml"

@@ -96,7 +96,13 @@ def study(runs, tmp_path_factory) -> Path:
     content = {
         **{"file": "core.yaml", "question": "does it help?", "final": True, "failed": {}},
         **{"state": "All 9 runs are finished.", "overrides": ["a=1"], "seeds": [0, 1, 2]},
-        **{"only": [], "axes": {}, "compare_to": "CE", "measures": ["test_accuracy"]},
+        **{
+            "root": "runs",
+            "only": [],
+            "axes": {},
+            "compare_to": "CE",
+            "measures": ["test_accuracy"],
+        },
         **{"prepared": [], "runs": rows, "table": summarise(rows, ["test_accuracy"])},
         "comparisons": compare(rows, ["test_accuracy"], "CE"),
     }

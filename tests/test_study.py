@@ -630,7 +630,7 @@ class TestMeasures:
     def test_figures_of_maps_are_found_by_model_method_and_layer(self):
         rows = [
             {"model": "student", "method": "grad_cam", "layer": "blocks.6", "samples": samples}
-            | {"figures": {"mass_inside": {"mean": mean, "n": n - 4, "undefined": 4}}}
+            | {"figures": {"mass_inside": {"mean": mean, "n": n, "undefined": 4}}}
             for samples, n, mean in ((None, 32, 0.1), (400, 400, 0.4), (8, 8, 0.2))
         ]
         found = tally._means({"rows": rows})
