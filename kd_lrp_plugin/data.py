@@ -336,7 +336,7 @@ def unreadable_images(dataset: Any, show: Silence | None = None) -> dict[str, st
         {}
     """
     files = [str(file) for file, _ in getattr(dataset, "samples", [])]
-    stamps = [os.stat(file).st_mtime_ns for file in files]
+    stamps = [os.stat(f).st_mtime_ns if os.path.exists(f) else 0 for f in files]
     with ThreadPoolExecutor() as pool:
         reasons = pool.map(_why_unreadable, files, stamps)
         tracked = (show or Silence()).track(reasons, "reading images", len(files))

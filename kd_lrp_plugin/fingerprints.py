@@ -210,7 +210,7 @@ def find_twins(prints: Sequence[Fingerprint], show: Silence | None = None) -> Tw
     """All pairs of twins; unreadable images have none, even ones only such with the same pixels.
 
     Raises:
-        ValueError: if there are more than two million.
+        ValueError: if there are more than two million with the same pixels, or that look alike.
     """
     n = len(prints)
     thumbnails = np.frombuffer(b"".join(p.thumbnail for p in prints), np.uint8)
@@ -225,6 +225,7 @@ def find_twins(prints: Sequence[Fingerprint], show: Silence | None = None) -> Tw
     for same in copies.values():
         a, b = np.array(same)[np.array(np.triu_indices(len(same), 1))]
         parts.append(Twins(a, b, 0 * a, np.ones(len(a), np.float32), np.zeros(len(a), bool)))
+    exact, codes = len(parts), np.unique([p.digest for p in prints], return_inverse=True)[1]
     blocks = [(top, left) for top in range(0, n, _BLOCK) for left in range(top, n, _BLOCK)]
     for top, left in (show or Silence()).track(blocks, "comparing", len(blocks)):
         rows, columns = (_normal(thumbnails[k : k + _BLOCK]) for k in (top, left))
@@ -236,11 +237,11 @@ def find_twins(prints: Sequence[Fingerprint], show: Silence | None = None) -> Tw
             similarity = found[a, b].clip(max=1)
             a, b = a + top, b + left
             near = (similarity >= ALIKE) | (_bits(hashes, a, b, mirrored) <= BITS)
-            keep = near & (a < b)
+            keep = near & (a < b) & (codes[a] != codes[b])
             a, b, similarity = a[keep], b[keep], similarity[keep]
             kind = np.where(similarity >= ALIKE, 1, 2)
             parts.append(Twins(a, b, kind, similarity, np.full(len(a), mirrored)))
-        _check_amount(sum(len(part.a) for part in parts), 2 * n)
+        _check_amount(sum(len(part.a) for part in parts[exact:]), n)
     twins = Twins(*map(np.concatenate, zip(*parts, strict=True)))
     order = np.lexsort((twins.mirrored, -twins.similarity, twins.kind > 0, twins.b, twins.a))
     twins = Twins(*(part[order] for part in twins))
@@ -386,8 +387,9 @@ def fingerprints(
     known: dict[str, Fingerprint] = {}
     stamp_of = {image.file: stamp for image, stamp in zip(images, stamps, strict=True)}
     for file, stamp, facts, thumbnail in base.execute("SELECT * FROM prints"):
-        if stamp_of.get(file) == stamp:
-            known[file] = Fingerprint._make([*json.loads(facts), thumbnail])
+        found = Fingerprint._make([*json.loads(facts), thumbnail])
+        if stamp_of.get(file) == stamp and not found.unreadable:  # that may have passed
+            known[file] = found
     missing = [image.file for image in images if image.file not in known]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(fingerprint, [root / file for file in missing])

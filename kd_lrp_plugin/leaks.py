@@ -50,6 +50,7 @@ from kd_lrp_plugin.fingerprints import (
 from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.runs import RunFolder
 from kd_lrp_plugin.splits import held_out, read_groups
+from kd_lrp_plugin.verdict import verdict
 
 COLUMNS = ("file_a", "file_b", "kind", "similarity", "mirrored", "cross_split")
 SPLIT_COLUMNS = ("file", "split", "class", "group", "kept", "why")
@@ -334,54 +335,6 @@ def _findings(checked: Checked, rows: Sequence[Mapping[str, Any]]) -> dict[str, 
         "clean": by_class((row["split"], row["class"]) for row in kept),
         "left_out": dict(reasons),
     }
-
-
-def verdict(summary: Mapping[str, Any]) -> str:
-    """What a summary comes to, in plain words: a sentence or two per line."""
-    lines = []
-    for split, found in summary["leaks"].items():
-        n, twin, rest = found["images"], found["twin"], " or ".join(found["against"])
-        if not twin:
-            lines.append(f"None of the {n:,} images of {split} has a twin in {rest}.")
-            continue
-        shown = 100 * (0.8 + 0.2 * twin / n)
-        lines.append(
-            f"LEAK: {twin:,} of the {n:,} images of {split} ({100 * twin / n:.1f} %) have a twin "
-            f"in {rest}, {found['exact']:,} of them the same pixel for pixel. For this part "
-            f"accuracy on {split} measures memory: a model that is right on 80 % of new images, "
-            f"and remembers old ones, shows {shown:.1f} %."
-        )
-    if not summary["leaks"] and (twin := summary["images_with_twin"]):
-        share = summary["twins_apart_at_random"]
-        lines.append(
-            f"There is no split yet, and {twin:,} of the {summary['images']:,} images have a twin: "
-            f"in a random fifth as test set, about {100 * share:.1f} % would have one in training."
-        )
-    elif not summary["leaks"]:
-        lines.append(f"No two of the {summary['images']:,} images are twins.")
-    if summary["leaks"] and (within := sum(summary["pairs"]["within"].values())):
-        lines.append(f"Within the splits there are {within:,} pairs of twins.")
-    if two := summary["pairs_of_two_classes"]:
-        lines.append(f"{two:,} pairs of twins are of two classes: at least one label is wrong.")
-    groups = summary["groups"]
-    if groups["divided"]:
-        column = summary["question"]["group_by"]
-        lines.append(
-            f"LEAK: of the {groups['given']:,} groups by {column}, {groups['divided']:,} lie in "
-            "several splits."
-        )
-    if groups["images_without"]:
-        lines.append(f"{groups['images_without']:,} images are in no group of the manifest.")
-    if bad := len(summary["unreadable"]):
-        lines.append(f"{bad:,} image files cannot be read; training would stop there.")
-    sets = {frozenset(classes) for classes in summary["splits"].values()}
-    if len(sets) > 1:
-        lines.append("The splits have different classes.")
-    kept = ", ".join(f"{sum(c.values()):,} in {split}" for split, c in summary["clean"].items())
-    lines.append(f"clean_split.csv keeps {kept or 'nothing'}, one of each set of twins.")
-    if not groups["given"]:
-        lines.append("Other slices of one patient are no twins: give --group-by if it is known.")
-    return "\n".join(lines)
 
 
 # --- writing ------------------------------------------------------------------------------------

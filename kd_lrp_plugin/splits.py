@@ -13,12 +13,15 @@ def read_groups(manifest: Path, files: Iterable[str], column: str = "group") -> 
     """The value of a manifest's ``column`` for each of ``files`` that it names.
 
     A row names an image by column ``file``: its path below the root of the data set, or its name
-    there together with the columns ``split`` and ``class``, or its name alone.
+    there together with the columns ``split`` or ``class`` or both, or its name alone.
 
     Args:
         manifest: a CSV; without one, or without both columns, nothing is known.
         files: paths below the root.
         column: the one to read; empty values count as unknown.
+
+    Raises:
+        ValueError: if two rows give what they name alike different values.
     """
     rows = _read_rows(manifest) if manifest.is_file() else []
     columns = set(rows[0] if rows else ())
@@ -27,12 +30,16 @@ def read_groups(manifest: Path, files: Iterable[str], column: str = "group") -> 
     named: dict[tuple[str, ...], str] = {}
     for row in rows:
         parts = Path(row["file"]).parts
-        where = (row["split"], row["class"]) if {"split", "class"} <= columns else ()
-        named[parts if len(parts) > 1 else (*where, *parts)] = row[column]
+        where = [row[place] for place in ("split", "class") if place in columns]
+        key = parts if len(parts) > 1 else (*where, *parts)
+        if (known := named.setdefault(key, row[column])) != row[column]:
+            got = f"{known!r} and {row[column]!r} for {'/'.join(key)}"
+            fix = "Give each file with its path, or add columns split and class."
+            raise ValueError(message(str(manifest), f"one {column} for a file", got, fix))
     groups = {}
     for name in files:
-        parts = Path(name).parts
-        keys = (parts, (*parts[:2], parts[-1]), parts[-1:])
+        *folders, last = parts = Path(name).parts
+        keys = [parts, (*folders[:2], last), *((folder, last) for folder in folders), (last,)]
         groups[name] = next((named[key] for key in keys if key in named), "")
     return {name: group for name, group in groups.items() if group}
 
@@ -42,7 +49,8 @@ def held_out(
 ) -> set[str]:
     """About ``share``, in (0, 1), of each class' files, cut out as :class:`FolderImages` does.
 
-    A file without a group is a group of its own.
+    A file without a group is a group of its own. Of groups too long for the cut, one is held out
+    where that brings what is held nearer to the share of the files so far.
     """
     decided: dict[object, bool] = {}
     held: set[str] = set()
@@ -54,13 +62,16 @@ def held_out(
             # The tuple keeps a group's name apart from a path.
             key = ("group", groups[file]) if file in groups else file
             members.setdefault(key, []).append(file)
-        place = 0
+        place = count = 0
         for group, together in members.items():
             turn = place // run
             place += len(together)
             out = floor((turn + 1) * share + 0.5) > floor(turn * share + 0.5)
+            if len(together) > run:
+                out = count + len(together) / 2 <= share * place
             if decided.setdefault(group, out):  # an earlier class may have decided
                 held.update(together)
+                count += len(together)
     return held
 
 

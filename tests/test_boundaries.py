@@ -14,7 +14,7 @@ LEVELS = {
     ),
     2: (
         *("propagation", "relevance", "evaluation", "localisation", "report"),
-        *("comparison", "leaks", "provenance", "tables"),
+        *("comparison", "verdict", "leaks", "provenance", "tables"),
     ),
     3: ("scores", "selection", "search", "quality", "attribution"),
     4: ("recipes", "hook", "torchdistill"),
@@ -47,6 +47,7 @@ WITHIN_A_LEVEL = {
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),
     ("comparison", "report"),
+    ("leaks", "verdict"),
     ("tally", "plan"),
     *(
         ("study", other)

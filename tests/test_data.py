@@ -26,7 +26,7 @@ from kd_lrp_plugin.data import (
     make_transforms,
     preprocessing,
 )
-from kd_lrp_plugin.splits import read_groups
+from kd_lrp_plugin.splits import held_out, read_groups
 
 GLIOMA, MENINGIOMA, NOTUMOR, PITUITARY = range(4)
 
@@ -436,6 +436,11 @@ class TestCleanSplit:
         ("file,who\nx.png,p\n", {"Training/cat/x.png": "p", "Testing/cat/x.png": "p"}),
         ("file,who\nTesting/cat/x.png,p\n", {"Testing/cat/x.png": "p"}),
         ("file,split,class,who\nx.png,Testing,cat,p\n", {"Testing/cat/x.png": "p"}),
+        ("file,split,who\nx.png,Testing,p\n", {"Testing/cat/x.png": "p"}),
+        (
+            "file,class,who\nx.png,cat,p\nx.png,dog,q\n",
+            {"Training/cat/x.png": "p", "Testing/cat/x.png": "p"},
+        ),
         ("file,who\nx.png,\n", {}),
         ("file,group\nx.png,p\n", {}),
         ("", {}),
@@ -446,6 +451,41 @@ def test_a_manifest_names_files_by_path_by_split_and_class_or_by_name(tmp_path, 
     found = read_groups(tmp_path / "m.csv", ["Training/cat/x.png", "Testing/cat/x.png"], "who")
     assert found == groups
     assert read_groups(tmp_path / "none.csv", ["x.png"], "who") == {}
+
+
+def test_a_name_that_could_be_either_of_two_files_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("file,who\n1.png,p\n1.png,q\n")
+    with pytest.raises(ValueError, match=r"one who for a file, got 'p' and 'q' for 1\.png"):
+        read_groups(tmp_path / "m.csv", ["benign/1.png", "malignant/1.png"], "who")
+
+
+class TestHeldOut:
+    """Groups, whatever their size, are held out whole and make up about the share."""
+
+    def cut(self, sizes: list[int], share: float) -> list[int]:
+        """The groups that are held out, of one class."""
+        groups = {f"{g:03}/{n:04}": g for g, size in enumerate(sizes) for n in range(size)}
+        held = held_out({"cat": list(groups)}, groups, share)
+        chosen = {groups[file] for file in held}
+        assert held == {file for file, group in groups.items() if group in chosen}
+        return sorted(chosen)
+
+    @pytest.mark.parametrize("patients", [5, 8, 10, 20, 40])
+    @pytest.mark.parametrize("slices", [33, 155, 160])
+    def test_large_groups(self, patients, slices):
+        assert len(self.cut([slices] * patients, 0.2)) == pytest.approx(0.2 * patients, abs=0.5)
+
+    def test_groups_of_all_sizes(self):
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            sizes = rng.integers(60, 200, 20).tolist()
+            held = sum(sizes[group] for group in self.cut(sizes, 0.2))
+            assert 0.1 < held / sum(sizes) < 0.3
+
+    def test_small_groups_among_large_ones(self):
+        sizes = [1] * 60 + [150] * 6 + [1] * 60
+        held = sum(sizes[group] for group in self.cut(sizes, 0.2))
+        assert 0.1 < held / sum(sizes) < 0.3
 
 
 @pytest.mark.skipif(

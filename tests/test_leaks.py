@@ -171,6 +171,12 @@ class TestTwins:
         with pytest.raises(ValueError, match="more than 10 pairs that look the same among 6"):
             check_data(root, tmp_path / "out")
 
+    def test_copies_do_not_count_as_looking_alike_too(self, tmp_path, monkeypatch):
+        for number in range(5):
+            drawing(1).save(tmp_path / f"{number}.png")
+        monkeypatch.setattr(prints_module, "MANY", 10)
+        assert len(find_twins([fingerprint(tmp_path / f"{n}.png") for n in range(5)]).a) == 10
+
 
 def twins_by_definition(a: Image.Image, b: Image.Image) -> tuple[str, bool, float] | None:
     if a.tobytes() == b.tobytes():
@@ -285,6 +291,16 @@ class TestCleanSplit:
         )
         assert (len(train), len(test), test.classes) == (60, 20, ["a", "b"])
 
+    def test_a_class_that_cannot_be_cut_is_said_to_be_missing(self, tmp_path):
+        files = {f"{k}/{n:02}.png": 50 * (k == "b") + n for k in "ab" for n in range(40)}
+        root = draw_set(tmp_path / "set", files)
+        with (root / "manifest.csv").open("w", newline="") as lines:
+            rows = [(file, "one" if file[0] == "b" else file) for file in files]
+            csv.writer(lines).writerows([("file", "patient"), *rows])
+        found = check_data(root, tmp_path / "out", group_by="patient")
+        assert found["clean"]["Testing"] == {"a": 8}
+        assert "clean_split.csv has no b in Testing" in found["verdict"]
+
     def test_the_manifest_beside_the_images_is_used_and_files_it_lacks_are_counted(self, tmp_path):
         files = {
             f"{s}/cat/{n}.png": n + 10 * (s == "Testing")
@@ -341,6 +357,21 @@ class TestFiles:
         assert found["splits"] == {"train": {"cat": 49}}
         assert found["sizes"] == {"64x64": 44, "64x8": 1}
         assert "4 image files cannot be read" in found["verdict"]
+
+    def test_a_file_that_could_not_be_read_is_read_again(self, tmp_path, monkeypatch):
+        root, out = (
+            draw_set(tmp_path / "set", {f"cat/{n}.png": n for n in range(4)}),
+            tmp_path / "o",
+        )
+
+        def fails(file: Path):
+            found = fingerprint(file)
+            return found._replace(unreadable="OSError: busy") if file.stem == "3" else found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prints_module, "fingerprint", fails)
+            assert list(check_data(root, out)["unreadable"]) == ["cat/3.png"]
+        assert check_data(root, out)["unreadable"] == {}
 
     def test_masks_and_hidden_folders_are_no_split(self, tmp_path):
         files = [
