@@ -14,6 +14,7 @@ from kd_lrp_plugin.config import read_untagged
 from kd_lrp_plugin.outputs import (
     command,
     data_check_of,
+    explain_of,
     explained,
     read_json,
     selection_of,
@@ -44,8 +45,8 @@ def gather(
     leaks = data_check_of(Path(data_check)) if data_check else None
     of_runs, of_studies = ([p for p in paths if kind(p) == what] for what in ("run", "study"))
     studies = [study_of(*named) for named in _named(of_studies)]
-    first = [] if of_runs else [named for study in studies for named in _first_seeds(study)]
-    named = _named(of_runs) + first
+    first = [] if of_runs else _first_seeds(studies)
+    named = _named(of_runs) + first[:DETAILED]
     tracked = show.track(named, "reading", len(named))
     runs = [_run(path, name, show, safe) for path, name in tracked]
     sheets = sheets_of(runs, maps)
@@ -59,6 +60,7 @@ def gather(
         "runs": runs,
         "studies": studies,
         "detailed": bool(first),
+        "undetailed": len(first) - DETAILED if len(first) > DETAILED else 0,
         "models": models,
         "compared": [model for model in models if model["both"]],
         "several_sets": sets,
@@ -72,7 +74,7 @@ def gather(
         "figures_of_maps": FIGURES,
         "unexplained": [run["name"] for run in runs if not run["explanations"]],
         "explain": command("kd-lrp explain", *(run["folder"] for run in runs)),
-        "steps": _steps(runs, studies, leaks, chosen, bool(sheets)),
+        "steps": _steps(runs, studies, leaks, chosen, explain_of(runs, studies, maps)),
     }
 
 
@@ -115,15 +117,30 @@ def _named(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     return list(zip(paths, map("/".join, parts), strict=True))
 
 
-def _first_seeds(study: Mapping[str, Any]) -> list[tuple[Path, str]]:
-    """A finished run of each configuration, for what a study's table does not show."""
-    found: dict[str, tuple[Path, str]] = {}
-    for row in study["prepared"] + study["runs"]:
-        words = ", ".join([row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())])
-        folder = Path(row["folder"])
-        if all((folder / name).is_file() for name in RUN_FILES):
-            found.setdefault(words, (folder, f"{words}, seed {row['seed']}"))
-    return list(found.values())[:DETAILED]
+def _first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]:
+    """A finished run of each cell of studies, for what their tables do not show.
+
+    What is prepared comes first, then each configuration at its first place in the grid, then at
+    its second, and so on; a run that several studies share counts once.
+    """
+    found: dict[Path, tuple[int, str]] = {}
+    for study in studies:
+        places: dict[str, dict[str, None]] = {}  # cells by configuration
+        rows = [(True, row) for row in study["prepared"]] + [(False, row) for row in study["runs"]]
+        for prepared, row in rows:
+            point = [f"{axis} {value}" for axis, value in row["point"].items()]
+            words = ", ".join([row["configuration"], *point])
+            cells = places.setdefault("" if prepared else row["configuration"], {})
+            folder = Path(row["folder"])
+            if words in cells or not all((folder / name).is_file() for name in RUN_FILES):
+                continue
+            cells[words] = None
+            name = f"{words}, seed {row['seed']}"
+            if len(studies) > 1:
+                name = f"{study['name']}: {name}"
+            found.setdefault(folder.resolve(), (-1 if prepared else len(cells), name))
+    by_place = sorted(found.items(), key=lambda item: item[1][0])
+    return [(folder, name) for folder, (_, name) in by_place]
 
 
 # --- runs ---------------------------------------------------------------------------------------
@@ -314,16 +331,17 @@ def _steps(
     studies: Sequence[Mapping[str, Any]],
     leaks: Mapping[str, Any] | None,
     selection: Mapping[str, Any] | None,
-    explained: bool,
+    explain: Sequence[str],
 ) -> list[dict[str, Any]]:
     """The commands that make all of this again, in an order that works."""
     folders = [run["folder"] for run in runs]
     steps = [
         ("Look for leaks", [leaks["command"]] if leaks else []),
-        ("Choose the student", [selection["command"]] if selection else []),
         ("Train and test", [run["command"] for run in runs]),
+        ("Rank untrained students", [line for line in [(selection or {}).get("command")] if line]),
         ("Evaluate", [command("kd-lrp evaluate", *folders)] if runs else []),
-        ("Explain", [command("kd-lrp explain", *folders)] if explained and runs else []),
         ("Study", [study["command"] for study in studies]),
+        ("Explain", explain),
+        ("Studies, with the figures of maps", [s["command"] for s in studies] if explain else []),
     ]
     return [{"name": name, "commands": commands} for name, commands in steps if commands]

@@ -6,6 +6,7 @@ and number of samples, each with ``figures`` (:func:`kd_lrp_plugin.tables.summar
 """
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -92,7 +93,8 @@ def explain(
         n: test images to picture: classes in turn, right and wrong predictions in turn.
         samples: images for all numbers, in place of the counts above; half or a quarter of them
             for the randomisation.
-        out: folder for ``maps.png`` and ``explanations.csv``, all runs side by side.
+        out: folder for ``maps.png`` and ``explanations.csv``, all runs side by side, and for
+            ``maps.json``, the command that makes them.
         device: to compute on.
         safe: see :func:`kd_lrp_plugin.results.load_run`.
         show: told how far it is.
@@ -130,6 +132,12 @@ def explain(
         _save(folder, "maps.png", work.figure_of_all(runs, [shown(run) for run in runs], chosen))
         if not images:
             folder.write("explanations.csv", flat(found))
+        options = {"--method": methods, "--layer": layers, "--images": images, "--n": [n]}
+        options |= {"--samples": [samples] if samples else [], "--out": [out]}
+        options["--model"] = roles if len(roles) == 1 else []
+        words = [w for option, values in options.items() for v in values for w in (option, v)]
+        command = shlex.join(map(str, ["kd-lrp", "explain", *folders, *words]))
+        folder.write("maps.json", json.dumps({"command": command}))
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lrp_plugin.attribution import INPUT
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.pictures import vector
 from kd_lrp_plugin.report import selection_figure
@@ -69,7 +70,8 @@ def data_check_of(folder: Path) -> dict[str, Any]:
         for split, found in summary["leaks"].items()
     ]
     question = summary["question"]
-    words = ["--group-by", question["group_by"]] if question.get("group_by") else []
+    options = {"--group-by": "group_by", "--manifest": "manifest", "--test-share": "test_share"}
+    words = [w for o, key in options.items() if (v := question.get(key)) for w in (o, v)]
     return {
         "folder": short(folder),
         "root": question["root"],
@@ -103,6 +105,39 @@ def sheets_of(runs: Sequence[Mapping[str, Any]], maps: str | Path | None) -> lis
     return sheets
 
 
+def explain_of(
+    runs: Sequence[Mapping[str, Any]],
+    studies: Sequence[Mapping[str, Any]],
+    maps: str | Path | None,
+) -> list[str]:
+    """The commands that made the figures of runs and studies, and the maps side by side."""
+    folders = dict.fromkeys(run["folder"] for run in runs if run["explanations"])
+    folders |= dict.fromkeys(
+        short(row["folder"])
+        for study in studies
+        for row in study["runs"]
+        if Path(row["folder"], "explanations.json").is_file()
+    )
+    groups: dict[str, list[str]] = {}
+    for folder in folders:
+        found = (read_json(Path(folder) / "explanations.json") or {}).get("rows", [])
+        groups.setdefault(_options(found), []).append(folder)
+    commands = [command("kd-lrp explain", *group) + words for words, group in groups.items()]
+    made = read_json(Path(maps, "maps.json")) if maps else None
+    return [*commands, *([made["command"]] if made else [])]
+
+
+def _options(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What ``kd-lrp explain`` was asked for when it made these rows."""
+    counts = {row["samples"] for row in rows}
+    found = {
+        "--method": dict.fromkeys(row["method"] for row in rows),
+        "--layer": dict.fromkeys(row["layer"] for row in rows if row["layer"] != INPUT),
+        "--samples": counts if len(counts) == 1 and None not in counts else (),
+    }
+    return command("", *(word for o, values in found.items() for v in values for word in (o, v)))
+
+
 def explained(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The figures of ``explanations.json`` of all runs as one table; a shared teacher once."""
     rows: dict[tuple, dict[str, Any]] = {}
@@ -122,7 +157,7 @@ def study_of(path: Path, name: str) -> dict[str, Any]:
     words += [word for choice in content["only"] for word in ("--only", choice)]
     seeds = ",".join(map(str, content["seeds"])) + "," * (len(content["seeds"]) == 1)
     if content["root"] != "runs":
-        words += ["--runs", content["root"]]
+        words = ["--runs", short(content["root"]), *words]
     return {
         **content,
         "name": name,
@@ -177,11 +212,12 @@ def selection_of(
     Raises:
         ValueError: if ``given`` is no record of a choice.
     """
-    files, config = [Path(given)] if given else [], "CONFIG"
+    files, config, words = [Path(given)] if given else [], None, []
     for run in runs:
         entry = (run["config"].get("models") or {}).get("student_model") or {}
         if entry.get("key") == "diswot_student":
             config = run["config_file"] or config
+            words = [word for o in run["session"].get("overrides", ()) for word in ("--set", o)]
             if not given:
                 files.append(Path(os.path.expandvars(entry["kwargs"]["record"])).expanduser())
     for file in files:
@@ -201,7 +237,7 @@ def selection_of(
                 "figure": vector(
                     selection_figure(ranking, f"{question['score']}: lower is better")
                 ),
-                "command": command("kd-lrp select", config),
+                "command": command("kd-lrp select", config, *words) if config else None,
             }
     if given:
         fix = "Give the JSON file that kd-lrp select says it has recorded the choice in."

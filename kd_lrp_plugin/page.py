@@ -62,6 +62,7 @@ def write(
     content = gather(paths, data_check, selection, maps, show or Silence(), safe)
     options = {"--data-check": data_check, "--selection": selection, "--maps": maps}
     words = [word for option, value in options.items() if value for word in (option, short(value))]
+    words += ["--safe"] if safe else []
     this = command("kd-lrp report", *map(short, paths), *words, "--out", short(out))
     for most in PICTURES:
         text = render({**content, "this": this}, most)

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 from kd_lrp_plugin import contents, page, results, training
 from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.comparison import compare, summarise
+from kd_lrp_plugin.console import parse_seeds
+from kd_lrp_plugin.progress import Silence
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VOID = {"meta", "link", "img", "br"}
@@ -116,7 +118,10 @@ def check(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checks") / "check"
     folder.mkdir()
     summary = {
-        "question": {"root": "/data/mri", "group_by": None},
+        "question": {
+            "root": "/data/mri",
+            **{"group_by": "patient", "manifest": "who.csv", "test_share": 0.3},
+        },
         "verdict": "LEAK: 3 of 533 test images have a twin in Training.\nA second line.",
         "leaks": {
             "Testing": {"images": 533, "against": ["Training"], "twin": 3, "exact": 1, "near": 2}
@@ -256,6 +261,68 @@ class TestWhatIsSaid:
         assert "KD, seed 0" in found.text
         assert "Confusion matrices" in found.text
         assert "0.8100" in found.text
+
+    def test_the_commands_make_again_what_is_shown(self, study, check, tmp_path, monkeypatch):
+        """Options that were not the defaults, seeds one by one, every run with figures of maps."""
+        monkeypatch.chdir(tmp_path)
+        content = json.loads((study / "study.json").read_text())
+        folder = tmp_path / "once"
+        shutil.copytree(study, folder)
+        rows = [{"method": "grad_cam", "layer": "layer2", "samples": 7, "figures": {}}]
+        for seed in (3, 4):
+            run = tmp_path / f"runs/{seed}"
+            run.mkdir(parents=True)
+            (run / "explanations.json").write_text(json.dumps({"rows": rows}))
+        runs = [{**content["runs"][0], "folder": str(tmp_path / f"runs/{n}")} for n in (3, 4)]
+        once = {**content, "seeds": [3], "root": "elsewhere", "runs": runs}
+        (folder / "study.json").write_text(json.dumps(once))
+        (tmp_path / "maps").mkdir()
+        Image.new("RGB", (30, 20)).save(tmp_path / "maps/maps.png")
+        (tmp_path / "maps/maps.json").write_text('{"command": "kd-lrp explain a b --out maps"}')
+        options = {"data_check": check, "maps": "maps"}
+        found = contents.gather([folder], selection=None, show=Silence(), safe=False, **options)
+        steps = {step["name"]: step["commands"] for step in found["steps"]}
+        (line,) = steps["Study"]
+        assert "--seeds 3, --runs elsewhere --set a=1" in line
+        assert parse_seeds(line.partition("--seeds ")[2].split()[0]) == [3]
+        assert steps["Explain"] == [
+            "kd-lrp explain runs/3 runs/4 --method grad_cam --layer layer2 --samples 7",
+            "kd-lrp explain a b --out maps",
+        ]
+        assert steps["Look for leaks"][0].startswith(
+            "kd-lrp check-data /data/mri --group-by patient --manifest who.csv --test-share 0.3"
+        )
+
+    def test_of_a_large_grid_every_configuration_is_shown_before_its_second_place(self, tmp_path):
+        rows = [
+            {
+                "configuration": name,
+                "point": {"n": n},
+                "seed": 0,
+                "folder": str(tmp_path / name / str(n)),
+            }
+            for name in ("CE", "KD", "LRP")
+            for n in range(4)
+        ]
+        teacher = {
+            "configuration": "teacher",
+            "point": {},
+            "seed": 0,
+            "folder": str(tmp_path / "t"),
+        }
+        for row in (*rows, teacher):
+            Path(row["folder"]).mkdir(parents=True)
+            for file in contents.RUN_FILES:
+                Path(row["folder"], file).touch()
+        prepared = [teacher]
+        study = {"name": "a", "prepared": prepared, "runs": rows}
+        other = {"name": "b", "prepared": [], "runs": rows[:1]}
+        found = [name for _, name in contents._first_seeds([study, other])]
+        assert found[:5] == [
+            *("a: teacher, seed 0", "a: CE, n 0, seed 0", "a: KD, n 0, seed 0"),
+            *("a: LRP, n 0, seed 0", "a: CE, n 1, seed 0"),
+        ]
+        assert len(found) == 13
 
     def test_runs_of_different_test_images_are_not_compared(self, runs, kd, tmp_path):
         rows = (kd / "predictions.csv").read_text().splitlines()
