@@ -25,6 +25,7 @@ from kd_lrp_plugin.console import (
 )
 from kd_lrp_plugin.experiment import construct
 from kd_lrp_plugin.processes import joined
+from kd_lrp_plugin.runs import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -124,6 +125,8 @@ def evaluate(
     """
     rows, details = [], []
     with Show() as show, errors_in_words():
+        for run in runs:
+            RunFolder(run).summary()  # all are finished, or none is evaluated
         for run in show.track(runs, "evaluating", len(runs)):
             found = results.evaluate(run, resamples, safe)
             roles = [role for role in ("student", "teacher") if role in found]

@@ -239,4 +239,4 @@ def explain(
     made = ["explanations-images.png"] if images else ["explanations.json", "explanations.png"]
     print(f"\nwritten to each run folder: {', '.join(made)}")
     if out is not None:
-        print(f"written to {out}: maps.png{'' if images else ', explanations.csv'}")
+        print(f"written to {out}: maps.png, maps.json{'' if images else ', explanations.csv'}")

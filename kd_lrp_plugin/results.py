@@ -220,7 +220,6 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         found["student_and_teacher"] = compare_predictions(
             probabilities["student"], probabilities["teacher"], labels
         )
-    run.write("evaluation.json", json.dumps(found, indent=2))
     names = [row["class"] for row in found["student"]["per_class"]]
     matrices = {role: found[role]["confusion_matrix"] for role in probabilities}
     curves = {
@@ -229,6 +228,7 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     confusion, reliability = confusion_figure(matrices, names), reliability_figure(curves)
     run.put("confusion.png", lambda file: confusion.savefig(file, format="png"))
     run.put("reliability.png", lambda file: reliability.savefig(file, format="png"))
+    run.write("evaluation.json", json.dumps(found, indent=2))  # last: with it, all is there
     return found
 
 

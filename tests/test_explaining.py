@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -386,7 +387,7 @@ class TestPictures:
         assert explain(["runs/kd/0"], QUICK, images=["one.png"], out="maps") == []
         made = {path.name for path in (project / "runs/kd/0").glob("explanations*")}
         assert made == {"explanations-images.png"}
-        assert [path.name for path in Path("maps").iterdir()] == ["maps.png"]
+        assert {path.name for path in Path("maps").iterdir()} == {"maps.png", "maps.json"}
         with pytest.raises(FileNotFoundError, match=r"none at two\.png"):
             explain(["runs/kd/0"], QUICK, images=["two.png"])
 
@@ -419,7 +420,10 @@ class TestTheCommand:
         assert result.exit_code == 0, result.output
         assert "inside by chance" in result.output
         assert "| layer2 | layer3 |" in result.output
-        assert {path.name for path in Path("out").iterdir()} == {"maps.png", "explanations.csv"}
+        made = {path.name for path in Path("out").iterdir()}
+        assert made == {"maps.png", "maps.json", "explanations.csv"}
+        again = shlex.split(json.loads(Path("out/maps.json").read_text())["command"])
+        assert CliRunner().invoke(app, again[1:]).output == result.output
 
     def test_says_what_is_wrong_in_a_line(self, project):
         result = CliRunner().invoke(app, ["explain", "runs", "--method", "grad_cam"])
