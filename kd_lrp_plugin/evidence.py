@@ -170,7 +170,9 @@ def report_page(
 
 
 def explain(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that kd-lrp distill has finished.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN|STUDY...", help="Finished runs, or all of a study.")
+    ],
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -218,6 +220,8 @@ def explain(
     kept, so a command that was stopped goes on. Examples:
 
         kd-lrp explain runs/brain_mri/kd/*/0 --out compared --method grad_cam --method lrp_zplus
+
+        kd-lrp explain runs/studies/core --layer blocks.4 --method gradient_activation
 
         kd-lrp explain RUN --model teacher --layer blocks.2 --layer blocks.4 --layer blocks.6
 

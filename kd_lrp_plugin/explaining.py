@@ -43,10 +43,10 @@ from kd_lrp_plugin.subjects import (
     Subject,
     choose,
     fingerprint,
-    names_of,
     of_files,
     open_run,
     representative,
+    runs_of,
     sample_of,
 )
 from kd_lrp_plugin.tables import FAITHFUL, FIGURES, INSIDE, flat, summary
@@ -83,7 +83,7 @@ def explain(
     are of the class that each model predicts.
 
     Args:
-        folders: finished runs; several must have one test set.
+        folders: finished runs, or studies with such; several must have one test set.
         methods: names of :data:`~kd_lrp_plugin.attribution.ATTRIBUTIONS`; without any, all that
             can handle a model.
         layers: names of modules; without any, the deepest before the last reduction, where maps
@@ -110,10 +110,9 @@ def explain(
     """
     show = show or Silence()
     _check(folders, methods, roles, n, samples)
-    names = names_of([Path(folder) for folder in folders])
     runs = [
         open_run(folder, name, methods, layers, roles, device, safe, show)
-        for folder, name in zip(folders, names, strict=True)
+        for folder, name in runs_of([Path(folder) for folder in folders])
     ]
     if len({run.test_print for run in runs}) > 1:
         counts = {run.name: len(run.labels) for run in runs}

@@ -314,12 +314,35 @@ def of_files(
     return shown
 
 
+def runs_of(folders: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Runs and what to call them; for the folder of a study's results, its finished runs.
+
+    Raises:
+        ValueError: if a run is there twice, or a study has no finished run.
+    """
+    found: list[tuple[Path, str]] = []
+    plain = [folder for folder in folders if not (folder / "study.json").is_file()]
+    names = dict(zip(plain, names_of(plain), strict=True)) if plain else {}
+    for folder in folders:
+        if folder in names:
+            found.append((folder, names[folder]))
+            continue
+        content = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        done = [row for row in content["runs"] if row["state"] == "finished"]
+        if not done:
+            fix = "kd-lrp study, given again, goes on."
+            raise ValueError(message(str(folder), "a study with a finished run", "none", fix))
+        for row in done:
+            words = [row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())]
+            found.append((Path(row["folder"]), ", ".join([*words, f"seed {row['seed']}"])))
+    _check_different([path for path, _ in found])
+    return found
+
+
 def names_of(folders: Sequence[Path]) -> list[str]:
     """What tells folders apart: their paths without what all of them share at either end."""
+    _check_different(folders)
     parts = [folder.resolve().parts for folder in folders]
-    if len(set(parts)) < len(parts):
-        got = [str(folder) for folder in folders]
-        raise ValueError(message("explain", "each run once", got, "Leave one out."))
     if len(parts) == 1:
         return [str(folders[0])]
     while len({p[:1] for p in parts}) == 1:
@@ -327,6 +350,12 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     while len({p[-1:] for p in parts}) == 1:
         parts = [p[:-1] for p in parts]
     return ["/".join(p) or "." for p in parts]
+
+
+def _check_different(folders: Sequence[Path]) -> None:
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        got = [str(folder) for folder in folders]
+        raise ValueError(message("explain", "each run once", got, "Leave one out."))
 
 
 def fingerprint(*contents: Any) -> str:

@@ -269,7 +269,7 @@ class TestSeveralRuns:
             subjects.open_run(
                 folder, name, QUICK, (), ("student", "teacher"), "cpu", False, Silence()
             )
-            for folder, name in zip(folders, subjects.names_of(map(Path, folders)), strict=True)
+            for folder, name in zip(folders, subjects.names_of([*map(Path, folders)]), strict=True)
         ]
         shown = subjects.choose(opened[0], 2)
         work = explaining._Work(Silence())
@@ -277,6 +277,26 @@ class TestSeveralRuns:
         titles = [ax.get_title() for ax in figure.get_axes()]
         assert titles[:5] == ["image", "teacher", "kd\n0", "kd\n1", "ce\n0"]
         assert len(figure.get_axes()) == 5 * 2 * len(QUICK) + 1  # and the colour bar
+
+    def test_of_a_study_are_its_finished_runs(self, tmp_path):
+        states = [("CE", "finished"), ("KD", "epoch 3 of 8"), ("KD", "finished")]
+        rows = [
+            {"configuration": name, "point": {"n": 5}, "seed": seed, "state": state}
+            | {"folder": f"runs/{seed}"}
+            for seed, (name, state) in enumerate(states)
+        ]
+        (tmp_path / "study.json").write_text(json.dumps({"runs": rows}))
+        found = subjects.runs_of([tmp_path, Path("runs/one")])
+        assert found == [
+            (Path("runs/0"), "CE, n 5, seed 0"),
+            (Path("runs/2"), "KD, n 5, seed 2"),
+            (Path("runs/one"), "runs/one"),
+        ]
+        with pytest.raises(ValueError, match="each run once"):
+            subjects.runs_of([tmp_path, Path("runs/2")])
+        (tmp_path / "study.json").write_text(json.dumps({"runs": rows[1:2]}))
+        with pytest.raises(ValueError, match="a study with a finished run"):
+            subjects.runs_of([tmp_path])
 
     def test_that_lie_within_each_other_have_names(self):
         found = subjects.names_of([Path("runs/x"), Path("runs/x/0"), Path("runs/x/1")])
