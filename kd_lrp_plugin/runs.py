@@ -133,8 +133,8 @@ class RunFolder:
             return True
         differs = self.changed(about)
         moved = "files" in self._about()  # then their content is compared, wherever they lie
-        lines = (self / "config.yaml").read_text(encoding="utf-8").splitlines()
-        for line in difflib.unified_diff(lines, config.splitlines(), n=0, lineterm=""):
+        noted = (self / "config.yaml").read_text(encoding="utf-8")
+        for line in difflib.unified_diff(noted.splitlines(), config.splitlines(), n=0, lineterm=""):
             if line[:1] in "+-" and line[:3] not in ("+++", "---"):
                 words = re.sub(r"&id\d+ ?", "", line[1:]).strip()  # anchors are the writer's
                 if not (moved and words.startswith(PATHS)):
@@ -142,7 +142,8 @@ class RunFolder:
         if differs:
             got = f"{self.path}, which holds another run: {'; '.join(differs[:6])}"
             raise FileExistsError(message("run folder", "a new one or this run", got, fix))
-        self.write("config.yaml", config)  # with the paths of now
+        if noted != config:
+            self.write("config.yaml", config)  # with the paths of now
         return False
 
     def changed(self, about: Mapping[str, Any]) -> list[str]:
