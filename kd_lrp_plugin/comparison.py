@@ -5,6 +5,7 @@ A row is a mapping with ``configuration``, ``point`` (value by axis of the grid)
 """
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -193,6 +194,7 @@ def _reading(content: Mapping[str, Any]) -> list[str]:
 
 _SHOWN = 4  # measures in one picture
 _LINES = 7  # more of them cannot be told apart
+_TITLE = 32  # letters in a line above a plot
 
 
 def study_figure(content: Mapping[str, Any]) -> Figure:
@@ -218,7 +220,8 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
     axes = figure.subplots(1, len(measures), squeeze=False, sharey=False)[0]
     for measure, ax in zip(measures, axes, strict=True):
         (_draw_lines if lines else _draw_dots)(ax, content, measure)
-        ax.set_title(measure, fontsize=10)
+        words = textwrap.wrap(measure.replace(".", ". "), _TITLE)
+        ax.set_title("\n".join(words).replace(". ", "."), fontsize=10)
         ax.grid(alpha=0.3)
         ax.tick_params(labelsize=8)
     if lines:

@@ -359,6 +359,13 @@ class TestComparing:
         (ax,) = study_figure(self.content(rows, axes={"tau": [1], "alpha": [*range(9)]})).get_axes()
         assert ax.get_yticklabels()[8].get_text() == "KD, tau 1, alpha 8"
 
+    def test_the_path_of_a_measure_is_broken_above_its_plot(self):
+        measure = "student.gradient_activation.blocks.4.agreement"
+        rows = [{**row, "measures": {measure: 0.5}} for row in self.ROWS]
+        content = self.content(rows, measures=[measure], table=summarise(rows, [measure]))
+        title = study_figure(content).get_axes()[0].get_title()
+        assert title == "student.gradient_activation.\nblocks.4.agreement"
+
 
 # --- running, with processes that only pretend ----------------------------------------------------
 
