@@ -333,11 +333,13 @@ def randomisation(
     found = {}
     for name, changed in _forgetting(model, images, points):
         with torch.no_grad():
-            highest, predicted = changed(images).max(1)
+            logits = changed(images)
+        highest, predicted = logits.max(1)
         if method in METHODS:
-            classes = changed(images[:1]).shape[1]
-            signs = functional.one_hot(predicted, classes) * highest.sign()[:, None]
-            again = relevance_maps(changed, images, signs, [layer], method)[0].detach().cpu()
+            signs = functional.one_hot(predicted, logits.shape[1]) * highest.sign()[:, None]
+            parts = zip(images.split(BATCH), signs.split(BATCH), strict=True)
+            maps_of = (relevance_maps(changed, x, sign, [layer], method) for x, sign in parts)
+            again = torch.cat([found[0].detach().cpu() for found in maps_of])
         else:
             again = attribute(changed, images, predicted, method, layer, show)
         check_same_shape("randomisation", "Give this method's maps.", maps=maps, again=again)

@@ -35,7 +35,6 @@ logger = logging.getLogger(__name__)
 CHECKPOINTS = ("last.pt", "previous.pt")
 DRAFT = ".draft"  # ending of a file that is being written
 LOCK = ".lock"
-PATHS = ("src_ckpt:", "weights:", "root:", "manifest:")  # lines of a config
 
 
 class Busy(BlockingIOError):
@@ -132,12 +131,12 @@ class RunFolder:
             self.write("config.yaml", config)
             return True
         differs = self.changed(about)
-        moved = "files" in self._about()  # then their content is compared, wherever they lie
+        moved = "files" in self._about()  # then a teacher's content is compared, wherever it lies
         noted = (self / "config.yaml").read_text(encoding="utf-8")
         for line in difflib.unified_diff(noted.splitlines(), config.splitlines(), n=0, lineterm=""):
             if line[:1] in "+-" and line[:3] not in ("+++", "---"):
                 words = re.sub(r"&id\d+ ?", "", line[1:]).strip()  # anchors are the writer's
-                if not (moved and words.startswith(PATHS)):
+                if not (moved and words.startswith("src_ckpt:")):
                     differs.append(f"{'now' if line[0] == '+' else 'was'} {words!r}")
         if differs:
             got = f"{self.path}, which holds another run: {'; '.join(differs[:6])}"

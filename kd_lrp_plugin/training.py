@@ -91,8 +91,12 @@ def distill(
     with joined(device) as here, ExitStack() as stack:
         show = show if show is not None and here.rank == 0 else Silence()
         folder = RunFolder(out if out is not None else default_run_folder(path, seed))
-        about = {"seed": seed, "processes": here.world, "files": files_of(config.text)}
-        here.first(lambda: stack.enter_context(folder.claimed(config.text, about)) and None)
+
+        def claim() -> None:
+            about = {"seed": seed, "processes": here.world, "files": files_of(config.text)}
+            stack.enter_context(folder.claimed(config.text, about))
+
+        here.first(claim)
         if here.first(lambda: folder.finished):
             show.note(f"{folder.path} is finished already")
             return here.first(folder.summary)

@@ -96,6 +96,16 @@ class TestFolder:
         with run.claimed(self.CONFIG % "/moved/runs/t.pt", self.about("one")):
             assert "/moved/runs/t.pt" in (run / "config.yaml").read_text()
 
+    @pytest.mark.parametrize("key", ["root", "weights", "manifest"])
+    def test_another_path_of_what_may_not_be_known_by_content(self, run, key):
+        config = self.CONFIG % "runs/t.pt"
+        (run / "config.yaml").write_text(f"{config}{key}: one\n")
+        with (
+            pytest.raises(FileExistsError, match=f"was '{key}: one'; now '{key}: two'"),
+            run.claimed(f"{config}{key}: two\n", self.about("one")),
+        ):
+            pass
+
     @pytest.mark.parametrize("now", ["two", "none"])
     def test_another_file_at_the_same_place(self, run, now):
         words = f"src_ckpt 'one', now '{now}'"
