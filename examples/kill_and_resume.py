@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 from kd_lrp_plugin import report
+from kd_lrp_plugin.runs import DRAFT
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
 LRP = CONFIGS / "lrp_cosine/test_resnet_from_resnet10t.yaml"
@@ -90,7 +91,7 @@ def kill(command: list[str], folder: Path, in_checkpoint: bool, after: float) ->
         time.sleep(0.01)
     began = time.time()
     while process.poll() is None:
-        drafts = [file.name for file in folder.glob("*.pt.draft")]
+        drafts = [file.name for file in folder.glob(f"*.pt{DRAFT}")]
         if drafts if in_checkpoint else time.time() - began > after:
             break
         time.sleep(0.0005)
@@ -103,7 +104,7 @@ def kill(command: list[str], folder: Path, in_checkpoint: bool, after: float) ->
         "aimed at": "a checkpoint" if in_checkpoint else "any moment",
         "seconds of training": seconds,
         "epochs finished": len(records(folder)),
-        "half-written": ", ".join(sorted(file.name for file in folder.glob("*.draft"))),
+        "half-written": ", ".join(sorted(file.stem for file in folder.glob(f"*{DRAFT}"))),
     }
 
 

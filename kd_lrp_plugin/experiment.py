@@ -272,6 +272,8 @@ class Experiment:
         """Evaluation mode without gradients; no process waits for another inside."""
         shared = getattr(self.box, self.student_name)
         setattr(self.box, self.student_name, self.student)
+        for buffer in self.student.buffers():
+            self.here.send(buffer)  # of the first process, whose weights are kept
         self.student.eval()
         try:
             with torch.no_grad():
@@ -294,7 +296,6 @@ class Experiment:
     def state(self) -> dict[str, Any]:
         """All that the next epoch needs, as tensors, numbers, text and containers of them."""
         box, models = self.box, self._models()
-        pending = box.stage_grad_count % box.grad_accum_step != 0  # steps may reach across epochs
         scaler = getattr(box, "grad_scaler", None)
         return {
             "stage": self.stage,
@@ -304,7 +305,7 @@ class Experiment:
             "gradients": {
                 name: {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
                 for name, model in models.items()
-                if pending
+                if self._pending
             },
             "optimizer": box.optimizer.state_dict(),
             "scheduler": box.lr_scheduler.state_dict() if box.lr_scheduler else None,
@@ -330,6 +331,11 @@ class Experiment:
             box.grad_scaler.load_state_dict(state["scaler"])
         for name, loss in self._losses().items():
             loss.load_state_dict(state["losses"][name])
+
+    @property
+    def _pending(self) -> bool:
+        """Whether gradients wait for their step, which may reach across epochs."""
+        return self.box.stage_grad_count % self.box.grad_accum_step != 0
 
     def _losses(self) -> dict[str, nn.Module]:
         """The criterion and its terms, which torchdistill keeps in a plain dict."""
@@ -372,6 +378,11 @@ class Experiment:
     def end_epoch(self, metric: float, stop: bool) -> None:
         """Schedulers step; the next stage begins where this one ends, or is stopped."""
         box, before = self.box, self.stage
+        if self._pending:
+            for model in self._models().values():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        self.here.average(parameter.grad)  # as the checkpoint holds one of each
         end = getattr(box, "stage_end_epoch", box.num_epochs)
         if stop:
             box.current_epoch = end - 1
@@ -381,6 +392,8 @@ class Experiment:
         if not hasattr(box, "stage_number"):
             box.current_epoch += 1
         if self.stage != before:
+            for model in self._models().values():
+                model.zero_grad()  # a step that the stage before has not completed
             self._enter_stage()
 
     def _go_to_stage(self, number: int) -> None:

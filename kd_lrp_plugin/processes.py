@@ -43,6 +43,17 @@ class Processes:
         distributed.all_gather_object(items, item)
         return items
 
+    def send(self, tensor: torch.Tensor) -> None:
+        """Give every process the tensor of the first, in place."""
+        if self.world > 1:
+            distributed.broadcast(tensor, 0)
+
+    def average(self, tensor: torch.Tensor) -> None:
+        """Give every process the mean over all, in place."""
+        if self.world > 1:
+            distributed.all_reduce(tensor)
+            tensor /= self.world
+
     def first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in the first process, on every process.
 

@@ -130,7 +130,9 @@ def _model_entries(
     chosen = summary.get("student")
     without = "student_model" if chosen else ""
     content = construct(config.only("dependencies", "models", without=without))
-    entries = content["models"] | ({"student_model": chosen} if chosen else {})
+    entries = dict(content["models"])
+    if chosen:  # nothing else of it: a repo_or_dir, say, would run code
+        entries["student_model"] = {key: chosen[key] for key in ("key", "kwargs")}
     return {
         "teacher" if name == "teacher_model" else "student": entry
         for name, entry in entries.items()
@@ -207,10 +209,11 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     run = RunFolder(folder)
     summary = run.summary()
     labels, probabilities = read_predictions((run / "predictions.csv").read_text(encoding="utf-8"))
+    classes = summary["classes"] or [str(i) for i in range(probabilities["student"].shape[1])]
     found: dict[str, Any] = {}
     entries = _model_entries(run, summary, safe)
     for role, values in probabilities.items():
-        figures = classification_metrics(values, labels, summary["classes"], resamples)
+        figures = classification_metrics(values, labels, classes, resamples)
         channels, height, width = summary["image_shape"]
         figures["cost"] = (
             cost(_untrained(role, entries), height, channels) if height == width else None

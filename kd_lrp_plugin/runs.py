@@ -6,7 +6,8 @@ file                   what it holds
 ``config.yaml``        the config as it runs, overrides applied
 ``environment.json``   seed and processes; per session overrides, versions, commits, device
 ``metrics.jsonl``      one line per epoch
-``last.pt``            all that the next epoch needs; ``previous.pt`` the epoch before
+``last.pt``            all that the next epoch needs, the best weights included;
+                       ``previous.pt`` the epoch before
 ``best.pt``            weights of the best epoch; ``student.safetensors`` the same at the end
 ``predictions.csv``    of the test set
 ``summary.json``       written last: its presence says that the run is finished
@@ -20,6 +21,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +35,7 @@ from kd_lrp_plugin.checks import message
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS = ("last.pt", "previous.pt")
-DRAFT = ".draft"  # ending of a file that is being written
+DRAFT = ".kd_lrp_draft"  # ending of a file that is being written, and of nobody else's
 LOCK = ".lock"
 
 
@@ -271,7 +273,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         if broken is None:
             return torch.load(file, map_location="cpu", weights_only=True)
         got = f"one with a wrong checksum in {broken}"
-    except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, EOFError) as error:
         got = f"{type(error).__name__}: {error}"
     except pickle.UnpicklingError as error:
         got = f"other objects: {str(error).splitlines()[0]}"

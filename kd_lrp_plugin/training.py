@@ -37,11 +37,11 @@ from kd_lrp_plugin.progress import Silence
 from kd_lrp_plugin.provenance import files_of
 from kd_lrp_plugin.report import curves_figure
 from kd_lrp_plugin.results import predictions_csv
-from kd_lrp_plugin.runs import RunFolder, read_checkpoint
+from kd_lrp_plugin.runs import RunFolder
 from kd_lrp_plugin.students import load_weights, timm_arguments
 from kd_lrp_plugin.torchdistill import check_finite
 
-FORMAT = 1  # of the checkpoints: goes up when what they hold changes
+FORMAT = 2  # of the checkpoints: goes up when what they hold changes
 
 
 def default_run_folder(path: str | Path, seed: int) -> Path:
@@ -127,8 +127,7 @@ class Run:
         self.experiment, self.folder, self.seed, self.show = experiment, folder, seed, show
         self.here = experiment.here
         self.records: list[dict[str, float]] = []
-        self.best: tuple[float, float] | None = None  # monitored value and loss, signed
-        self.best_epoch = 0
+        self.best: dict[str, Any] = {}  # content of best.pt
         self.monitor = experiment.monitor
 
     @property
@@ -141,31 +140,10 @@ class Run:
             got = f"format {state.get('format')}"
             raise ValueError(message("checkpoint", f"format {FORMAT}", got, fix))
         self.experiment.restore(state["experiment"])
-        self.records = state["records"]
-        self.best, self.best_epoch = tuple(state["best"]), state["best_epoch"]
+        self.records, self.best = state["records"], state["best"]
         if self.here.rank == 0:
-            self._mend_best()
+            self._save_best()  # may be missing, behind, or ahead of a checkpoint that was damaged
             self._write_records()
-        # What the file of the best weights says of itself counts: it may be ahead of the rest.
-        self.best, self.best_epoch = self.here.first(lambda: (self.best, self.best_epoch))
-
-    def _mend_best(self) -> None:
-        try:
-            record = read_checkpoint(self.folder / "best.pt")
-        except (ValueError, FileNotFoundError) as error:
-            record = {"epoch": 0}
-            if self.best_epoch != self.epoch:
-                if self.experiment.finished:
-                    fix = f"{error} Delete the folder to train again."
-                    got = "a damaged file, or none"
-                    raise ValueError(message("best.pt", "the best weights", got, fix)) from error
-                self.show.note(f"{error} The best of the epochs to come is kept.")
-                self.best = None
-                return
-        if self.best_epoch == self.epoch and record["epoch"] != self.epoch:
-            self._save_best()  # killed between the two files
-        else:
-            self.best, self.best_epoch = tuple(record["quality"]), record["epoch"]
 
     # --- training -----------------------------------------------------------------------------
 
@@ -234,12 +212,18 @@ class Run:
         return value if self.monitor.endswith("accuracy") else -value
 
     def _improves(self, metrics: Mapping[str, float]) -> bool:
-        """Whether this epoch is the best so far; among equal ones the lower loss decides."""
+        """Keep the weights of an epoch that is the best so far; of equal ones the lower loss."""
         one_stage = "stage1" not in self.experiment.train  # losses of stages are no one measure
         quality = self._value(metrics), -metrics.get("val_loss", 0.0) if one_stage else 0.0
-        improved = self.best is None or quality > self.best
+        improved = not self.best or quality > tuple(self.best["quality"])
         if improved:
-            self.best, self.best_epoch = quality, self.epoch + 1
+            state = self.experiment.original.state_dict()
+            self.best = {
+                "model": {k: v.detach().to("cpu", copy=True) for k, v in state.items()},
+                "classes": self.experiment.classes,
+                "epoch": self.epoch + 1,
+                "quality": list(quality),
+            }
         return improved
 
     def _stalls(self) -> bool:
@@ -260,8 +244,7 @@ class Run:
                 "format": FORMAT,
                 "experiment": self.experiment.state(),
                 "records": self.records,
-                "best": list(self.best or (-math.inf, -math.inf)),
-                "best_epoch": self.best_epoch,
+                "best": self.best,
             }
         )
         if improved:
@@ -273,14 +256,7 @@ class Run:
         self.folder.write("metrics.jsonl", lines)
 
     def _save_best(self) -> None:
-        state = self.experiment.original.state_dict()
-        record = {
-            "model": {name: tensor.cpu() for name, tensor in state.items()},
-            "classes": self.experiment.classes,
-            "epoch": self.best_epoch,
-            "quality": list(self.best or ()),
-        }
-        self.folder.put("best.pt", lambda file: torch.save(record, file))
+        self.folder.put("best.pt", lambda file: torch.save(self.best, file))
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -318,8 +294,8 @@ class Run:
         experiment.box.clean_modules()
         summary = {
             **tested,
-            "best_epoch": self.best_epoch,
-            **{k: v for k, v in self.records[self.best_epoch - 1].items() if k[:4] == "val_"},
+            "best_epoch": self.best["epoch"],
+            **{k: v for k, v in self.records[self.best["epoch"] - 1].items() if k[:4] == "val_"},
             "epochs": self.epoch,
             "parameters": count_parameters(experiment.original),
             "seconds": round(sum(record["seconds"] for record in self.records), 1),

@@ -1,6 +1,7 @@
 """Finished runs: weights that timm loads alone, predictions, the full evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,20 @@ class TestWeights:
         head = ["+models.model.kwargs.head=mlp"]
         summary = training.distill(BASELINE, [*SMALL, *head], tmp_path / "run", device="cpu")
         assert summary["timm"] is None
+
+
+def test_a_choice_in_a_summary_runs_no_code(run, tmp_path):
+    """A run folder of somebody else, with --safe."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "hub").mkdir()
+    code = f"def net(): open({str(tmp_path / 'broken in')!r}, 'w')"
+    (tmp_path / "hub/hubconf.py").write_text(code)
+    summary = json.loads((folder / "summary.json").read_text())
+    hub = {"repo_or_dir": str(tmp_path / "hub"), "key": "net", "kwargs": {"source": "local"}}
+    (folder / "summary.json").write_text(json.dumps(summary | {"student": hub}))
+    with pytest.raises(ValueError, match=r"models\.student\.key: .* got 'net'"):
+        results.load_run(folder, safe=True)
+    assert not (tmp_path / "broken in").exists()
 
 
 class TestPredict:
@@ -117,6 +132,20 @@ class TestEvaluate:
         header, first, *_ = (tmp_path / "run/predictions.csv").read_text().splitlines()
         assert header == "image,label," + ",".join(f"student: {name}" for name in names)
         assert first.startswith("benign/0.png,benign,")
+
+    def test_outputs_go_by_number_where_the_data_names_no_classes(self, tmp_path):
+        overrides = [*SMALL, "models.model.kwargs.num_classes=3"]
+        for split, size in {"train": 16, "val": 9, "test": 8}.items():
+            kwargs = f"size: {size}, image_size: [3, 48, 48], num_classes: 3"
+            overrides.append(
+                f"datasets.phantom/{split}=!import_call {{key: torchvision.datasets.FakeData, "
+                f"init: {{kwargs: {{{kwargs}, transform: !import_call {{key: "
+                "torchvision.transforms.ToTensor, init: {}}}}}"
+            )
+        overrides = [s for s in overrides if "init.kwargs.size" not in s]
+        training.distill(BASELINE, overrides, tmp_path / "run", device="cpu")
+        found = results.evaluate(tmp_path / "run", 200)["student"]
+        assert [row["class"] for row in found["per_class"]] == ["0", "1", "2"]
 
     def test_the_command_prints_a_row_per_model(self, run):
         result = CliRunner().invoke(app, ["evaluate", str(run), "--resamples", "100"])

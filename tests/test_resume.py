@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ class TestStops:
         with pytest.raises(Stopped):
             distill(out, StopsAt("epoch 3"))
         if kept == "last.pt gone":
-            (out / "last.pt").replace(out / "last.pt.draft")
+            (out / "last.pt").replace(out / f"last.pt{runs.DRAFT}")
         else:
             name = kept.split()[0]
             (out / name).write_bytes(old[name])
@@ -145,6 +146,42 @@ class TestDamage:
         assert "the checkpoint before it is used" in caplog.text
         assert (out / "last.pt.damaged").is_file()
         assert same(outcome(out), uninterrupted)
+
+    @pytest.mark.parametrize("moment", ["epoch 3", "test"])
+    def test_best_weights_that_are_damaged_or_gone_are_made_again(
+        self, moment, tmp_path, monkeypatch
+    ):
+        """Those of the first epoch, so that no later one can stand in for them."""
+        evaluate, values = training.Run._evaluate, [0.9, 0.1, 0.2]
+
+        def scripted(self, loader, prefix, what, keep=False):
+            found, predictions = evaluate(self, loader, prefix, what, keep)
+            if prefix == "val":
+                found["val_accuracy"] = values[self.epoch]
+            return found, predictions
+
+        monkeypatch.setattr(training.Run, "_evaluate", scripted)
+        distill(tmp_path / "whole")
+        with pytest.raises(Stopped):
+            distill(tmp_path / "parts", StopsAt(moment))
+        if moment == "test":
+            (tmp_path / "parts/best.pt").unlink()
+        else:
+            (tmp_path / "parts/best.pt").write_bytes(b"")
+        distill(tmp_path / "parts")
+        assert outcome(tmp_path / "parts")["summary"]["best_epoch"] == 1
+        assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+
+    @pytest.mark.parametrize("error", [zlib.error("incorrect data check"), OSError(22, "Invalid")])
+    def test_a_checkpoint_that_cannot_be_read_is_a_damaged_one(self, error, tmp_path, monkeypatch):
+        torch.save({}, tmp_path / "last.pt")
+
+        def broken(*_):
+            raise error
+
+        monkeypatch.setattr("zipfile.ZipFile.testzip", broken)
+        with pytest.raises(ValueError, match="a whole checkpoint of plain tensors"):
+            runs.read_checkpoint(tmp_path / "last.pt")
 
     def test_without_a_whole_checkpoint_nothing_is_trained_on(self, out):
         with pytest.raises(Stopped):
@@ -234,16 +271,21 @@ VARIANTS = {
     "bfloat16": (LRP, [*NO_TEACHER, "+train.precision=bfloat16"]),
     "float16": (BASELINE, ["+train.precision=float16"]),
     "stages": (KD, [*NO_TEACHER, STAGES]),
+    "a stage that keeps an optimizer whose step is not complete": (
+        KD,
+        [*NO_TEACHER, *(STAGES.replace("momentum: 0.9}}", "momentum: 0.9}, grad_accum_step: 3}", 1)
+         .replace(" optimizer: {key: AdamW, kwargs: {lr: 0.001}},", "").splitlines())],
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_whatever_is_trained_goes_on_as_if_nothing_had_been(variant, tmp_path):
     config, changes = VARIANTS[variant]
-    small = SMALL if variant == "stages" else THREE_EPOCHS
-    overrides = [s for s in small if variant != "stages" or "num_epochs" not in s] + changes
-    if variant == "stages":
-        overrides = [s for s in overrides if s.split("=")[0] not in ("batch_size", "num_workers")]
+    overrides = [*THREE_EPOCHS, *changes]
+    if any(change.startswith("train={") for change in changes):  # what it had is gone
+        gone = ("batch_size", "num_workers", "train.num_epochs")
+        overrides = [s for s in overrides if s.split("=")[0] not in gone]
     distill(tmp_path / "whole", None, config, overrides)
     for moment in ("epoch 2", "epoch 3"):
         with pytest.raises(Stopped):
@@ -263,16 +305,7 @@ class TestRefusals:
             distill(out, StopsAt("epoch 2"))
         state = torch.load(out / "last.pt", weights_only=True)
         torch.save(state | {"format": 0}, out / "last.pt")
-        with pytest.raises(ValueError, match=r"expected format 1, got format 0\. Finish the run"):
-            distill(out)
-
-    def test_best_weights_that_are_gone_when_no_epoch_is_left(self, out):
-        with pytest.raises(Stopped):
-            distill(out, StopsAt("test"))
-        state = torch.load(out / "last.pt", weights_only=True)
-        torch.save(state | {"best_epoch": 1}, out / "last.pt")  # not those of the last checkpoint
-        (out / "best.pt").unlink()
-        with pytest.raises(ValueError, match="Delete the folder to train again"):
+        with pytest.raises(ValueError, match=r"expected format 2, got format 0\. Finish the run"):
             distill(out)
 
 
@@ -301,6 +334,13 @@ class TestFolder:
         with pytest.raises(FileExistsError, match=r"thesis\.tex"):
             distill(out, config=BASELINE, overrides=SMALL)
         assert (out / "thesis.tex").read_text() == "years of work"
+
+    def test_a_draft_of_somebody_else_is_kept(self, out):
+        out.mkdir()
+        (out / "novel.draft").write_text("years of work")
+        with pytest.raises(FileExistsError, match=r"novel\.draft"):
+            distill(out, config=BASELINE, overrides=SMALL)
+        assert (out / "novel.draft").read_text() == "years of work"
 
     def test_two_processes_do_not_share_a_folder(self, out):
         with (
