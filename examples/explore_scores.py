@@ -1,9 +1,9 @@
 """Scores that were tried, and whether any of them beats counting parameters.
 
 Registers further scores beside the package's, which train a copy of the student for a few steps or
-look at its gradients, combines each score with the parameters, and judges all of them as
-examples/validate_selection.py does (its options hold here). Weights of combinations are chosen on
-one ground truth and reported on another:
+look at its gradients, combines scores with the parameters, and judges all of them as
+examples/validate_selection.py does (its options hold here). OUT/weights.json gets the weights of
+combinations that are best here; a fair judgement takes those that another ground truth chose:
 
     python examples/explore_scores.py --ground-truth cifar.csv --images data/mri \\
         --train-teacher 10 --out explored/cifar
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from validate_selection import Judge, arguments, score_networks, write
 
@@ -36,16 +37,19 @@ def main() -> None:
     parser.set_defaults(scores=[*TRIED, *BESIDE])
     args = parser.parse_args()
     judge = score_networks(args, all_kinds=not args.images)
+    best = tuned(judge)
+    (args.out / "weights.json").write_text(json.dumps(best, indent=2), encoding="utf-8")
+    chosen = {"chosen here": best}
     if args.tuned:
-        weights = json.loads(args.tuned.read_text(encoding="utf-8"))
-    else:
-        weights = tuned(judge)
-        (args.out / "weights.json").write_text(json.dumps(weights, indent=2), encoding="utf-8")
-    for (score, images, teacher), values in list(judge.scores.items()):
-        weight = weights.get(" ".join(filter(None, (score, teacher))))
-        if weight is not None and np.isfinite(values).all():
-            name = f"parameters + {weight} {score}"
-            judge.scores[name, images, teacher] = combined(judge, values, weight)
+        chosen["chosen elsewhere"] = json.loads(args.tuned.read_text(encoding="utf-8"))
+    scores = list(judge.scores.items())
+    for words, weights in chosen.items():
+        for (score, images, teacher), values in scores:
+            weight = weights.get(" ".join(filter(None, (score, teacher))))
+            if weight is not None and np.isfinite(values).all():
+                name = f"parameters + {weight} {score}, {words}"
+                judge.scores[name, images, teacher] = combined(judge, values, weight)
+    judge.scores |= aggregated(judge)
     write(args.out, judge, args.resamples)
 
 
@@ -120,6 +124,14 @@ TRIED = {
 }
 for _name, _function in TRIED.items():
     SCORES.register(Score(_function, "tried in examples/explore_scores.py"), _name)
+AGGREGATED = (
+    ("parameters", "macs"),
+    ("parameters", "synflow"),
+    ("parameters", "macs", "synflow"),
+    ("parameters", "relation_l2"),
+    ("parameters", "macs", "relation_l2"),
+    ("parameters", "macs", "lrp_cosine"),
+)
 BESIDE = (
     *("parameters", "macs", "synflow", "bn_log_variance"),
     *("diswot", "lrp_cosine", "relation_l2", "reference_relation"),
@@ -139,11 +151,23 @@ def combined(judge: Judge, values: np.ndarray, weight: float) -> np.ndarray:
     return standard(sizes) + weight * standard(values)
 
 
+def aggregated(judge: Judge) -> dict[tuple[str, str, str], np.ndarray]:
+    """Mean ranks of several scores: nothing to tune."""
+    by_name = {score: (images, seen, v) for (score, images, seen), v in judge.scores.items()}
+    found = {}
+    for names in AGGREGATED:
+        if all(name in by_name and np.isfinite(by_name[name][2]).all() for name in names):
+            parts = [rankdata(by_name[name][2], axis=0) for name in names]
+            images, teacher, _ = by_name[names[-1]]
+            found[f"mean rank of {', '.join(names)}", images, teacher] = np.mean(parts, 0)
+    return found
+
+
 def tuned(judge: Judge) -> dict[str, float]:
     """By score and teacher, the weight with the best Kendall correlation."""
     found = {}
     for (score, _, teacher), values in judge.scores.items():
-        if score != "parameters" and np.isfinite(values).all():
+        if score in SCORES and score != "parameters" and np.isfinite(values).all():
 
             def quality(weight: float, values: np.ndarray = values) -> float:
                 columns = combined(judge, values, weight).T

@@ -46,9 +46,9 @@ def main() -> None:
     if not teacher.exists():
         distill(TEACHER, changes + small, teacher)
     config = args.out / "student.yaml"
-    config.write_text(resolve_config(STUDENT, small), encoding="utf-8")
+    config.write_text(resolve_config(STUDENT, small).text, encoding="utf-8")
     command = [sys.executable, args.script.resolve(), "--config", config.name, "--device", "cpu"]
-    print(" ".join(map(str, command)))
+    print(f"wrote {config}", " ".join(map(str, command)), sep="\n", flush=True)
     subprocess.run([*command, "--seed", "0"], cwd=args.out, check=True)
 
 

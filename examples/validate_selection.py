@@ -6,8 +6,11 @@ is computed for several initialisations, on noise and, where there are class fol
 for a teacher with random weights and, if there is one, for a trained one.
 
 OUT/selection_quality.csv gets Spearman's and Kendall's correlation with the accuracy, concordance
-among pairs of equal size, and the regret under six parameter budgets, each with its spread over the
-seeds; OUT/selection_quality.png shows the second and third against parameters alone.
+among pairs of equal size (and the number of these), and the regret under six parameter budgets,
+each with its spread over the seeds. Where networks were trained with several seeds, each seed is
+left out in turn, and the mean accuracy of the others is what is to be ranked; a row says how well
+the accuracies of the one left out do it, which know more than any score.
+OUT/selection_quality.png shows correlation and concordance against parameters alone.
 OUT/differences.csv has each score's difference to parameters, with 95 % intervals from a paired
 bootstrap over the networks. What is scored is kept in OUT, so a stopped call goes on.
 
@@ -20,7 +23,7 @@ import argparse
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +43,7 @@ from kd_lrp_plugin.selection import Batch, Candidate, Teacher, measure
 from kd_lrp_plugin.spaces import mobilenetv2
 from kd_lrp_plugin.students import build_model, load_weights
 
-FIGURES = ("spearman", "kendall", "iso_concordance", "regret")
+FIGURES = ("spearman", "kendall", "iso_concordance", "pairs", "regret")
 
 
 class Block(nn.Module):
@@ -107,6 +110,15 @@ class Judge:
     def truth(self) -> np.ndarray:
         return self.accuracies.mean(1)
 
+    @property
+    def targets(self) -> np.ndarray:
+        """What scores are asked to rank, (networks, targets): means without one seed in turn."""
+        seeds = self.accuracies.shape[1]
+        if seeds == 1:
+            return self.accuracies
+        without = [np.delete(self.accuracies, seed, axis=1).mean(1) for seed in range(seeds)]
+        return np.stack(without, 1)
+
 
 def main() -> None:
     args = arguments(__doc__).parse_args()
@@ -124,6 +136,9 @@ def arguments(words: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--train-teacher", type=int, metavar="EPOCHS", help="make one, on the images"
     )
+    parser.add_argument(
+        "--layers", nargs="+", help="of maps and features (default: the last map before pooling)"
+    )
     parser.add_argument("--scores", nargs="+", default=list(SCORES), choices=list(SCORES))
     parser.add_argument("--seeds", type=int, default=3, help="initialisations (default: 3)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -139,21 +154,23 @@ def score_networks(args: argparse.Namespace, all_kinds: bool = True) -> Judge:
     with args.ground_truth.open(encoding="utf-8") as file:
         truth = list(csv.DictReader(file))
     read = read_cifar if "kd_acc" in truth[0] else read_space
+    layers = tuple(args.layers) if args.layers else None
     judge = None
     for images in [*(["noise"] if all_kinds else []), *(["images"] if args.images else [])]:
         folder = args.images if images == "images" else None
         classes = len(list((folder / "Training").iterdir())) if folder else None
         candidates, accuracies, build_teacher, size, classes = read(truth, classes)
+        candidates = [replace(candidate, layers=layers) for candidate in candidates]
         sizes = [count_parameters(candidate.build()) for candidate in candidates]
-        judge = judge or Judge(accuracies, early(truth), sizes, {})
-        teachers = {"random": Teacher(build_teacher, trained=False)}
+        judge = judge or Judge(accuracies, early(truth), sizes, trained_alone(truth))
+        teachers = {"random": Teacher(build_teacher, trained=False, layers=layers)}
         weights = args.teacher
         if folder and args.train_teacher:
             weights = args.out / "teacher.pt"
             train_teacher(build_teacher, folder, size, args.train_teacher, weights)
         if folder and weights:
             trained = partial(with_weights, build_teacher, weights)
-            teachers["trained"] = Teacher(trained, trained=True)
+            teachers["trained"] = Teacher(trained, trained=True, layers=layers)
         batch = make_batch(folder, args.batch_size, size, classes)
         if "trained" in teachers and not all_kinds:
             del teachers["random"]
@@ -183,7 +200,12 @@ def write(out: Path, judge: Judge, resamples: int) -> None:
             rows.append(named | spread([dict.fromkeys(FIGURES, float("nan"))]))
             continue
         sides = judge.truth[usable], -sizes[usable]
-        rows.append(named | spread([ranking_quality(c, *sides) for c in values[usable].T]))
+        qualities = [
+            ranking_quality(column, target, sides[1])
+            for column in values[usable].T
+            for target in judge.targets[usable].T
+        ]
+        rows.append(named | spread(qualities))
         mean = values[usable].mean(1)
         found = compare_quality(mean, sizes[usable], *sides, resamples)
         for figure in ("kendall", "iso_concordance"):
@@ -244,6 +266,14 @@ def early(truth: list[dict]) -> dict[int, np.ndarray]:
         by_student.setdefault(row["student"], []).append(json.loads(row["val_accuracies"]))
     curves = np.array(list(by_student.values()))
     return {epochs: curves[..., epochs - 1] for epochs in (1, 2, 5)}
+
+
+def trained_alone(truth: list[dict]) -> dict[tuple[str, str, str], np.ndarray]:
+    """What no score can be asked to know: the accuracy without a teacher, where it is published."""
+    if "plain_acc" not in truth[0]:
+        return {}
+    accuracies = np.array([[-float(row["plain_acc"])] for row in truth])
+    return {("accuracy of the student trained alone", "", ""): accuracies}
 
 
 def train_teacher(
@@ -314,9 +344,8 @@ def ceilings(judge: Judge) -> list[dict]:
     rows = []
     for name, values in known.items():
         qualities = []
-        for seed in range(judge.accuracies.shape[1]):
-            rest = np.delete(judge.accuracies, seed, axis=1).mean(1)
-            qualities.append(ranking_quality(-values[:, seed], rest, judge.parameters))
+        for seed, target in enumerate(judge.targets.T):
+            qualities.append(ranking_quality(-values[:, seed], target, judge.parameters))
         row = {"score": f"another seed's {name}", "images": "", "teacher": ""}
         rows.append(row | spread(qualities))
     return rows

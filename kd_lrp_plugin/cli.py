@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kd_lrp_plugin import checking, evidence, hook, report, results, selection, training
+from kd_lrp_plugin import checking, evidence, hook, ranking, report, results, training
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.console import (
@@ -67,7 +67,7 @@ def distill(
         torchrun --nproc_per_node=2 -m kd_lrp_plugin.cli distill my.yaml
     """
     folder = out or training.default_run_folder(config, seed)
-    last = f"What the finished epochs made is in {folder}; the same command goes on from there."
+    last = f"Finished epochs are kept in {folder}; the same command goes on after the last of them."
     with Show() as show, errors_in_words(last):
         summary = training.distill(config, overrides or [], folder, seed, device, show, safe)
     console.print(
@@ -95,7 +95,7 @@ def check(
         read = resolve_config(config, overrides or [])
         problems, remarks = unsafe_tags(read) if safe else [], []
         if not problems:
-            with joined(device) as here:
+            with joined(device) as here, hook.looking_only():
                 findings = checking.check(read, here, show)
             problems, remarks = findings.problems, findings.remarks
     for remark in remarks:
@@ -170,7 +170,7 @@ def select(
         typer.Option(
             metavar="QUANTITY=VALUE",
             help="Such as params=2.5M, macs=300M or latency=20ms; repeatable. "
-            "Instead of the config's, for a look: nothing is written then.",
+            "Instead of the config's, for a look: the choice on record stays.",
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Processes to share the work.", min=1)] = 1,
@@ -179,29 +179,33 @@ def select(
 
     Prints a table, and writes it beside the record of the choice, with a figure. What is scored
     stays scored: the command goes on after a kill. With `search: N` in the config, it searches a
-    space instead of ranking all of it. `distill` then trains the choice. Example:
+    space instead of ranking all of it. With --budget, record, table and figure are those of a
+    look, RECORD.look.json, .md and .png. `distill` then trains the choice. Example:
 
         kd-lrp select torchdistill_configs/phantom/diswot/chosen_from_resnet10t.yaml --jobs 2
     """
     with Show() as show, errors_in_words():
         question = _question_of(resolve_config(config, overrides or []))
-        asked = question if budget is None else replace(question, budget=budget)
-        records = hook.select(asked, jobs, show, latency=True)
-        file, words = question.file, selection.verdict(records)
-        table = report.table(_in_units(records), digits=3)
-        if budget is None:
-            if not file.exists():
-                hook.keep(question, records)
-            file.with_suffix(".md").write_text(f"{table}\n\n{words}\n", encoding="utf-8")
-            figure = report.selection_figure(records, f"{question.score}: lower is better")
-            figure.savefig(file.with_suffix(".png"))
-    print(table)
-    print(f"\n{words}")
-    print(f"\nbest by {question.score}: {records[0]['candidate']}")
+        file = question.file
+        if budget is not None:
+            question, file = replace(question, budget=budget), file.with_suffix(".look.json")
+        elif file.exists():
+            hook.recorded(question)  # that of another question is refused
+        records = hook.select(question, jobs, show, latency=True)
+        if budget is not None or not file.exists():
+            hook.keep(question, records, file)
+        text = "\n".join([report.table(_in_units(records)), *_failures(records)])
+        text += f"\n\n{ranking.verdict(records)}\n"
+        file.with_suffix(".md").write_text(text, encoding="utf-8")
+        figure = report.selection_figure(records, f"{question.score}: lower is better")
+        figure.savefig(file.with_suffix(".png"))
+    print(f"{text}\nbest by {question.score}: {records[0]['candidate']}")
     if budget is None:
         chosen = json.loads(file.read_text(encoding="utf-8"))["candidate"]
         print(f"recorded in {file}: {chosen}; delete it to choose anew")
-        print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
+    else:
+        print(f"a look, in {file}: the choice of the config's own budget is left as it is")
+    print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
 
 
 def _question_of(config: Config) -> hook.Question:
@@ -211,23 +215,28 @@ def _question_of(config: Config) -> hook.Question:
         where = f"{config.path}: models.student_model.key"
         fix = "See torchdistill_configs/phantom/diswot."
         raise ValueError(message(where, "'diswot_student'", repr(entry.get("key")), fix))
-    return hook.ask(**entry["kwargs"])
-
-
-SHOWN = 40  # rows of a ranking
+    return hook.ask(**(entry.get("kwargs") or {}))
 
 
 def _in_units(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     hidden = ("latency", "problem", "front", "entry")
-    for record in records[:SHOWN]:
+    for record in records[: hook.LISTED]:
         row = {k: v for k, v in record.items() if k not in hidden}
-        row |= {"parameters": int(record["parameters"]), "macs": int(record["macs"])}
+        for count in ("parameters", "macs"):
+            row[count] = None if record[count] is None else int(record[count])
         if "latency" in record:
-            row["ms"] = 1e3 * record["latency"]
+            row["ms"] = None if record["latency"] is None else 1e3 * record["latency"]
         row["front"] = "*" if record["front"] else ""
         rows.append(row)
     return rows
+
+
+def _failures(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why some have no score, as a list below the table."""
+    failed = [record for record in records if record["score"] is None]
+    lines = [f"- {r['candidate']}: {' '.join(str(r['problem']).split())}" for r in failed]
+    return ["", "Left out, for want of a score:", "", *lines] if lines else []
 
 
 @app.command()

@@ -3,104 +3,41 @@
 import importlib
 import json
 import logging
-import os
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 
-from kd_lrp_plugin.checks import check_known, message, strict
+from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.processes import launched
 from kd_lrp_plugin.progress import Silence, listening
-from kd_lrp_plugin.scores import SCORES
-from kd_lrp_plugin.selection import (
-    Batch,
-    Candidate,
-    Teacher,
-    costs_of,
-    measure,
-    parse_budget,
-    ranking,
-    within,
+from kd_lrp_plugin.question import (
+    WHERE,
+    Entry,
+    Question,
+    ask,
+    batches_of,
+    entries_of,
+    entry_of,
 )
-from kd_lrp_plugin.spaces import SPACES, MobileNetV2, Space
+from kd_lrp_plugin.ranking import costs_of, parse_budget, ranking, within
+from kd_lrp_plugin.selection import Batch, Candidate, Teacher, measure
+from kd_lrp_plugin.spaces import MobileNetV2, Space
 from kd_lrp_plugin.students import load_weights
 
 logger = logging.getLogger(__name__)
 
-Entry = dict[str, Any]  # {"key": ..., "kwargs": ...}, as under ``models``
+Costs = dict[str, dict[str, Any]]
 
-
-@dataclass(frozen=True)
-class Question:
-    """What a selection is asked.
-
-    Args:
-        num_classes: outputs.
-        record: file for the choice, such as one beside the checkpoint.
-        data: a data set, by alias; its images are scored, in random batches.
-        teacher: an entry of ``models``, by alias; with ``src_ckpt`` it counts as trained.
-        candidates: the name of a space, the choices of one ({width: [0.5, 1.0], ...}), or a list
-            of timm's names and of entries {key: ..., kwargs: ...} of registered models.
-        score: of :data:`kd_lrp_plugin.scores.SCORES`.
-        budget: such as ["params=2.5M", "macs=300M", "latency=20ms"].
-        batch_size: images in a batch.
-        batches: how many batches.
-        seeds: of the initialisations.
-        layers: of the students, for maps and features; None for the last map before pooling.
-        teacher_layers: the same of the teacher.
-        exclude_failures: leave out candidates whose score fails, instead of refusing.
-        search: look at so many students of a space by :func:`kd_lrp_plugin.search.search`, instead
-            of scoring all of them.
-    """
-
-    num_classes: int
-    record: str
-    data: Any
-    teacher: Mapping[str, Any]
-    candidates: Any = "thesis"
-    score: str = "diswot"
-    budget: Sequence[str] = ()
-    batch_size: int = 32
-    batches: int = 1
-    seeds: Sequence[int] = (0,)
-    layers: Sequence[str] | None = None
-    teacher_layers: Sequence[str] | None = None
-    exclude_failures: bool = False
-    search: int = 0
-
-    @property
-    def file(self) -> Path:
-        """Of the record."""
-        return Path(os.path.expandvars(self.record)).expanduser()
-
-    def words(self) -> dict[str, Any]:
-        """What a record must agree on, as JSON."""
-        teacher = {k: self.teacher.get(k) for k in ("key", "kwargs", "src_ckpt")}
-        space = space_of(self)
-        told = {
-            "candidates": space.axes() if space else entries_of(self),
-            "search": self.search,
-            "teacher": teacher,
-            "score": self.score,
-            "budget": list(self.budget),
-            "batch_size": self.batch_size,
-            "batches": self.batches,
-            "seeds": list(self.seeds),
-            "layers": [self.layers, self.teacher_layers],
-        }
-        return json.loads(json.dumps(told, default=str))
-
-
-ask = strict("diswot_student")(Question)
+LISTED = 40  # of a long ranking: what a table shows, and whose latency is measured
+_LOOKING: ContextVar[bool] = ContextVar("looking", default=False)
 
 
 def diswot_student(**asked: Any) -> nn.Module:
@@ -118,7 +55,7 @@ def diswot_student(**asked: Any) -> nn.Module:
 
     Raises:
         ValueError: for an argument that :class:`Question` lacks, a record of another question, a
-            budget that no candidate keeps, or a candidate whose score fails.
+            budget that no candidate keeps, or a candidate that cannot be built, run or scored.
 
     Example:
         .. code-block:: yaml
@@ -131,6 +68,19 @@ def diswot_student(**asked: Any) -> nn.Module:
                   data: *train_images, budget: [params=1M], record: runs/choice.json}
     """
     question = ask(**asked)
+    if _LOOKING.get() and not question.file.exists():
+        entry = _stand_in(question)
+    else:
+        entry = _chosen(question)
+    model = builder(entry)()
+    model.__dict__["chosen"] = entry  # the driver writes it into its summary
+    return model
+
+
+register_model(diswot_student, key="diswot_student")
+
+
+def _chosen(question: Question) -> Entry:
     rank, _ = launched()
     while rank > 0 and not question.file.exists():  # torchrun ends this process if the first fails
         time.sleep(0.2)
@@ -138,16 +88,40 @@ def diswot_student(**asked: Any) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # a run is the same with the record and without
             found = select(question, show=listening())
         keep(question, found)
+        for record in found:
+            if record["score"] is None:
+                logger.warning("left out: %s: %s", record["candidate"], record["problem"])
         logger.warning(
             "%s chose %s; recorded in %s", question.score, found[0]["candidate"], question.file
         )
-    entry = recorded(question)
-    model = builder(entry)()
-    model.__dict__["chosen"] = entry  # the driver writes it into its summary
-    return model
+    return recorded(question)
 
 
-register_model(diswot_student, key="diswot_student")
+# --- looking ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def looking_only() -> Iterator[None]:
+    """Inside, :func:`diswot_student` makes no choice and writes nothing.
+
+    Where none is recorded, the first candidate that keeps the budget stands for the student, after
+    everything that the question names was built.
+    """
+    token = _LOOKING.set(True)
+    try:
+        yield
+    finally:
+        _LOOKING.reset(token)
+
+
+def _stand_in(question: Question) -> Entry:
+    with torch.random.fork_rng(devices=[]):
+        batches = batches_of(question)
+        teacher_of(question).build()
+        if question.search and question.space:
+            return entry_of(next(iter(question.space)), question.num_classes)
+        candidates, _, _ = _affordable(question, batches)
+    return entries_of(question)[candidates[0].name]
 
 
 # --- selecting ----------------------------------------------------------------------------------
@@ -160,68 +134,117 @@ def select(
 
     Scores are kept beside the record, in ``<record>.scores.jsonl``, and used again.
 
+    Args:
+        question: what is asked.
+        jobs: processes to share the work.
+        show: told how far it is.
+        latency: measure it even if the budget does not name it; of a search, that of the first
+            :data:`LISTED`.
+
+    Returns:
+        See :func:`kd_lrp_plugin.ranking.ranking`; a candidate that cannot be built or run has no
+        costs. Each record has the candidate's "entry" of ``models``.
+
     Raises:
         ValueError: see :func:`diswot_student`.
     """
-    check_known("diswot_student: score", question.score, SCORES)
-    budget = parse_budget(question.budget)
     batches = batches_of(question)
     question.file.parent.mkdir(parents=True, exist_ok=True)
-    if question.search:
-        return _searched(question, batches, budget, show)
-    candidates = candidates_of(question)
-    size, channels = batches[0][0].shape[-1], batches[0][0].shape[1]
-    costs = costs_of(candidates, size, channels, latency or "latency" in budget, show)
-    kept = within(budget, costs)
-    if show and len(kept) < len(candidates):
-        show.note(f"{len(candidates) - len(kept)} of {len(candidates)} students are over budget")
-    candidates = [candidate for candidate in candidates if candidate.name in kept]
-    scores = question.file.with_suffix(".scores.jsonl")
+    if question.search and question.space:
+        return _searched(question, question.space, batches, jobs, show, latency)
+    candidates, costs, problems = _affordable(question, batches, latency, show)
     rows = measure(
         *(candidates, teacher_of(question), batches, [question.score], question.seeds),
-        *(scores, jobs, show),
+        *(question.file.with_suffix(".scores.jsonl"), jobs, show),
     )
-    records = ranking(rows, costs, question.score)
-    failed = [record for record in records if record["score"] is None]
-    if failed and (len(failed) == len(records) or not question.exclude_failures):
-        shown = "; ".join(f"{r['candidate']}: {r['problem']}" for r in failed[:3])
-        fix = "Choose another score or other layers, or set exclude_failures: True."
-        got = f"{len(failed)} without, such as {shown}"
-        raise ValueError(message("diswot_student", f"a {question.score} of each", got, fix))
+    records = _ranked(question, rows, costs, problems)
     entries = entries_of(question)
     return [{**record, "entry": entries[record["candidate"]]} for record in records]
 
 
-def _searched(
-    question: Question, batches: list[Batch], budget: dict[str, float], show: Silence | None
+def _affordable(
+    question: Question, batches: list[Batch], latency: bool = False, show: Silence | None = None
+) -> tuple[list[Candidate], Costs, dict[str, str]]:
+    """The candidates that keep the budget, what all cost, and why some cannot be built or run."""
+    budget, candidates = parse_budget(question.budget), candidates_of(question)
+    latency = latency or "latency" in budget
+    costs, problems = costs_of(candidates, *_shape(batches), latency, show)
+    _refuse(question, problems, len(candidates))
+    kept = within(budget, costs)
+    if show and len(kept) < len(costs):
+        show.note(f"{len(costs) - len(kept)} of {len(candidates)} students are over budget")
+    return [candidate for candidate in candidates if candidate.name in kept], costs, problems
+
+
+def _refuse(question: Question, problems: Mapping[str, str], among: int) -> None:
+    if problems and (len(problems) == among or not question.exclude_failures):
+        shown = "; ".join(f"{name}: {why}" for name, why in list(problems.items())[:3])
+        fix = "Choose another score or other layers, or set exclude_failures: True."
+        got = f"{len(problems)} without, such as {shown}"
+        raise ValueError(message(WHERE, f"a {question.score} of each", got, fix))
+
+
+def _ranked(
+    question: Question,
+    rows: Sequence[Mapping[str, Any]],
+    costs: Costs,
+    problems: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    space = space_of(question)
-    if space is None:
-        got, fix = "a list", "Name a space, or the choices of one."
-        raise ValueError(message("diswot_student: search", "a space of candidates", got, fix))
+    """The ranking, with those at its end that have no costs."""
+    if not rows:
+        _refuse(question, problems, len(problems))
+    records = ranking(rows, costs, question.score)
+    failed = {r["candidate"]: r["problem"] for r in records if r["score"] is None}
+    _refuse(question, {**problems, **failed}, len(records) + len(problems))
+    nothing = {**dict.fromkeys(records[0]), "front": False}
+    return records + [
+        {**nothing, "candidate": name, "problem": why} for name, why in problems.items()
+    ]
+
+
+def _searched(
+    question: Question,
+    space: Space,
+    batches: list[Batch],
+    jobs: int,
+    show: Silence | None,
+    latency: bool,
+) -> list[dict[str, Any]]:
     from kd_lrp_plugin.search import search  # Optuna takes a second to import
 
-    students, rows, costs = search(
-        space,
-        lambda student: builder(_entry(student, question.num_classes)),
-        teacher_of(question),
-        batches,
-        question.score,
-        question.search,
+    budget, classes = parse_budget(question.budget), question.num_classes
+    candidate_of = partial(_student, num_classes=classes, layers=_of(question.layers))
+    students, rows, costs, problems = search(
+        *(space, candidate_of, teacher_of(question), batches, question.score, question.search),
         folder=question.file.with_suffix(".search"),
         budget=budget,
         seeds=tuple(question.seeds),
-        layers=tuple(question.layers) if question.layers else None,
+        jobs=jobs,
         show=show,
     )
-    found = ranking(rows, costs, question.score)
-    classes = question.num_classes
-    return [{**r, "entry": _entry(students[r["candidate"]], classes)} for r in found]
+    records = _ranked(question, rows, costs, problems)
+    if latency and "latency" not in budget:
+        first = [candidate_of(students[record["candidate"]]) for record in records[:LISTED]]
+        timed, _ = costs_of(first, *_shape(batches), True, show)
+        known: Costs = {
+            name: {**cost, "latency": timed[name]["latency"] if name in timed else None}
+            for name, cost in costs.items()
+        }
+        records = _ranked(question, rows, known, problems)
+    return [{**r, "entry": entry_of(students[r["candidate"]], classes)} for r in records]
 
 
-def keep(question: Question, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write the record of a choice: the first of the ranking."""
-    file = question.file
+def _shape(batches: list[Batch]) -> tuple[int, int]:
+    """Side of the images, and their channels."""
+    images, _ = batches[0]
+    return images.shape[-1], images.shape[1]
+
+
+def keep(
+    question: Question, records: Sequence[Mapping[str, Any]], file: Path | None = None
+) -> None:
+    """Write the record of a choice: the first of the ranking; elsewhere, if ``file`` is given."""
+    file = file or question.file
     content = {
         "candidate": records[0]["candidate"],
         "entry": records[0]["entry"],
@@ -246,102 +269,59 @@ def recorded(question: Question) -> Entry:
     if differ:
         got = f"another {', '.join(differ)} in {file}"
         fix = "Delete the record to select again, or set them back."
-        raise ValueError(message("diswot_student", "the question of the record", got, fix))
+        raise ValueError(message(WHERE, "the question of the record", got, fix))
     return content["entry"]
 
 
-# --- candidates, teacher, data ------------------------------------------------------------------
-
-
-MANY = 2000  # more candidates than anybody wants to score one by one
-
-
-def space_of(question: Question) -> Space | None:
-    """The space that the candidates are; None for a list."""
-    given = question.candidates
-    if isinstance(given, str):
-        check_known("diswot_student: candidates", given, SPACES)
-        return SPACES[given]
-    return Space(given) if isinstance(given, Mapping) else None
-
-
-def _entry(student: MobileNetV2, num_classes: int) -> Entry:
-    return {"key": "timm_mobilenetv2", "kwargs": {**asdict(student), "num_classes": num_classes}}
-
-
-def entries_of(question: Question) -> dict[str, Entry]:
-    """The candidates as entries of ``models``, by name."""
-    space = space_of(question)
-    if space and len(space) > MANY:
-        got, fix = f"{len(space):,}", "Search it, as by search: 500."
-        expected = f"{MANY} candidates or fewer"
-        raise ValueError(message("diswot_student: candidates", expected, got, fix))
-    given: Any = space or question.candidates
-    classes = {"num_classes": question.num_classes}
-    entries: dict[str, Entry] = {}
-    for item in given:
-        if isinstance(item, MobileNetV2):
-            name, entry = str(item), _entry(item, question.num_classes)
-        elif isinstance(item, str):
-            entry, name = {"key": "timm_model", "kwargs": {"name": item, **classes}}, item
-        else:
-            entry = {"key": item["key"], "kwargs": dict(item.get("kwargs") or {})}
-            check_known("diswot_student: candidates: key", entry["key"], MODEL_DICT)
-            words = [f"{k}={v}" for k, v in entry["kwargs"].items() if k != "num_classes"]
-            name = " ".join([entry["key"], *words])
-        if name in entries:
-            fix = "Name each candidate once."
-            raise ValueError(message("diswot_student", "different candidates", name, fix))
-        entries[name] = entry
-    return entries
+# --- candidates and teacher ---------------------------------------------------------------------
 
 
 def candidates_of(question: Question) -> list[Candidate]:
-    layers = tuple(question.layers) if question.layers else None
-    entries = entries_of(question).items()
-    return [Candidate(name, builder(entry), layers) for name, entry in entries]
+    layers = _of(question.layers)
+    return [_candidate(name, entry, layers) for name, entry in entries_of(question).items()]
+
+
+def _candidate(name: str, entry: Entry, layers: tuple[str, ...] | None) -> Candidate:
+    return Candidate(name, builder(entry), layers, _told(entry))
+
+
+def _student(student: MobileNetV2, num_classes: int, layers: tuple[str, ...] | None) -> Candidate:
+    return _candidate(str(student), entry_of(student, num_classes), layers)
 
 
 def teacher_of(question: Question) -> Teacher:
     checkpoint = question.teacher.get("src_ckpt")
-    entry = {"key": question.teacher["key"], "kwargs": dict(question.teacher["kwargs"])}
-    layers = tuple(question.teacher_layers) if question.teacher_layers else None
-    return Teacher(builder(entry, checkpoint), bool(checkpoint), layers)
+    entry = {"key": question.teacher["key"], "kwargs": dict(question.teacher.get("kwargs") or {})}
+    layers = _of(question.teacher_layers)
+    return Teacher(builder(entry, checkpoint), bool(checkpoint), layers, _told(entry))
 
 
-def batches_of(question: Question) -> list[Batch]:
-    """Random batches of the data, the same in every run, whatever its transform draws."""
-    n = question.batch_size * question.batches
-    if len(question.data) < n:
-        got, fix = f"{len(question.data)} images", "Lower batch_size or batches."
-        raise ValueError(message("diswot_student", f"{n} images", got, fix))
-    # Transforms draw from the global generators.
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
-        places = torch.randperm(len(question.data))[:n].tolist()
-        images, targets = zip(*(question.data[place] for place in places), strict=True)
-    random.setstate(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
-    sizes = question.batch_size
-    stacked = torch.stack(images).split(sizes), torch.tensor(targets).split(sizes)
-    return list(zip(*stacked, strict=True))
+def _of(layers: Sequence[str] | None) -> tuple[str, ...] | None:
+    return tuple(layers) if layers else None
+
+
+def _told(entry: Entry) -> str:
+    return json.dumps(entry, sort_keys=True, default=str)
 
 
 def builder(entry: Entry, checkpoint: str | None = None) -> Callable[[], nn.Module]:
     """Makes the model of an entry, in another process as well."""
-    check_known("diswot_student: key", entry["key"], MODEL_DICT)
+    _register()
+    check_known(f"{WHERE}: key", entry["key"], MODEL_DICT)
     module = MODEL_DICT[entry["key"]].__module__
     return partial(_build, module, entry["key"], entry["kwargs"], checkpoint)
 
 
 def _build(module: str, key: str, kwargs: Mapping[str, Any], checkpoint: str | None) -> nn.Module:
-    importlib.import_module("kd_lrp_plugin.torchdistill")
-    if module != "__main__":
-        importlib.import_module(module)  # a new process has registered nothing yet
+    _register(module)
     model = get_model(key, None, **kwargs)
     if checkpoint:
-        load_weights(model, checkpoint, "diswot_student: teacher")
+        load_weights(model, checkpoint, f"{WHERE}: teacher")
     return model
+
+
+def _register(module: str = "__main__") -> None:
+    """A new process has registered no models yet: neither ours, nor those of a module."""
+    importlib.import_module("kd_lrp_plugin.torchdistill")
+    if module != "__main__":
+        importlib.import_module(module)

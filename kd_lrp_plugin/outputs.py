@@ -10,8 +10,8 @@ from typing import Any
 from kd_lrp_plugin.attribution import INPUT
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.pictures import vector
+from kd_lrp_plugin.ranking import verdict
 from kd_lrp_plugin.report import selection_figure
-from kd_lrp_plugin.selection import verdict
 from kd_lrp_plugin.tables import records
 
 RANKED = 20  # rows of a ranking

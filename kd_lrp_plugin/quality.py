@@ -26,8 +26,8 @@ def ranking_quality(
     Returns:
         "spearman" and "kendall" of the negated scores with the accuracies; "iso_concordance", the
         share of pairs of equal size (:data:`NEAR`) and different accuracy in right order, ties in
-        score counting one half (nan without such pairs); "regret", the mean over the budgets of
-        the best accuracy within it less that of the best score within it.
+        score counting one half (nan without such pairs); "pairs", how many there are; "regret",
+        the mean over the budgets of the best accuracy within it less that of the best score.
     """
     order, truth, size = (np.asarray(v, dtype=float) for v in (scores, accuracies, parameters))
     constant = np.ptp(order) == 0
@@ -46,6 +46,7 @@ def ranking_quality(
         "spearman": 0.0 if constant else float(spearmanr(-order, truth).statistic),
         "kendall": 0.0 if constant else float(kendalltau(-order, truth).statistic),
         "iso_concordance": float(concordant.mean()) if near.any() else math.nan,
+        "pairs": int(near.sum()),
         "regret": float(np.mean(regrets)),
     }
 

@@ -58,6 +58,7 @@ class Observation:
         targets: class indices.
         layers: where maps and features are taken from; by default the last map before pooling.
         train_mode: normalise by the statistics of the batch, as an untrained network must.
+        seed: of what a forward pass draws, such as dropout: it is the same whenever it runs.
 
     Raises:
         ValueError: for fewer than two images, or targets that do not fit.
@@ -70,6 +71,7 @@ class Observation:
         targets: Int[Tensor, " n"],
         layers: tuple[str, ...] | None = None,
         train_mode: bool = True,
+        seed: int = 0,
     ) -> None:
         if len(images) < 2:
             fix = "Use a larger batch: relations are between images."
@@ -77,14 +79,15 @@ class Observation:
         self.model = model
         self.images, self.targets = images, targets
         self.layers = layers or (last_map(model),)
-        self.train_mode = train_mode
+        self.train_mode, self.seed = train_mode, seed
         self._recordings: dict[str, tuple[Recording, Tensor]] = {}
         self._maps: dict[tuple[str, bool], list[Tensor]] = {}
 
     def _recorded(self, method: str) -> tuple[Recording, Tensor]:
         if method not in self._recordings:
-            kept = _as_it_was(self.model, self.train_mode)
-            with kept, record(self.model, self.layers, method) as recording:
+            kept, draws = _as_it_was(self.model, self.train_mode), torch.random.fork_rng([])
+            with kept, draws, record(self.model, self.layers, method) as recording:
+                torch.manual_seed(self.seed)
                 logits = self.model(self.images)
             check_targets("Observation", self.targets, logits)
             self._recordings[method] = recording, logits
@@ -133,9 +136,8 @@ def _as_it_was(model: nn.Module, train_mode: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for buffer, value in buffers:
+            buffer.data = value  # written in place, it would end the graph
         for module, mode in modes:
             module.training = mode
         for parameter in trained:
@@ -206,13 +208,13 @@ def normal_init(model: nn.Module) -> nn.Module:
 
 
 def _semantic(distance: Callable[..., Tensor], method: str, signed: bool) -> Function:
-    def score(student: Observation, teacher: Observation) -> float:
-        def resized(ours: Tensor, theirs: Tensor) -> Tensor:
-            return distance(ours, resize_maps(theirs, (ours.shape[-2], ours.shape[-1])))
+    return lambda student, teacher: _mean(
+        distance, student.maps(method, signed), teacher.maps(method, signed)
+    )
 
-        return _mean(resized, student.maps(method, signed), teacher.maps(method, signed))
 
-    return score
+def _resized_cosine(ours: Tensor, theirs: Tensor) -> Tensor:
+    return semantic_cosine(ours, resize_maps(theirs, (ours.shape[-2], ours.shape[-1])))
 
 
 def _relation(distance: Callable[..., Tensor]) -> Function:
@@ -361,7 +363,7 @@ for _name, _entry in {
     "gradcam_l2": Score(_semantic(correlation_l2, "grad_cam", signed=True), _DISWOT),
     "relation_l2": Score(_relation(relation_l2), _DISWOT),
     "diswot_lrp_cosine": Score(_sum("lrp_cosine", "relation_cosine"), _THESIS),
-    "lrp_cosine": Score(_semantic(semantic_cosine, "gradient_activation", signed=False), _THESIS),
+    "lrp_cosine": Score(_semantic(_resized_cosine, "gradient_activation", signed=False), _THESIS),
     "relation_cosine": Score(_relation(relation_cosine), _THESIS),
     "diswot_reference": Score(_sum("reference_semantic", "reference_relation"), _CODE, "normal"),
     "reference_semantic": Score(_reference_semantic, _CODE, "normal"),

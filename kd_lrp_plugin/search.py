@@ -3,25 +3,49 @@
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from torch import nn
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.trial import FrozenTrial, TrialState
 
-from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.progress import Silence
-from kd_lrp_plugin.selection import Batch, Candidate, Record, Scorer, Teacher, costs_of
+from kd_lrp_plugin.ranking import costs_of, within
+from kd_lrp_plugin.selection import Batch, Candidate, Record, Scorer, Teacher, workers
 from kd_lrp_plugin.spaces import MobileNetV2, Space
 
-OVER_BUDGET = 1e9  # stands for the score of a student that is over budget, or cannot be scored
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may score the same student
+    fcntl = None  # type: ignore[assignment]
+
+UNKNOWN = 1e15  # stands for what a student over budget, or one that fails, would have
+
+
+class Found(NamedTuple):
+    """What a search has seen.
+
+    Attributes:
+        students: within budget, or with a problem, by name.
+        rows: of those within budget, as of :func:`kd_lrp_plugin.selection.measure`.
+        costs: of those within budget, as of :func:`kd_lrp_plugin.ranking.costs_of`.
+        problems: why the others cannot be built or run, by name.
+    """
+
+    students: dict[str, MobileNetV2]
+    rows: list[dict[str, Any]]
+    costs: dict[str, dict[str, float]]
+    problems: dict[str, str]
 
 
 def search(
     space: Space,
-    build: Callable[[MobileNetV2], Callable[[], nn.Module]],
+    candidate_of: Callable[[MobileNetV2], Candidate],
     teacher: Teacher,
     batches: list[Batch],
     score: str,
@@ -29,103 +53,195 @@ def search(
     folder: Path,
     budget: Mapping[str, float] | None = None,
     seeds: tuple[int, ...] = (0,),
-    layers: tuple[str, ...] | None = None,
+    jobs: int = 1,
     show: Silence | None = None,
-) -> tuple[dict[str, MobileNetV2], list[dict[str, Any]], dict[str, dict[str, float]]]:
+) -> Found:
     """Look at ``trials`` students of a space, more of those that no other one beats.
 
     The study is a journal in ``folder``: given again, the search goes on, and several processes
     that are given the same folder share it. No architecture is scored twice: scores are kept by
-    name in ``scores.jsonl``, costs in the study. A student over budget costs no score.
+    name in ``scores.jsonl``, costs in the study. A student over budget costs no score. Another
+    teacher, other images or another question make a study of their own.
 
     Args:
         space: see :class:`kd_lrp_plugin.spaces.Space`.
-        build: makes the ``build`` of a candidate.
+        candidate_of: makes the candidate of a student, named by its text; can be pickled.
         teacher: see :func:`kd_lrp_plugin.selection.measure`, as batches, score and seeds.
         batches: of images and class indices.
         score: of :data:`kd_lrp_plugin.scores.SCORES`.
         trials: of the study in all, those of an earlier call included.
         folder: for ``study.journal`` and ``scores.jsonl``.
-        budget: of :func:`kd_lrp_plugin.selection.parse_budget`.
+        budget: of :func:`kd_lrp_plugin.ranking.parse_budget`.
         seeds: of the initialisations.
-        layers: of the students.
+        jobs: processes to share the work.
         show: told how far it is.
 
     Returns:
-        The students within budget that were scored, by name, their rows as of ``measure``, and
-        their costs as of ``costs_of``.
+        What it has seen, earlier calls included.
 
     Raises:
-        ValueError: if no student within budget was found.
+        ValueError: if no student within budget was seen; names the nearest.
 
     Reference:
         Deb et al., 2002 (NSGA-II), by Optuna (Akiba et al., KDD 2019). The thesis and DisWOT name
         an evolutionary search over one score.
     """
-    budget, axes = budget or {}, space.axes()
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(logging.WARNING)
-    size, channels = batches[0][0].shape[-1], batches[0][0].shape[1]
-    question = (score, axes, sorted(budget.items()), seeds, layers)
-    study = optuna.create_study(
-        study_name=hashlib.sha256(repr(question).encode()).hexdigest()[:16],
-        directions=["minimize"] * 3,
-        sampler=optuna.samplers.NSGAIISampler(population_size=min(50, max(4, trials // 5))),
-        storage=JournalStorage(JournalFileBackend(str(folder / "study.journal"))),
-        load_if_exists=True,
-    )
-    kept = Record(folder / "scores.jsonl", teacher, batches, [score])
-    scorer = Scorer(teacher, batches, [score])
+    question = (score, trials, folder.resolve(), budget or {}, seeds)
+    here = _Part(space, candidate_of, teacher, batches, *question)
+    missing = max(0, trials - len(here.finished()))
+    for _ in (show or Silence()).track(_looks(here, missing, jobs), "searching", missing):
+        pass
+    seen = {trial.user_attrs["candidate"]: trial for trial in here.finished()}
+    costs = {name: dict(t.user_attrs["costs"]) for name, t in seen.items() if t.user_attrs["costs"]}
+    problems = {name: t.user_attrs["problem"] for name, t in seen.items() if name not in costs}
+    try:
+        kept = within(here.budget, costs) if costs else []
+    except ValueError as error:
+        raise ValueError(
+            f"{error} That is of {len(seen)} seen; more trials may find one."
+        ) from None
+    students = {name: here.student(seen[name].params) for name in (*kept, *problems)}
+    rows = [here.row(candidate_of(students[name]), seed) for name in kept for seed in seeds]
+    return Found(students, rows, {name: costs[name] for name in kept}, problems)
 
-    def finished() -> list[optuna.trial.FrozenTrial]:
-        states = [optuna.trial.TrialState.COMPLETE]
-        return study.get_trials(deepcopy=False, states=states)
 
-    def student_of(places: Mapping[str, int]) -> MobileNetV2:
-        return space.student({name: axes[name][place] for name, place in places.items()})
+def _looks(part: "_Part", missing: int, jobs: int) -> Iterator[None]:
+    fresh = replace(part)  # a forked process must open a study of its own
+    if jobs == 1 or missing < 2:
+        for _ in range(missing):
+            fresh()
+            yield
+        return
+    with workers(jobs, _begin, fresh) as pool:
+        yield from pool.map(_look, range(missing))
 
-    def scored(candidate: Candidate, seed: int) -> dict[str, Any]:
-        kept.refresh()
-        row = kept.row(candidate, seed)
-        if row is None:
-            row = scorer(candidate, seed)
-            kept.add(candidate, row)
+
+_PART: "list[_Part]" = []  # of a worker process
+
+
+def _begin(part: "_Part") -> None:
+    optuna.logging.set_verbosity(logging.WARNING)
+    _PART.append(part)
+
+
+def _look(_: int) -> None:
+    _PART[0]()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One process's part in a search; its study is opened when it is first used."""
+
+    space: Space
+    candidate_of: Callable[[MobileNetV2], Candidate]
+    teacher: Teacher
+    batches: list[Batch]
+    score: str
+    trials: int
+    folder: Path
+    budget: Mapping[str, float]
+    seeds: tuple[int, ...]
+
+    def __call__(self) -> None:
+        """One more trial, unless other processes have added the last one."""
+        if len(self.finished()) < self.trials:
+            self.study.optimize(self._look, n_trials=1)
+
+    @cached_property
+    def axes(self) -> dict[str, Any]:
+        return self.space.axes()
+
+    @cached_property
+    def kept(self) -> Record:
+        return Record(self.folder / "scores.jsonl", self.teacher, self.batches, [self.score])
+
+    @cached_property
+    def scorers(self) -> dict[int, Scorer]:
+        """One for each seed, since each observes the teacher for one seed only."""
+        return {seed: Scorer(self.teacher, self.batches, [self.score]) for seed in self.seeds}
+
+    @cached_property
+    def study(self) -> optuna.Study:
+        one = self.candidate_of(next(iter(self.space)))  # tells of what kind all are
+        kind, asked = (one.about, one.layers), (self.score, self.axes, sorted(self.budget.items()))
+        question = repr((*asked, self.seeds, self.kept.setting, kind))
+        return optuna.create_study(
+            study_name=hashlib.sha256(question.encode()).hexdigest()[:16],
+            directions=["minimize"] * 3,
+            sampler=optuna.samplers.NSGAIISampler(
+                population_size=min(50, max(4, self.trials // 5))
+            ),
+            storage=JournalStorage(_mended(self.folder / "study.journal")),
+            load_if_exists=True,
+        )
+
+    def finished(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+
+    def student(self, places: Mapping[str, int]) -> MobileNetV2:
+        return self.space.student({name: self.axes[name][place] for name, place in places.items()})
+
+    def row(self, candidate: Candidate, seed: int) -> dict[str, Any]:
+        """Kept, or scored now."""
+        with _alone(self.folder / "scoring.lock", candidate.name):
+            self.kept.refresh()
+            row = self.kept.row(candidate, seed)
+            if row is None:
+                row = self.scorers[seed](candidate, seed)
+                self.kept.add(candidate, row)
         return row
 
-    costs = {str(student_of(trial.params)): dict(trial.user_attrs) for trial in finished()}
-
-    def look(trial: optuna.Trial) -> tuple[float, float, float]:
-        student = student_of(
-            {name: trial.suggest_categorical(name, range(len(axes[name]))) for name in axes}
-        )
-        candidate = Candidate(str(student), build(student), layers)
-        if candidate.name not in costs:
-            costs.update(costs_of([candidate], size, channels, "latency" in budget))
-        cost = costs[candidate.name]
-        over = max((cost[k] / most - 1 for k, most in budget.items()), default=0.0)
-        trial.set_constraint("budget", over)
-        for key, value in cost.items():
+    def _look(self, trial: optuna.Trial) -> tuple[float, float, float]:
+        places = {
+            name: trial.suggest_categorical(name, range(len(values)))
+            for name, values in self.axes.items()
+        }
+        candidate = self.candidate_of(self.student(places))
+        costs, problem = self._costs(candidate)
+        for key, value in {"candidate": candidate.name, "costs": costs, "problem": problem}.items():
             trial.set_user_attr(key, value)
-        value = OVER_BUDGET
-        if over <= 0:
-            found = [v for seed in seeds for v in scored(candidate, seed)["scores"][score]]
-            if None not in found:
-                value = sum(found) / len(found)
-        return value, cost["macs"], cost["parameters"]
+        over = max((costs.get(k, UNKNOWN) / most - 1 for k, most in self.budget.items()), default=0)
+        values: list[float | None] = [None]
+        if costs and over <= 0:
+            rows = [self.row(candidate, seed) for seed in self.seeds]
+            values = [value for row in rows for value in row["scores"][self.score]]
+        known = [value for value in values if value is not None]
+        score = sum(known) / len(known) if len(known) == len(values) else UNKNOWN
+        trial.set_constraint("student", over if over > 0 else float(score == UNKNOWN))
+        return score, costs.get("macs", UNKNOWN), costs.get("parameters", UNKNOWN)
 
-    def looks() -> Iterator[None]:
-        while len(finished()) < trials:  # other processes add to the same study
-            study.optimize(look, n_trials=1)
-            yield
+    def _costs(self, candidate: Candidate) -> tuple[dict[str, float], str | None]:
+        for trial in self.finished():
+            if trial.user_attrs["candidate"] == candidate.name:
+                return trial.user_attrs["costs"], trial.user_attrs["problem"]
+        images, _ = self.batches[0]
+        size, channels = images.shape[-1], images.shape[1]
+        costs, problems = costs_of([candidate], size, channels, "latency" in self.budget)
+        return costs.get(candidate.name, {}), problems.get(candidate.name)
 
-    for _ in (show or Silence()).track(looks(), "searching", max(0, trials - len(finished()))):
-        pass
-    within = [trial for trial in finished() if trial.values[0] < OVER_BUDGET]
-    students = {str(student): student for student in (student_of(t.params) for t in within)}
-    if not students:
-        fix = "Allow more trials or a larger budget."
-        raise ValueError(message("search", "a student within budget", "none", fix))
-    costs |= {str(student_of(trial.params)): dict(trial.user_attrs) for trial in within}
-    candidates = [Candidate(name, build(student), layers) for name, student in students.items()]
-    rows = [scored(candidate, seed) for candidate in candidates for seed in seeds]
-    return students, rows, {name: costs[name] for name in students}
+
+@contextmanager
+def _alone(file: Path, name: str) -> Iterator[None]:
+    """Other processes wait here that have the same name; a killed one lets them go on."""
+    with file.open("a") as lock:
+        if fcntl:
+            place = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+            with suppress(OSError):  # of a file system without locks
+                fcntl.lockf(lock, fcntl.LOCK_EX, 1, place)
+        yield
+
+
+def _mended(journal: Path) -> JournalFileBackend:
+    """A journal without half a line at its end, which a power cut or a full disk has left."""
+    lock = JournalFileSymlinkLock(str(journal))
+    backend = JournalFileBackend(str(journal), lock)
+    lock.acquire()
+    try:
+        with journal.open("rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+    return backend

@@ -28,6 +28,7 @@ from kd_lrp_plugin.checking import check
 from kd_lrp_plugin.checks import message
 from kd_lrp_plugin.config import Config, resolve_config, unsafe_tags
 from kd_lrp_plugin.experiment import build_model_of, construct
+from kd_lrp_plugin.hook import looking_only
 from kd_lrp_plugin.plan import Plan, Run, read_plan
 from kd_lrp_plugin.processes import joined
 from kd_lrp_plugin.progress import Silence
@@ -133,7 +134,7 @@ def _refuse_other_files(plan: Plan) -> None:
 def _refuse_problems(plan: Plan, device: str | None, show: Silence, safe: bool) -> None:
     """Check every config that has not begun; for a model still to prepare an untrained one stands.
 
-    So a teacher that does not fit is found before it is trained.
+    So a teacher that does not fit is found before it is trained; no student is chosen by it.
     """
     prepare = {run.folder for run in plan.prepared if not RunFolder(run.folder).finished}
     new = [run for run in plan.prepared if run.folder in prepare]
@@ -144,7 +145,7 @@ def _refuse_problems(plan: Plan, device: str | None, show: Silence, safe: bool) 
             seen.add(run.folder.parent)
             new.append(run)
     problems: list[str] = []
-    with tempfile.TemporaryDirectory() as place, joined(device) as here, _quiet():
+    with tempfile.TemporaryDirectory() as place, joined(device) as here, _quiet(), looking_only():
         untrained = {folder: Path(place, folder.parent.name, folder.name) for folder in prepare}
         for run in show.track(new, "checking", len(new)):
             changes, missing = run.overrides, [need for need in run.needs if need in prepare]

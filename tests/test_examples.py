@@ -18,6 +18,14 @@ FILES = {
     name: {"truth.csv": "arch,kd_acc,params,macs\n111,0.6,1,1\n113,0.7,1,1\n131,0.65,1,1\n"}
     for name in ("validate_selection.py", "explore_scores.py")
 }
+FILES["torchdistill_script.py"] = {  # stands for torchdistill's: reads the config as that does
+    "script.py": (
+        "import sys\n"
+        "from torchdistill.common import yaml_util\n"
+        "config = yaml_util.load_yaml_file(sys.argv[sys.argv.index('--config') + 1])\n"
+        "print(sorted(config['models']), flush=True)\n"
+    )
+}
 
 # Arguments of each example's short mode, and the files that it leaves in its folder.
 SHORT: dict[str, tuple[list[str], list[str]]] = {
@@ -46,7 +54,10 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
     ),
     "plain_loop.py": (["--epochs", "3"], []),
     "relevance_maps.py": (["--steps", "2", "--out", "maps.png"], ["maps.png"]),
-    "torchdistill_script.py": ([], []),
+    "torchdistill_script.py": (
+        ["--script", "script.py", "--short", "--out", "script"],
+        ["script/student.yaml"],
+    ),
     "train_space.py": (
         [
             *(str(PHANTOM_KD), "--first", "1", "--seeds", "0", "--out", "truth"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from small_runs import CONFIGS, NO_TEACHER, SMALL
+from test_processes import torchrun
 from typer.testing import CliRunner
 
 from kd_lrp_plugin import hook, results, training
@@ -15,6 +16,7 @@ from kd_lrp_plugin.config import resolve_config
 from kd_lrp_plugin.data import Phantom
 from kd_lrp_plugin.experiment import construct
 from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.students import build_model
 
 DISWOT = CONFIGS / "phantom/diswot/chosen_from_resnet10t.yaml"
 FEW = "models.student_model.kwargs.candidates=[test_resnet, test_efficientnet]"
@@ -83,12 +85,21 @@ class TestChoice:
 
     @pytest.mark.parametrize(
         "changes",
-        [{"candidates": ["test_resnet"]}, {"score": "relation_l2"}, {"budget": ["params=1M"]}],
+        [
+            {"candidates": ["test_resnet"]},
+            {"candidates": {"width": [0.5]}},
+            {"score": "relation_l2"},
+            {"budget": ["params=1M"]},
+            {"num_classes": 7},
+            {"data": Phantom(size=8, image_size=48)},
+            {"data": Phantom(size=9, image_size=32)},
+        ],
     )
     def test_of_another_question_is_refused(self, changes):
-        hook.diswot_student(**asked())
+        space = {"candidates": {"width": [0.35]}, "score": "parameters"}
+        hook.diswot_student(**asked(**space))
         with pytest.raises(ValueError, match=r"Delete the record to select again"):
-            hook.diswot_student(**asked(**changes))
+            hook.diswot_student(**asked(**space | changes))
 
     def test_keeps_the_budget(self):
         hook.diswot_student(**asked(budget=["params=200K"]))
@@ -103,6 +114,38 @@ class TestChoice:
         assert not Path("choice.json").exists()
         hook.diswot_student(**question, exclude_failures=True)
         assert json.loads(Path("choice.json").read_text())["candidate"] == "resnet10t"
+
+    def test_leaves_out_what_cannot_be_built_or_run_only_when_asked(self):
+        """One has no such name, the other takes images of 160 pixels only."""
+        broken = ["test_resnett", "test_vit_relpos"]
+        question = asked(candidates=[*broken, "test_resnet"], score="parameters")
+        with pytest.raises(ValueError, match=r"(?s)test_resnett: .*test_vit_relpos: .*160"):
+            hook.diswot_student(**question)
+        hook.diswot_student(**question, exclude_failures=True)
+        content = json.loads(Path("choice.json").read_text())
+        assert content["candidate"] == "test_resnet"
+        assert [r["candidate"] for r in content["ranking"] if r["problem"]] == broken
+        none = asked(candidates=broken, exclude_failures=True, record="other.json")
+        with pytest.raises(ValueError, match="2 without"):
+            hook.diswot_student(**none)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"teacher": {"key": "timm_model", "kwargs": {"name": "test_resnet", "num_classes": 4}}},
+            {"num_classes": 7},
+        ],
+    )
+    @pytest.mark.parametrize("search", [0, 2])
+    def test_does_not_rest_on_scores_of_another_question(self, changes, search):
+        space = {"candidates": {"width": [0.25]}, "search": search}
+        before = hook.select(hook.ask(**asked(**space)))
+        after, fresh = (
+            hook.select(hook.ask(**asked(**space | changes, record=record)))
+            for record in ("choice.json", "fresh.json")
+        )
+        assert after == fresh
+        assert after[0]["score"] != before[0]["score"]
 
     def test_is_among_spaces_choices_and_entries(self):
         for candidates, n in (
@@ -130,11 +173,69 @@ class TestChoice:
             ({"score": "diswt"}, "Did you mean 'diswot'"),
             ({"budget": ["param=1M"]}, "Did you mean 'params'"),
             ({"bugdet": ["params=1M"]}, "Did you mean 'budget'"),
+            ({"budget": "params=1M"}, r"budget: expected a list, got 'params=1M'\. Such as"),
+            ({"seeds": 3}, r"seeds: expected a list of one integer or more, got 3\. Such as"),
+            ({"seeds": []}, "seeds: expected a list of one integer or more"),
+            ({"layers": "layer3"}, "layers: expected a list of names, or none, got 'layer3'"),
+            ({"data": "phantom/train"}, "data: expected a data set .* got 'phantom/train'. Alias"),
+            ({"data": None}, "only a choice that is recorded needs none"),
+            ({"data": [("image", 0)] * 8}, "images of one shape, as tensors, got str"),
+            ({"teacher": {"kwargs": {}}}, "teacher: expected an entry of models"),
+            ({"candidates": []}, "candidates: expected a space, its choices, or a list"),
+            ({"candidates": [{"name": "test_resnet"}]}, "names of timm and entries of models"),
+            ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+            ({"num_classes": "four"}, "num_classes: expected an integer >= 1, got 'four'"),
+            ({"search": 9}, "search: expected a space of candidates, got a list"),
         ],
     )
     def test_refuses_wrong_questions(self, changes, words):
         with pytest.raises(ValueError, match=words):
             hook.diswot_student(**asked(**changes))
+
+    def test_says_what_a_question_lacks(self):
+        with pytest.raises(ValueError, match="expected also record, teacher, got"):
+            hook.diswot_student(num_classes=4, data=None)
+
+    def test_takes_entries_without_kwargs(self, monkeypatch):
+        monkeypatch.setitem(hook.MODEL_DICT, "small", lambda: build_model("test_resnet", 4))
+        entry = {"key": "small"}
+        hook.diswot_student(**asked(teacher=entry, candidates=[entry]))
+        assert json.loads(Path("choice.json").read_text())["entry"] == {
+            "key": "small",
+            "kwargs": {},
+        }
+
+
+class TestLookingOnly:
+    def test_builds_a_student_within_budget_and_writes_nothing(self):
+        question = asked(budget=["params=200K"], record="runs/choice.json")
+        with hook.looking_only():
+            model = hook.diswot_student(**question)
+            search = {"candidates": "large", "search": 9, "budget": []}
+            assert hook.diswot_student(**question | search)(torch.zeros(2, 3, 32, 32)).shape == (
+                2,
+                4,
+            )
+        assert sum(p.numel() for p in model.parameters()) < 200_000
+        assert list(Path.cwd().iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"budget": ["params=1K"]}, "nearest is test_efficientnet"),
+            ({"candidates": ["test_resnett"]}, "test_resnett: "),
+            ({"teacher": {"key": "timm_modell"}}, "Did you mean 'timm_model'"),
+        ],
+    )
+    def test_says_what_a_choice_would_stumble_over(self, changes, words):
+        with hook.looking_only(), pytest.raises(ValueError, match=words):
+            hook.diswot_student(**asked(**changes))
+
+    def test_builds_what_is_recorded(self):
+        hook.diswot_student(**asked(candidates=["test_efficientnet", "test_resnet"]))
+        chosen = json.loads(Path("choice.json").read_text())["entry"]
+        with hook.looking_only():
+            assert hook.diswot_student(**asked()).chosen == chosen
 
 
 class TestRun:
@@ -148,6 +249,21 @@ class TestRun:
         assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
         found = results.evaluate("run", 100)
         assert found["teacher"]["cost"]["parameters"] == 4_924_540
+
+    def test_is_chosen_by_the_first_of_two_processes_and_trained_by_both(self, tmp_path):
+        words = ["-m", "kd_lrp_plugin.cli", "distill", DISWOT, "--device", "cpu", "--out", "run"]
+        done = torchrun(*words, *(w for o in QUICK for w in ("--set", o)), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("diswot chose") == 1
+        scored = RECORD.with_suffix(".scores.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["candidate"] for line in scored) == sorted(
+            ["test_resnet", "test_efficientnet"]
+        )
+        chosen, summary = (
+            json.loads(file.read_text()) for file in (RECORD, tmp_path / "run/summary.json")
+        )
+        assert summary["student"] == chosen["entry"]
+        assert json.loads((tmp_path / "run/environment.json").read_text())["processes"] == 2
 
     def test_is_what_torchdistills_own_loader_builds(self):
         """The unmodified script reads the YAML and asks the registry for the student."""
@@ -173,12 +289,62 @@ class TestCommand:
         assert RECORD.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert "rank by parameters" in RECORD.with_suffix(".md").read_text()
 
-    def test_looks_at_another_budget_without_recording(self):
+    def test_check_chooses_nothing_and_writes_nothing(self):
+        result = CliRunner().invoke(app, ["check", str(DISWOT), *self.flags()])
+        assert result.exit_code == 0, result.output
+        assert not list(Path().iterdir())
+        budget = "models.student_model.kwargs.budget=[params=1K]"
+        result = CliRunner().invoke(app, ["check", str(DISWOT), *self.flags(budget)])
+        assert result.exit_code == 1
+        assert "The nearest is test_efficientnet" in result.output
+        assert not list(Path().iterdir())
+
+    def test_writes_a_look_at_another_budget_beside_the_record(self):
         budget = ["--budget", "params=200K"]
         result = CliRunner().invoke(app, ["select", str(DISWOT), *self.flags(), *budget])
         assert result.exit_code == 0, result.output
         assert "best by diswot: test_efficientnet" in result.output
-        assert [file.name for file in RECORD.parent.iterdir()] == [f"{RECORD.stem}.scores.jsonl"]
+        look = RECORD.with_suffix(".look.json")
+        content = json.loads(look.read_text())
+        assert content["candidate"] == "test_efficientnet"
+        assert content["question"]["budget"] == ["params=200K"]
+        assert {file.name for file in RECORD.parent.iterdir()} == {
+            f"{RECORD.stem}{end}"
+            for end in (".scores.jsonl", ".look.json", ".look.md", ".look.png")
+        }
+
+    def test_refuses_a_record_of_another_question_before_it_writes(self):
+        hook.diswot_student(**self.question())
+        names = {file: file.read_bytes() for file in RECORD.parent.iterdir()}
+        other = self.flags("models.student_model.kwargs.score=parameters")
+        result = CliRunner().invoke(app, ["select", str(DISWOT), *other])
+        assert result.exit_code == 1
+        assert "another score" in result.output
+        assert {file: file.read_bytes() for file in RECORD.parent.iterdir()} == names
+
+    def question(self) -> dict:
+        return construct(resolve_config(DISWOT, QUICK))["models"]["student_model"]["kwargs"]
+
+    def test_says_why_a_candidate_is_left_out(self):
+        few = "models.student_model.kwargs.candidates=[test_resnet, test_resnett]"
+        more = self.flags(few, "+models.student_model.kwargs.exclude_failures=True")
+        result = CliRunner().invoke(app, ["select", str(DISWOT), *more])
+        assert result.exit_code == 0, result.output
+        text = RECORD.with_suffix(".md").read_text()
+        for said in (result.output, text):
+            assert "- test_resnett: " in said
+            assert "Did you mean" in said
+
+    def test_shares_a_search_among_jobs_and_measures_the_latency_of_what_it_lists(self):
+        space = "models.student_model.kwargs.candidates={width: [0.25, 0.35], depth: [0.5]}"
+        more = self.flags(space, "+models.student_model.kwargs.search=4")
+        result = CliRunner().invoke(app, ["select", str(DISWOT), *more, "--jobs", "2"])
+        assert result.exit_code == 0, result.output
+        ranking = json.loads(RECORD.read_text())["ranking"]
+        assert all(record["latency"] > 0 for record in ranking)
+        journal = RECORD.with_suffix(".search") / "study.journal"
+        ended = [line for line in map(json.loads, journal.open()) if "values" in line]
+        assert len(ended) == 4
 
     def test_says_what_a_config_without_a_selection_lacks(self):
         kd = CONFIGS / "phantom/kd/test_resnet_from_resnet10t.yaml"

@@ -3,12 +3,13 @@
 import math
 
 import pytest
+import reference_losses
 import torch
 from torch import nn
 from torch.nn import functional
 
-from kd_lrp_plugin import losses
 from kd_lrp_plugin.efficiency import count_macs, count_parameters
+from kd_lrp_plugin.losses import resize_maps
 from kd_lrp_plugin.scores import SCORES, Observation, last_map, normal_init
 from kd_lrp_plugin.spaces import MobileNetV2
 from kd_lrp_plugin.students import build_model
@@ -17,9 +18,9 @@ from kd_lrp_plugin.students import build_model
 class Small(nn.Module):
     """A network whose last map feeds a linear classifier by pooling."""
 
-    def __init__(self, channels: int = 6, classes: int = 3) -> None:
+    def __init__(self, channels: int = 6, classes: int = 3, stride: int = 2) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 5, 3, 2, 1)
+        self.conv1 = nn.Conv2d(3, 5, 3, stride, 1)
         self.bn1 = nn.BatchNorm2d(5)
         self.act1 = nn.ReLU()
         self.conv2 = nn.Conv2d(5, channels, 3, 1, 1, bias=False)
@@ -51,31 +52,55 @@ def features(model: nn.Module, images):
     return model.act2(model.bn2(model.conv2(model.act1(model.bn1(model.conv1(images))))))
 
 
-def test_semantic_and_relation_scores_are_the_losses_of_the_layer(batch):
-    student, teacher = Small(), Small(7)
+@pytest.mark.parametrize("stride", [2, 1])
+def test_semantic_and_relation_scores_are_the_losses_of_the_layer(stride, batch):
+    """With maps of one size and of two; only the cosine has to make them equal."""
+    student, teacher = Small(), Small(7, stride=stride)
     observed = observe(student, batch), observe(teacher, batch)
     images, targets = batch
-    maps, activations = {}, []
+    cams, relevances, activations = [], [], []
     for model in (student, teacher):
         x = features(model, images).detach().requires_grad_()
         picked = model.fc(x.mean((2, 3))).gather(1, targets[:, None]).sum()
         (gradient,) = torch.autograd.grad(picked, x)
         weights = gradient.mean((2, 3), keepdim=True)
-        maps.setdefault("grad_cam", []).append((weights * x).sum(1).detach())
-        maps.setdefault("lrp", []).append((gradient * x).sum(1).clamp(min=0).detach())
+        cams.append((weights * x).sum(1).detach())
+        relevances.append((gradient * x).sum(1).clamp(min=0).detach())
         activations.append(x.detach())
+    assert (cams[0].shape == cams[1].shape) is (stride == 2)
+    resized = relevances[0], resize_maps(relevances[1], (4, 4))
     expected = {
-        "gradcam_l2": losses.correlation_l2(*maps["grad_cam"]),
-        "lrp_cosine": losses.semantic_cosine(*maps["lrp"]),
-        "relation_l2": losses.relation_l2(*activations),
-        "relation_cosine": losses.relation_cosine(*activations),
+        "gradcam_l2": reference_losses.matrix_l2(*cams),
+        "lrp_cosine": reference_losses.semantic_cosine(*resized),
+        "relation_l2": reference_losses.matrix_l2(*activations),
+        "relation_cosine": reference_losses.matrix_cosine(*activations),
     }
+    expected["diswot"] = expected["gradcam_l2"] + expected["relation_l2"]
+    expected["diswot_lrp_cosine"] = expected["lrp_cosine"] + expected["relation_cosine"]
     for name, value in expected.items():
-        assert score(name, *observed) == pytest.approx(float(value), rel=1e-9), name
-    both = expected["gradcam_l2"] + expected["relation_l2"]
-    assert score("diswot", *observed) == pytest.approx(float(both), rel=1e-9)
-    both = expected["lrp_cosine"] + expected["relation_cosine"]
-    assert score("diswot_lrp_cosine", *observed) == pytest.approx(float(both), rel=1e-9)
+        assert score(name, *observed) == pytest.approx(value, rel=1e-9), name
+
+
+@pytest.mark.parametrize("train_mode", [True, False])
+@pytest.mark.parametrize(("method", "pooled"), [("gradient_activation", False), ("grad_cam", True)])
+def test_maps_of_an_inner_layer_are_its_gradients(train_mode, method, pooled, batch, untouched):
+    model = Small().double().train()
+    model(batch[0])  # statistics of its own, as a trained one has
+    observed = Observation(model, *batch, ("act1",), train_mode)
+    with untouched(model):
+        (found,) = observed.maps(method, signed=True)
+    x = model.train(train_mode).act1(model.bn1(model.conv1(batch[0]))).detach().requires_grad_()
+    norm = model.bn2
+    y = model.conv2(x)
+    mean, variance = norm.running_mean, norm.running_var
+    if train_mode:  # constants of the batch: no relevance flows through them
+        mean, variance = y.mean((0, 2, 3)).detach(), y.var((0, 2, 3), unbiased=False).detach()
+    scaled = (y - mean.view(-1, 1, 1)) / (variance + norm.eps).sqrt().view(-1, 1, 1)
+    scaled = scaled * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    logits = model.fc(scaled.relu().mean((2, 3)))
+    (gradient,) = torch.autograd.grad(logits.gather(1, batch[1][:, None]).sum(), x)
+    factors = gradient.mean((2, 3), keepdim=True) if pooled else gradient
+    assert torch.allclose(found, (factors * x).sum(1), rtol=1e-9)
 
 
 def test_the_reference_formula_is_that_of_its_matrices(batch):
@@ -221,6 +246,16 @@ class TestObservation:
     )
     def test_finds_the_last_map(self, model, layer):
         assert last_map(model) == layer
+
+    def test_draws_the_same_whenever_it_runs(self, batch):
+        model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Dropout(), nn.Flatten(), nn.LazyLinear(3))
+        model.double()(batch[0])
+
+        def logits(seed: int) -> torch.Tensor:
+            return Observation(model, *batch, ("0",), seed=seed).logits
+
+        assert torch.equal(logits(1), logits(1))
+        assert not torch.equal(logits(1), logits(2))
 
     def test_asks_for_layers_it_cannot_find(self):
         with pytest.raises(ValueError, match="Name the layers"):

@@ -1,7 +1,13 @@
-"""Selection: rows that resume, problems that stay with their candidate, budgets, quality."""
+"""Selection: rows that resume, problems that stay with their candidate, quality."""
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_lrp_plugin import quality, selection
+from kd_lrp_plugin import quality, ranking
 from kd_lrp_plugin.scores import SCORES, Score
 from kd_lrp_plugin.selection import Candidate, Teacher, measure
 from kd_lrp_plugin.spaces import mobilenetv2
@@ -50,6 +56,32 @@ class TestMeasure:
         assert measure(candidates[::-1], TEACHER, batches, SCORED, seeds=(1, 0))[::-1] == rows
         assert measure(candidates, TEACHER, batches, SCORED, seeds=(0, 1), jobs=2) == rows
 
+    def test_is_shared_by_processes_that_begin_anew(self, candidates, batches, monkeypatch):
+        """As where each has several threads, which a fork would not survive."""
+        rows = measure(candidates, TEACHER, batches, ["parameters", "nwot"])
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        assert measure(candidates, TEACHER, batches, ["parameters", "nwot"], jobs=2) == rows
+
+    def test_does_not_depend_on_the_order_where_a_network_draws(self, batches):
+        """Dropout of the teacher, which runs once, while some candidate is scored."""
+        dropout = partial(mobilenetv2, num_classes=4, width=0.35, depth=0.5, dropout=0.5)
+        candidates = [Candidate("fixed", small(0.5)), Candidate("drawing", dropout)]
+        work = Teacher(dropout, trained=False), batches[:1], ["lrp_cosine", "gradcam_l2"]
+        assert measure(candidates[::-1], *work)[::-1] == measure(candidates, *work)
+
+    def test_draws_for_the_student_what_the_teacher_does_not(self, batches):
+        """The same channels dropped in both would make them alike."""
+        drawn = []
+
+        def build():
+            model = small()()
+            model.register_forward_pre_hook(lambda *_: drawn.append(torch.rand(1).item()))
+            return model
+
+        same = Candidate("same", build), Teacher(build, trained=False)
+        measure(same[:1], same[1], batches[:1], ["relation_l2"])
+        assert len(drawn) == len(set(drawn)) == 2
+
     def test_scores_nothing_twice(self, candidates, batches, tmp_path):
         record = tmp_path / "scores.jsonl"
         rows = measure(candidates[:1], TEACHER, batches, SCORED, (0, 1), record)
@@ -63,14 +95,46 @@ class TestMeasure:
         other = [(images + 1, targets) for images, targets in batches]
         assert measure(candidates[:1], TEACHER, other, SCORED, (0, 1), record) != rows
 
+    def test_keeps_scores_of_one_teacher_and_of_what_a_candidate_is(
+        self, candidates, batches, tmp_path
+    ):
+        def scores(candidate: Candidate, teacher: Teacher, n: int) -> list:
+            (row,) = measure(
+                [candidate], teacher, batches[:1], ["relation_l2"], record=tmp_path / "rows"
+            )
+            assert len((tmp_path / "rows").read_text().splitlines()) == n
+            return row["scores"]["relation_l2"]
+
+        narrow, wide = candidates
+        renamed = replace(wide, name=narrow.name, about="width 0.5")
+        found = [scores(narrow, TEACHER, 1), scores(renamed, TEACHER, 2)]
+        found.append(scores(narrow, Teacher(small(0.6), trained=False), 3))
+        assert len({*map(tuple, found)}) == 3
+        # The same weights may still be another network.
+        scores(narrow, replace(TEACHER, about="with dropout"), 4)
+        assert scores(narrow, TEACHER, 4) == found[0]
+        assert scores(renamed, TEACHER, 4) == found[1]
+
     def test_a_candidate_that_fails_is_named_and_the_others_go_on(self, candidates, batches):
         odd = Candidate("odd", partial(nn.Sequential, nn.Conv2d(3, 4, 1), nn.Flatten()))
         rows = measure([odd, *candidates], TEACHER, batches, SCORED)
         assert rows[0]["scores"]["diswot"] == [None, None]
         assert "Name the layers" in rows[0]["problems"]["diswot"]
-        found = selection.summarise(rows)
+        found = ranking.summarise(rows)
         assert found["odd"]["diswot"] is None
         assert found["narrow"]["diswot"][0] > 0
+
+    def test_a_candidate_may_fail_in_any_way(self, candidates, batches):
+        def refuse(_):
+            assert not "a size of 48"
+
+        odd = small()()
+        odd.forward = refuse
+        wrong = [Candidate("odd", lambda: odd), Candidate("none", partial({}.__getitem__, "key"))]
+        rows = measure([*wrong, candidates[0]], TEACHER, batches[:1], ["relation_l2"])
+        assert rows[0]["problems"]["relation_l2"].startswith("AssertionError: ")
+        assert rows[1]["problems"] == {"relation_l2": "KeyError: 'key'"}
+        assert rows[2]["problems"] == {}
 
     def test_a_score_that_is_not_finite_is_a_problem_of_its_own(self, candidates, batches):
         SCORES.register(Score(lambda *_: float("nan"), "a test"), "broken")
@@ -127,32 +191,29 @@ class TestMeasure:
             measure(candidates, TEACHER, [], ["diswot"])
 
 
-class TestBudget:
-    def test_is_read_with_its_units(self):
-        texts = ["params=2.5M", "macs=300M", "latency=20ms"]
-        expected = {"parameters": 2.5e6, "macs": 3e8, "latency": 0.02}
-        assert selection.parse_budget(texts) == pytest.approx(expected)
-        assert selection.parse_budget(["params=410208"]) == {"parameters": 410208}
-
-    @pytest.mark.parametrize("text", ["params", "params=", "params=x", "params=-1M", "macs=0"])
-    def test_that_is_no_number_is_refused(self, text):
-        with pytest.raises(ValueError, match=r"budget: expected .*, got '"):
-            selection.parse_budget([text])
-
-    @pytest.mark.parametrize("text", ["latency=20", "latency=2M", "params=3ms", "macs=1KK"])
-    def test_in_a_unit_of_something_else_is_refused(self, text):
-        with pytest.raises(ValueError, match="with a unit of"):
-            selection.parse_budget([text])
-
-    def test_of_something_else_is_refused(self):
-        with pytest.raises(ValueError, match="Did you mean 'params'"):
-            selection.parse_budget(["param=2M"])
-
-    def test_that_nobody_keeps_names_the_nearest(self):
-        costs = {"a": {"parameters": 3e6}, "b": {"parameters": 2e6}}
-        assert selection.within({"parameters": 2.5e6}, costs) == ["b"]
-        with pytest.raises(ValueError, match="nearest is b, which needs parameters 2e\\+06"):
-            selection.within({"parameters": 1e6}, costs)
+def test_processes_end_with_the_one_that_is_killed(tmp_path):
+    """They hold its output open for as long as they live."""
+    script = tmp_path / "busy.py"
+    script.write_text(
+        "import sys, time, torch\n"
+        "from kd_lrp_plugin.selection import workers\n"
+        "if __name__ == '__main__':\n"
+        "    torch.set_num_threads(1)\n"
+        "    with workers(2) as pool:\n"
+        "        list(pool.map(abs, range(2)))\n"
+        "        print('at work', flush=True)\n"
+        "        list(pool.map(time.sleep, [600] * 2))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline() == b"at work\n"
+        process.kill()
+        process.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class TestQuality:
@@ -193,8 +254,3 @@ class TestQuality:
         assert 0 < low < value < high
         same = quality.compare_quality(good, good, truth, sizes, 50)["kendall"]
         assert same == (0, 0, 0)
-
-    def test_a_front_is_what_nobody_beats(self):
-        points = [(1, 5), (2, 4), (2, 5), (3, 1), (3, 1)]
-        assert selection.pareto_front(points) == [True, True, False, True, True]
-        assert selection.ranks([0.3, None, 0.1, 0.3]) == [2, None, 1, 2]
