@@ -82,7 +82,12 @@ class Config:
 
     def holds(self, dotted: str) -> bool:
         """Whether there is such a key."""
-        return not self._follow(dotted)[1]
+        return not self._follow(dotted)[2]
+
+    def encloses(self, dotted: str, mark: yaml.Mark) -> bool:
+        """Whether there is such a key, and a node that begins at ``mark`` is its value or below."""
+        node, _, rest = self._follow(dotted)
+        return not rest and any(below.start_mark is mark for below in _walk(node))
 
     def place(self, dotted: str) -> str:
         """Where a key stands, as ``file:line``, or the override that set it.
@@ -90,10 +95,10 @@ class Config:
         Args:
             dotted: keys joined by dots; followed as far as they lead.
         """
-        return self.show(self._follow(dotted)[0])
+        return self.show(self._follow(dotted)[1])
 
-    def _follow(self, dotted: str) -> tuple[yaml.Mark, str]:
-        """Where the keys lead, and those that are left over."""
+    def _follow(self, dotted: str) -> tuple[yaml.Node, yaml.Mark, str]:
+        """The node where the keys lead, its place, and the keys that are left over."""
         node: yaml.Node = self.root
         mark = node.start_mark
         rest = dotted
@@ -106,7 +111,7 @@ class Config:
             key = max(fits, key=len)
             mark, node = pairs[key]
             rest = rest[len(key) + 1 :]
-        return mark, rest
+        return node, mark, rest
 
     @staticmethod
     def show(mark: yaml.Mark) -> str:
@@ -127,15 +132,24 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a key that is not there (with the nearest ones), or text that is not YAML.
+        ValueError: for a key that is not there (with the nearest ones), or text that is not YAML in
+            UTF-8.
     """
     if not Path(path).is_file():
         fix = "Give the path of a YAML file, for example one of torchdistill_configs."
         raise FileNotFoundError(message("config", "a file", f"none at {path}", fix))
-    root = _compose(str(path), Path(path).read_text(encoding="utf-8"))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fix = "Save it as UTF-8."
+        raise ValueError(
+            message(str(path), "text in UTF-8", f"other bytes ({error})", fix)
+        ) from None
+    root = _compose(str(path), text)
     if not isinstance(root, yaml.MappingNode):
+        got = repr(root.value) if isinstance(root, yaml.ScalarNode) else "a list"
         fix = "See torchdistill_configs."
-        raise ValueError(message(str(path), "a mapping of sections", repr(root.value), fix))
+        raise ValueError(message(str(path), "a mapping of sections", got, fix))
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -234,23 +248,40 @@ def _walk(node: yaml.Node) -> Iterator[yaml.Node]:
             continue
         seen.add(id(node))
         yield node
-        if isinstance(node, yaml.MappingNode):
-            stack += [part for pair in reversed(node.value) for part in reversed(pair)]
-        elif isinstance(node, yaml.SequenceNode):
-            stack += reversed(node.value)
+        stack += reversed(_parts(node))
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes directly below one, keys included."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _compose(where: str, text: str) -> yaml.Node:
-    loader = yaml.FullLoader(text)
-    loader.name = where  # what each node's place names
     try:
+        loader = yaml.FullLoader(text)
+        loader.name = where  # what each node's place names
         node = loader.get_single_node()
-    except yaml.YAMLError as error:
+        if node is None:
+            mark = loader.get_mark()
+            return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, mark)
+        _refuse_loops(node, set(), set())
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(message(where, "YAML", str(error), "Correct the text there.")) from error
-    if node is None:
-        mark = loader.get_mark()
-        return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, mark)
     return node
+
+
+def _refuse_loops(node: yaml.Node, above: set[int], done: set[int]) -> None:
+    """Aliases may share a node, not stand inside of it: nothing could be read to its end."""
+    if id(node) in above:
+        expected, fix = "an alias of what stands elsewhere", "Take the alias out of it."
+        got = "one inside of what it names"
+        raise ValueError(message(Config.show(node.start_mark), expected, got, fix))
+    if id(node) not in done:
+        for part in _parts(node):
+            _refuse_loops(part, above | {id(node)}, done)
+        done.add(id(node))
 
 
 def _apply(root: yaml.Node, dotted: str, value: yaml.Node) -> None:

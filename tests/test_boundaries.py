@@ -14,12 +14,12 @@ LEVELS = {
     ),
     2: (
         *("propagation", "relevance", "evaluation", "localisation", "report"),
-        *("comparison", "verdict", "leaks", "provenance", "tables"),
+        *("comparison", "verdict", "leaks", "provenance", "tables", "findings"),
     ),
-    3: ("scores", "selection", "search", "quality", "attribution"),
-    4: ("recipes", "hook", "torchdistill"),
+    3: ("scores", "selection", "ranking", "search", "quality", "attribution"),
+    4: ("recipes", "question", "hook", "torchdistill"),
     5: (
-        *("experiment", "meter", "checking", "results", "training"),
+        *("experiment", "meter", "sections", "checking", "results", "training"),
         *(
             "plan",
             "tally",
@@ -40,9 +40,12 @@ WITHIN_A_LEVEL = {
     *(("data", other) for other in ("phantom", "splits")),
     ("spaces", "students"),
     ("relevance", "propagation"),
-    *(("checking", other) for other in ("experiment", "meter")),
+    ("sections", "experiment"),
+    *(("checking", other) for other in ("experiment", "meter", "sections")),
     ("selection", "scores"),
-    ("search", "selection"),
+    ("ranking", "selection"),
+    *(("search", other) for other in ("selection", "ranking")),
+    ("hook", "question"),
     *(("torchdistill", other) for other in ("recipes", "hook")),
     ("results", "experiment"),
     *(("training", other) for other in ("experiment", "meter", "checking", "results")),
@@ -102,7 +105,7 @@ def test_losses_know_nothing_of_relevance_and_the_report_nothing_of_the_package(
 
 def test_only_the_rim_and_the_driver_import_torchdistill():
     users = {m for m in LEVEL if any(n.split(".")[0] == "torchdistill" for n in imports(m))}
-    assert users == {"torchdistill", "recipes", "hook", "experiment", "checking", "training"}
+    assert users == {"torchdistill", "recipes", "hook", "experiment", "sections", "training"}
 
 
 def test_the_core_leaves_torchdistill_alone():

@@ -13,6 +13,7 @@ from kd_lrp_plugin.checking import check
 from kd_lrp_plugin.cli import app
 from kd_lrp_plugin.config import resolve_config, unsafe_tags
 from kd_lrp_plugin.data import FolderImages, unreadable_images
+from kd_lrp_plugin.processes import Processes
 
 WRONG = {
     "a misspelled section": (
@@ -187,6 +188,112 @@ def test_a_last_batch_that_a_loss_cannot_take_is_told():
     overrides.append("train.train_data_loader.kwargs.drop_last=False")
     (problem,) = check(resolve_config(LRP, overrides), CPU).problems
     assert "expected full ones, got a last one of 1. Set drop_last: True." in problem
+
+
+TINY = [*SMALL, "image_size=32"]
+
+
+class TestEvaluation:
+    """Validation and test are tried as the run will take them, or its work would be lost."""
+
+    def problems(self, config: Path, *overrides: str) -> list[str]:
+        teacher = [] if config == BASELINE else NO_TEACHER
+        return check(resolve_config(config, [*TINY, *teacher, *overrides]), CPU).problems
+
+    def test_images_that_would_not_be_counted_are_refused(self):
+        dropped = "test.test_data_loader.kwargs={batch_size: 8, drop_last: true}"
+        found = self.problems(BASELINE, dropped)  # one node, by an alias
+        for loader, problem in zip(("val_data_loader", "test_data_loader"), found, strict=True):
+            assert f"{loader}.kwargs.drop_last: expected False, got True" in problem
+
+    def test_test_images_of_another_size_are_told(self):
+        head = "{name: test_resnet, num_classes: 4, head: flatten_mlp, image_size: 32}"
+        larger = "{split: test, size: 8, image_size: 48}"
+        (problem,) = self.problems(
+            BASELINE,
+            f"models.model.kwargs={head}",
+            f"datasets.phantom/test.init.kwargs={larger}",
+        )
+        assert "  test.test_data_loader: " in problem
+
+    def test_a_set_without_images_is_told(self):
+        empty = "!import_call {key: torch.utils.data.TensorDataset, init: {args: [%s]}}"
+        empty %= "!import_call {key: torch.tensor, init: {args: [[]]}}"
+        (problem,) = self.problems(BASELINE, f"datasets.phantom/test={empty}")
+        assert "test.test_data_loader: batches: expected one or more" in problem
+        assert problem.endswith("got none. Add images.")
+
+    def test_an_image_alone_needs_no_relation_to_others(self):
+        alone = "{batch_size: 1}"
+        assert self.problems(LRP, f"train.val_data_loader.kwargs={alone}") == []
+
+
+class TestSteps:
+    """What each of two processes would do, as one of them tells."""
+
+    TWO = Processes(torch.device("cpu"), 0, 2)
+
+    def problems(self, config: Path, *overrides: str, here: Processes = TWO) -> list[str]:
+        teacher = [] if config == BASELINE else NO_TEACHER
+        return check(resolve_config(config, [*TINY, *teacher, *overrides]), here).problems
+
+    def test_each_process_needs_a_batch_of_its_share(self):
+        assert self.problems(BASELINE, "batch_size=16", here=CPU) == []
+        (problem,) = self.problems(BASELINE, "batch_size=16")
+        assert "train.train_data_loader: batches: expected one or more" in problem
+        assert "none for each of 2 processes" in problem
+
+    def test_a_last_batch_is_that_of_a_share(self):
+        sizes = ["datasets.phantom/train.init.kwargs.size=18", "num_workers=0"]
+        sizes.append("train.train_data_loader.kwargs={batch_size: 8}")
+        assert self.problems(LRP, *sizes, here=CPU) == []  # 18 = 2 * 8 + 2; each has 9 = 8 + 1
+        (problem,) = self.problems(LRP, *sizes)
+        assert "expected full ones, got a last one of 1. Set drop_last: True." in problem
+
+    @pytest.mark.parametrize("keyword", ["replacement", "rank"])
+    def test_only_what_torchruns_sampler_takes_is_taken(self, keyword):
+        kwargs = f"+train.train_data_loader.sampler.kwargs={{{keyword}: 1}}"
+        (problem,) = self.problems(BASELINE, kwargs)
+        assert "sampler.kwargs: expected what DistributedSampler lets one choose" in problem
+        assert f"got {keyword!r}" in problem
+
+    def test_all_that_is_trained_needs_a_gradient(self):
+        relation = "train.criterion.kwargs={alpha: 0, beta: 0, gamma: 0, delta: 1}"
+        assert self.problems(LRP, relation, here=CPU) == []
+        (problem,) = self.problems(LRP, relation)
+        assert "got none for 11, such as ['layer4.0.conv1.weight'," in problem
+        assert "Give CE or KL a weight, or freeze them (frozen_modules)." in problem
+        frozen = "+train.student.frozen_modules=[layer4, fc]"
+        assert self.problems(LRP, relation, frozen) == []
+
+    def test_accumulation_must_end_within_the_run(self):
+        steps = "+train.optimizer.grad_accum_step"
+        assert self.problems(BASELINE, f"{steps}=2", here=CPU) == []
+        (problem,) = self.problems(BASELINE, f"{steps}=3", here=CPU)
+        assert "grad_accum_step: expected at most 2, the batches" in problem
+        (problem,) = self.problems(BASELINE, f"{steps}=2")
+        assert "grad_accum_step: expected at most 1, the batches" in problem
+
+
+WRONG_TEXT = {
+    "a zero byte": (b"train: \0", "expected YAML, got unacceptable character #x0000"),
+    "another encoding": ("train: für".encode("latin-1"), "expected text in UTF-8, got other bytes"),
+    "a list": (b"- train\n- test\n", "expected a mapping of sections, got a list"),
+    "an alias in itself": (
+        b"models: {}\ntrain: &all\n  stage1: [*all]\n",
+        "expected an alias of what stands elsewhere, got one inside of what it names",
+    ),
+    "brackets without end": (b"train: " + b"[" * 5000, "expected YAML, got maximum recursion"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TEXT)
+def test_a_text_that_is_no_config_is_told_with_its_file(case, tmp_path):
+    content, words = WRONG_TEXT[case]
+    (tmp_path / "my.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"my\.yaml(:2)?: expected") as caught:
+        resolve_config(tmp_path / "my.yaml")
+    assert words in str(caught.value)
 
 
 def test_a_key_that_nothing_reads_is_a_remark():

@@ -11,7 +11,11 @@ import pytest
 import torch
 import two_processes
 from safetensors.torch import load_file
-from small_runs import KD, LRP, NO_TEACHER, SMALL
+from small_runs import CPU, KD, LRP, NO_TEACHER, SMALL
+
+from kd_lrp_plugin import results
+from kd_lrp_plugin.config import resolve_config
+from kd_lrp_plugin.experiment import Experiment, construct
 
 # Layer norms see one image at a time; batch norms would see the batch of their process.
 NO_BATCH_NORM = [
@@ -87,7 +91,9 @@ class TestDistill:
 
     def test_trains_tests_and_goes_on_after_a_kill(self, tmp_path):
         words = ["-m", "kd_lrp_plugin.cli", "distill", LRP, "--device", "cpu"]
-        for override in [*SMALL, *NO_TEACHER, "train.num_epochs=2"]:
+        # The step of the first epoch is completed in the second.
+        accumulated = "+train.optimizer.grad_accum_step=2"
+        for override in [*SMALL, *NO_TEACHER, "train.num_epochs=2", accumulated]:
             words += ["--set", override]
         done = torchrun(*words, "--out", "whole", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -98,6 +104,10 @@ class TestDistill:
         # Nine validation and eight test images, each counted once.
         lines = (whole / "predictions.csv").read_text().splitlines()
         assert [line.split(",")[0] for line in lines[1:]] == [str(place) for place in range(8)]
+        # What was validated is what is kept, batch statistics included.
+        lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+        best = torch.load(whole / "best.pt", weights_only=True)["epoch"]
+        assert self.cross_entropy(whole) == pytest.approx(lines[best - 1]["val_ce"], rel=2e-6)
         # As killed in the second epoch: its traces gone, the first one's checkpoint the last.
         parts = tmp_path / "parts"
         self.first_epoch_only(words, parts)
@@ -106,6 +116,15 @@ class TestDistill:
         assert "going on after epoch 1" in done.stdout
         of_whole, of_parts = (load_file(f / "student.safetensors") for f in (whole, parts))
         assert all(torch.equal(of_whole[name], of_parts[name]) for name in of_whole)
+
+    def cross_entropy(self, run: Path) -> float:
+        """Of the weights that are kept, on the validation images."""
+        model, _ = results.load_run(run)
+        experiment = Experiment(construct(resolve_config(run / "config.yaml")), CPU)
+        images, targets = zip(*(item[:2] for item in experiment.val_loader.dataset), strict=True)
+        with torch.no_grad():
+            logits = model(torch.stack(images))
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(targets)))
 
     def first_epoch_only(self, words: list, out: Path) -> None:
         script = (
@@ -131,4 +150,15 @@ class TestDistill:
         assert done.returncode != 0
         assert done.stderr.count("expected an integer of 1 or more") == 1
         assert "Traceback (most recent call last):\n  File" not in done.stdout
+        assert not (tmp_path / "run").exists()
+
+    def test_losses_that_several_processes_cannot_train_with_are_told_once(self, tmp_path):
+        words = ["-m", "kd_lrp_plugin.cli", "distill", LRP, "--device", "cpu", "--out", "run"]
+        relation = "train.criterion.kwargs={alpha: 0, beta: 0, gamma: 0, delta: 1}"
+        for override in [*SMALL, *NO_TEACHER, "image_size=32", relation]:
+            words += ["--set", override]
+        done = torchrun(*words, cwd=tmp_path)
+        assert done.returncode != 0
+        assert done.stderr.count("expected a gradient for all that is trained") == 1
+        assert "Expected to have finished reduction" not in done.stderr
         assert not (tmp_path / "run").exists()
