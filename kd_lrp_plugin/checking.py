@@ -12,7 +12,6 @@ from kd_lrp_plugin.checks import check_known, message
 from kd_lrp_plugin.config import Config
 from kd_lrp_plugin.data import unreadable_images
 from kd_lrp_plugin.experiment import MONITOR, Experiment, construct, stages_of
-from kd_lrp_plugin.findings import KEYS as KEYS
 from kd_lrp_plugin.findings import Findings, check_keys
 from kd_lrp_plugin.meter import Meter
 from kd_lrp_plugin.processes import Processes

@@ -220,7 +220,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(message("study", "a YAML file", f"none at {file}", _SEE))
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(message(str(file), "YAML", str(error), "Correct it there.")) from error
     if not isinstance(content, dict):
         raise ValueError(message(str(file), "a mapping of keys", repr(content)[:60], _SEE))
