@@ -73,7 +73,7 @@ def measure(experiment: Experiment, folder: str, rounds: int) -> dict[str, float
             loops[name]()
             if turn > 0:
                 times[name].append(now(experiment.here.device) - started)
-    run._improves({run.monitor: 0.0})
+    run._keep_best({run.monitor: 0.0})
     started = time.perf_counter()
     run._save(improved=True)
     saving = time.perf_counter() - started

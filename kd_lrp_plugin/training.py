@@ -175,7 +175,7 @@ class Run:
         metrics |= self._evaluate(experiment.val_loader, "val", f"epoch {number} val")[0]
         metrics["memory_mb"] = round(_memory(self.here), 1)
         metrics["seconds"] = round(time.time() - started, 2)
-        improved = self._improves(metrics)
+        improved = self._keep_best(metrics)
         self.records.append(metrics)
         experiment.end_epoch(metrics[self.monitor], self._stalls())
         if self.here.rank == 0:
@@ -211,7 +211,7 @@ class Run:
         value = metrics[self.monitor]
         return value if self.monitor.endswith("accuracy") else -value
 
-    def _improves(self, metrics: Mapping[str, float]) -> bool:
+    def _keep_best(self, metrics: Mapping[str, float]) -> bool:
         """Keep the weights of an epoch that is the best so far; of equal ones the lower loss."""
         one_stage = "stage1" not in self.experiment.train  # losses of stages are no one measure
         quality = self._value(metrics), -metrics.get("val_loss", 0.0) if one_stage else 0.0
