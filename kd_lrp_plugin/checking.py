@@ -136,17 +136,25 @@ def _check_step(
     if experiment.teacher is not None:
         roles["teacher"] = experiment.teacher
     for role, model in roles.items():
-        with findings.at(f"{dotted}.{role}.forward_proc"), torch.no_grad():
+        derived = role != "teacher" or box.teacher_updatable
+        with findings.at(f"{dotted}.{role}.forward_proc"), torch.set_grad_enabled(derived):
             procedure = getattr(box, f"{role}_forward_proc")
             procedure(model, images, targets, supplement)
     if findings.problems:
         return
+    if short is not None:  # in training mode: norms, too, may need more than one image
+        with findings.at(f"{dotted}.train_data_loader"), torch.no_grad():
+            try:
+                experiment.loss(*short[:3])
+            except (ValueError, RuntimeError) as error:
+                got, fix = f"a last one of {rest}", f"Set drop_last: True. ({error})"
+                raise ValueError(message("batches", "full ones", got, fix)) from error
     classifies = experiment.student is experiment.original
     with findings.at(f"{dotted}.criterion"), Meter(box.criterion, False, classifies) as meter:
         loss = experiment.training_loss(images, targets, supplement)
         check_finite(loss, meter.latest)
         meter.update(loss, targets)
-        left = _step(experiment, loss)
+        left = _step(experiment, loss, images)
         if left and here.world > 1:
             got = f"none for {len(left)}, such as {left[:3]}"
             fix = "Give CE or KL a weight, or freeze them (frozen_modules)."
@@ -154,27 +162,28 @@ def _check_step(
             raise ValueError(message("criterion", expected, got, fix))
         with experiment.evaluating():
             experiment.loss(images, targets)
-    if short is not None:
-        with findings.at(f"{dotted}.train_data_loader"), experiment.evaluating():
-            try:
-                experiment.loss(*short[:3])
-            except ValueError as error:
-                got, fix = f"a last one of {rest}", f"Set drop_last: True. ({error})"
-                raise ValueError(message("batches", "full ones", got, fix)) from error
     with findings.at("train.monitor"):
         known = [MONITOR, "val_loss", *(f"val_{name}" for name in meter.latest)]
         check_known("train.monitor", experiment.monitor, known)
 
 
-def _step(experiment: Experiment, loss: Tensor) -> list[str]:
-    """Take a step; the names of what is trained and gets no gradient in it."""
+def _step(experiment: Experiment, loss: Tensor, images: Tensor) -> list[str]:
+    """Take a step; the names of what is trained, and waited for under torchrun, without a gradient.
+
+    Where something is frozen, PyTorch does not wait for what the outputs do not reach.
+    """
     trained = {n: p for n, p in experiment.student.named_parameters() if p.requires_grad}
     reached: set[Tensor] = set()
     handles = [p.register_post_accumulate_grad_hook(reached.add) for p in trained.values()]
     experiment.box.post_forward_process(loss=loss)
     for handle in handles:
         handle.remove()
-    return [name for name, parameter in trained.items() if parameter not in reached]
+    left = [name for name, parameter in trained.items() if parameter not in reached]
+    if left and len(trained) < len(list(experiment.student.parameters())):
+        outputs, weights = experiment.student(images), [trained[name] for name in left]
+        found = torch.autograd.grad(outputs.sum(), weights, allow_unused=True)
+        left = [name for name, gradient in zip(left, found, strict=True) if gradient is not None]
+    return left
 
 
 def _check_evaluation(

@@ -220,7 +220,7 @@ class Experiment:
     # --- models -------------------------------------------------------------------------------
 
     def _check_head(self, role: str, model: nn.Module, dataset: Any) -> None:
-        image, _ = dataset[0]
+        image = dataset[0][0]
         was_training = model.training
         with torch.no_grad():
             outputs = model.eval()(image[None].to(self.here.device)).shape[-1]

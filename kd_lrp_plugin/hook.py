@@ -3,9 +3,11 @@
 import importlib
 import json
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -179,7 +181,10 @@ def _affordable(
 def _refuse(question: Question, problems: Mapping[str, str], among: int) -> None:
     if problems and (len(problems) == among or not question.exclude_failures):
         shown = "; ".join(f"{name}: {why}" for name, why in list(problems.items())[:3])
-        fix = "Choose another score or other layers, or set exclude_failures: True."
+        fix = (
+            "Choose another score or other layers, or set exclude_failures: True. What has failed "
+            f"is kept beside {question.file}: delete it there to try again."
+        )
         got = f"{len(problems)} without, such as {shown}"
         raise ValueError(message(WHERE, f"a {question.score} of each", got, fix))
 
@@ -243,17 +248,29 @@ def _shape(batches: list[Batch]) -> tuple[int, int]:
 def keep(
     question: Question, records: Sequence[Mapping[str, Any]], file: Path | None = None
 ) -> None:
-    """Write the record of a choice: the first of the ranking; elsewhere, if ``file`` is given."""
-    file = file or question.file
+    """Write the record of a choice, the first of the ranking; one that is there already stays.
+
+    Args:
+        question: what was asked.
+        records: the ranking.
+        file: elsewhere, for a look; written anew each time.
+    """
     content = {
         "candidate": records[0]["candidate"],
         "entry": records[0]["entry"],
         "question": question.words(),
         "ranking": list(records),
     }
-    draft = file.with_name(f"{file.name}.draft")
-    draft.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    draft.replace(file)
+    place = (file or question.file).parent
+    with tempfile.NamedTemporaryFile("w", dir=place, encoding="utf-8", delete=False) as draft:
+        draft.write(json.dumps(content, indent=2))
+    Path(draft.name).chmod(0o644)
+    if file:
+        Path(draft.name).replace(file)
+        return
+    with suppress(FileExistsError):  # another process has chosen, and trains its choice
+        os.link(draft.name, question.file)
+    Path(draft.name).unlink()
 
 
 def recorded(question: Question) -> Entry:

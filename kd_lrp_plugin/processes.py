@@ -46,13 +46,16 @@ class Processes:
     def send(self, tensor: torch.Tensor) -> None:
         """Give every process the tensor of the first, in place."""
         if self.world > 1:
-            distributed.broadcast(tensor, 0)
+            whole = tensor.contiguous()  # what is sent is memory, whatever the strides
+            distributed.broadcast(whole, 0)
+            tensor.copy_(whole)
 
     def average(self, tensor: torch.Tensor) -> None:
         """Give every process the mean over all, in place."""
         if self.world > 1:
-            distributed.all_reduce(tensor)
-            tensor /= self.world
+            whole = tensor.contiguous()
+            distributed.all_reduce(whole)
+            tensor.copy_(whole / self.world)
 
     def first(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in the first process, on every process.

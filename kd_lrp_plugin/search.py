@@ -59,9 +59,9 @@ def search(
     """Look at ``trials`` students of a space, more of those that no other one beats.
 
     The study is a journal in ``folder``: given again, the search goes on, and several processes
-    that are given the same folder share it. No architecture is scored twice: scores are kept by
-    name in ``scores.jsonl``, costs in the study. A student over budget costs no score. Another
-    teacher, other images or another question make a study of their own.
+    that are given the same folder share it. No architecture is scored twice: scores are kept in
+    ``scores.jsonl``, costs in the study. A student over budget costs no score. Another teacher,
+    other images or another question make a study of their own.
 
     Args:
         space: see :class:`kd_lrp_plugin.spaces.Space`.

@@ -1,6 +1,5 @@
 """The checks of each section of a config for itself: its types, and the names that it uses."""
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 from torchdistill.common.module_util import get_module
 from torchdistill.core.interfaces import registry as procedures
 from torchdistill.datasets.registry import BATCH_SAMPLER_DICT, COLLATE_FUNC_DICT
@@ -267,7 +265,8 @@ def _check_path(where: str, path: Any, model: nn.Module) -> None:
     if path in modules:
         return
     if path == ".":
-        fix = "Leave it out: without a hook, too, '.' is what the model returns."
+        hooked = where.startswith("forward_hook")
+        fix = "Leave it out: without a hook, too, '.' is what the model returns." if hooked else ""
         raise ValueError(message(where, "parts of the model", "'.'", fix))
     found = get_module(model, path) if isinstance(path, str) else None  # a parameter, or layer.-1
     if not isinstance(found, nn.Module | nn.Parameter):
@@ -314,12 +313,11 @@ _Stage = tuple[Mapping[str, Any], _Others]
 def _check_optimizer(
     findings: Findings, dotted: str, optimizer: Mapping[str, Any], rest: _Stage
 ) -> Optimizer:
-    """Also makes one, of one number, for the scheduler to be tried with."""
+    """Also makes one, of a number per group, for the scheduler to be tried with."""
     stage, others = rest
     check_known("key", optimizer.get("key"), OPTIM_DICT)
     make = OPTIM_DICT[optimizer["key"]]
     check_keywords("kwargs", make, optimizer["kwargs"])
-    trial = make([nn.Parameter(torch.zeros(1))], **optimizer["kwargs"])
     steps = optimizer.get("grad_accum_step", 1)
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(message("grad_accum_step", "an integer >= 1", steps, ""))
@@ -331,6 +329,8 @@ def _check_optimizer(
         read, ignored = ignored, read
     if optimizer.get(ignored):
         raise ValueError(message(ignored, f"{read} with these models", ignored, "Rename it."))
+    defaults = make([nn.Parameter(torch.zeros(1))], **optimizer["kwargs"]).defaults
+    groups: list[dict[str, Any]] = []
     for place, entry in enumerate(optimizer.get(read) or []):
         where = f"{read}.{place}"
         check_mapping(where, entry, "For example {module: layer4, kwargs: {lr: 0.001}}.")
@@ -338,13 +338,15 @@ def _check_optimizer(
         kwargs = entry.get("kwargs") or {}
         check_numbers(f"{where}.kwargs", kwargs)
         for key in kwargs:
-            check_known(f"{where}.kwargs", key, trial.defaults)
+            check_known(f"{where}.kwargs", key, defaults)
+        groups.append({"params": [nn.Parameter(torch.zeros(1))], **kwargs})
         role = "teacher" if entry.get("is_teacher") else others.trained
         model, how = others.roles.get(role), stage.get(role)
         redesigned = ("sequential", "auxiliary_model_wrapper")
         if model and isinstance(how, Mapping) and not any(how.get(key) for key in redesigned):
             _check_path(f"{where}.module", entry["module"], model)
-    return trial
+    groups = groups or [{"params": [nn.Parameter(torch.zeros(1))]}]
+    return make(groups, **optimizer["kwargs"])
 
 
 @section("scheduler", "a scheduler", "For example {key: StepLR, kwargs: {step_size: 5}}.")
@@ -409,12 +411,9 @@ def _check_loader(
         return
     trains = dotted.endswith("train_data_loader")
     world = others.here.world if trains else 1
-    if world > 1:
-        known = inspect.signature(DistributedSampler).parameters
-        for key in loader["sampler"].get("kwargs") or {}:
-            if key not in known or key in ("dataset", "num_replicas", "rank"):
-                expected = "what DistributedSampler lets one choose, under torchrun"
-                raise ValueError(message("sampler.kwargs", expected, repr(key), "Leave it out."))
+    if world > 1 and (kwargs := loader["sampler"].get("kwargs")):
+        expected, fix = "none under torchrun, which shares out the images", "Leave them out."
+        raise ValueError(message("sampler.kwargs", expected, [*kwargs], fix))
     if not callable(loader["sampler"].get("class_or_func")):
         got = repr(loader["sampler"].get("class_or_func"))
         raise ValueError(message("sampler.class_or_func", "a class or function", got, fix))
@@ -422,8 +421,10 @@ def _check_loader(
         built = share(dataset, loader, Processes(others.here.device, 0, processes))
     if built.batch_sampler is None:
         raise ValueError(message("kwargs.batch_size", "a number", None, "For example 32."))
-    if not trains and getattr(built.batch_sampler, "drop_last", False):
-        fix = "Leave it out: the images of the last batch would not be counted."
+    size = getattr(built.batch_sampler, "batch_size", 1)
+    dropped = len(dataset) % size if getattr(built.batch_sampler, "drop_last", False) else 0
+    if not trains and dropped:
+        fix = f"Leave it out: the last images, {dropped} of {len(dataset)}, would not be counted."
         raise ValueError(message("kwargs.drop_last", "False", True, fix))
     if len(built) == 0:
         got = "none" if world == 1 else f"none for each of {world} processes"

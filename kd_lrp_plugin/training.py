@@ -217,7 +217,7 @@ class Run:
         quality = self._value(metrics), -metrics.get("val_loss", 0.0) if one_stage else 0.0
         improved = not self.best or quality > tuple(self.best["quality"])
         if improved:
-            state = self.experiment.original.state_dict()
+            state = self.experiment.original.state_dict() if self.here.rank == 0 else {}
             self.best = {
                 "model": {k: v.detach().to("cpu", copy=True) for k, v in state.items()},
                 "classes": self.experiment.classes,

@@ -190,6 +190,14 @@ def test_a_last_batch_that_a_loss_cannot_take_is_told():
     assert "expected full ones, got a last one of 1. Set drop_last: True." in problem
 
 
+def test_a_last_batch_that_a_norm_cannot_take_is_told():
+    """One image, whose last map has one place."""
+    overrides = [*TINY, "datasets.phantom/train.init.kwargs.size=17"]
+    overrides.append("train.train_data_loader.kwargs.drop_last=False")
+    (problem,) = check(resolve_config(BASELINE, overrides), CPU).problems
+    assert "expected full ones, got a last one of 1. Set drop_last: True." in problem
+
+
 TINY = [*SMALL, "image_size=32"]
 
 
@@ -202,9 +210,13 @@ class TestEvaluation:
 
     def test_images_that_would_not_be_counted_are_refused(self):
         dropped = "test.test_data_loader.kwargs={batch_size: 8, drop_last: true}"
-        found = self.problems(BASELINE, dropped)  # one node, by an alias
+        sizes = [f"datasets.phantom/{split}.init.kwargs.size=9" for split in ("val", "test")]
+        found = self.problems(BASELINE, dropped, *sizes)  # one node, by an alias
         for loader, problem in zip(("val_data_loader", "test_data_loader"), found, strict=True):
             assert f"{loader}.kwargs.drop_last: expected False, got True" in problem
+            assert "the last images, 1 of 9, would not be counted" in problem
+        even = [override.replace("=9", "=8") for override in sizes]
+        assert self.problems(BASELINE, dropped, *even) == []
 
     def test_test_images_of_another_size_are_told(self):
         head = "{name: test_resnet, num_classes: 4, head: flatten_mlp, image_size: 32}"
@@ -250,12 +262,12 @@ class TestSteps:
         (problem,) = self.problems(LRP, *sizes)
         assert "expected full ones, got a last one of 1. Set drop_last: True." in problem
 
-    @pytest.mark.parametrize("keyword", ["replacement", "rank"])
-    def test_only_what_torchruns_sampler_takes_is_taken(self, keyword):
+    @pytest.mark.parametrize("keyword", ["replacement", "rank", "shuffle"])
+    def test_keywords_of_a_sampler_are_refused(self, keyword):
         kwargs = f"+train.train_data_loader.sampler.kwargs={{{keyword}: 1}}"
         (problem,) = self.problems(BASELINE, kwargs)
-        assert "sampler.kwargs: expected what DistributedSampler lets one choose" in problem
-        assert f"got {keyword!r}" in problem
+        assert "sampler.kwargs: expected none under torchrun" in problem
+        assert f"got ['{keyword}']" in problem
 
     def test_all_that_is_trained_needs_a_gradient(self):
         relation = "train.criterion.kwargs={alpha: 0, beta: 0, gamma: 0, delta: 1}"

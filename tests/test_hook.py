@@ -276,6 +276,23 @@ class TestRun:
         assert RECORD.is_file()
 
 
+def test_the_first_of_two_choices_stays(monkeypatch):
+    """Another process may choose at the same time, and train what it has recorded."""
+    question = hook.ask(**asked())
+    records = hook.select(question)
+    select = hook.select
+
+    def slowly(*words, **more):
+        hook.keep(question, records[::-1])
+        return select(*words, **more)
+
+    monkeypatch.setattr(hook, "select", slowly)
+    model = hook.diswot_student(**asked())
+    assert json.loads(Path("choice.json").read_text())["candidate"] == records[-1]["candidate"]
+    assert model.__dict__["chosen"] == records[-1]["entry"]
+    assert {file.name for file in Path().iterdir()} == {"choice.json", "choice.scores.jsonl"}
+
+
 class TestCommand:
     def flags(self, *more: str) -> list[str]:
         return [word for override in [*QUICK, *more] for word in ("--set", override)]

@@ -126,6 +126,15 @@ PATHS = {
 }
 
 
+def test_a_scheduler_is_tried_with_the_groups_of_the_optimizer():
+    parts = "[{module: layer4, kwargs: {lr: 0.01}}, {module: fc, kwargs: {lr: 0.02}}]"
+    optimizer = f"train.optimizer={{key: SGD, kwargs: {{lr: 0.1}}, module_wise_configs: {parts}}}"
+    rates = "train.scheduler={key: OneCycleLR, kwargs: {max_lr: %s, total_steps: 1}}"
+    assert problems(KD, optimizer, rates % [0.1, 0.2]) == []
+    (problem,) = problems(KD, optimizer, rates % [0.1])
+    assert "train.scheduler" in problem
+
+
 class TestPaths:
     @pytest.mark.parametrize("override", PATHS)
     def test_one_that_leads_nowhere_is_told(self, override):
