@@ -359,9 +359,9 @@ def draw(rows: list[dict]) -> Figure:
         axes.barh(labels, values, xerr=[row[f"{name}_sd"] for row in rows], color="#5b8db8")
         base = next((row[name] for row in rows if row["score"] == "parameters"), None)
         if base is not None:
-            axes.axvline(base, color="#c01818", linewidth=1, label="parameters")
-            axes.legend(fontsize=8)
-        axes.set_title(name.replace("iso_", "equal-size "), fontsize=10)
+            axes.axvline(base, color="#c01818", linewidth=1)
+        title = f"{name.replace('iso_', 'equal-size ')} (red: parameters)"
+        axes.set_title(title, fontsize=10)
         axes.tick_params(labelsize=7)
         axes.grid(axis="x", alpha=0.3)
         axes.margins(y=0.01)
