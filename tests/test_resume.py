@@ -20,6 +20,19 @@ def distill(out, show=None, config=BASELINE, overrides=THREE_EPOCHS, seed=0):
     return training.distill(config, overrides, out, seed, "cpu", show)
 
 
+def validates_as(monkeypatch, values: list[float]) -> None:
+    """Each epoch has the accuracy that is given for it."""
+    evaluate = training.Run._evaluate
+
+    def scripted(self, loader, prefix, what, keep=False):
+        found, predictions = evaluate(self, loader, prefix, what, keep)
+        if prefix == "val":
+            found["val_accuracy"] = values[self.epoch]
+        return found, predictions
+
+    monkeypatch.setattr(training.Run, "_evaluate", scripted)
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict:
     """Three epochs in one go."""
@@ -110,16 +123,7 @@ def test_the_last_line_of_the_metrics_comes_back(out, uninterrupted):
 
 def test_patience_is_counted_the_same_after_a_fall_back(tmp_path, monkeypatch):
     """A best.pt that is ahead of the checkpoint used must not pass for an older one."""
-    values = [0.5, 0.4, 0.6, 0.3, 0.2, 0.1]
-    evaluate = training.Run._evaluate
-
-    def scripted(self, loader, prefix, what, keep=False):
-        found, predictions = evaluate(self, loader, prefix, what, keep)
-        if prefix == "val":
-            found["val_accuracy"] = values[self.epoch]
-        return found, predictions
-
-    monkeypatch.setattr(training.Run, "_evaluate", scripted)
+    validates_as(monkeypatch, [0.5, 0.4, 0.6, 0.3, 0.2, 0.1])
     overrides = [*SMALL, "train.num_epochs=6", "+train.early_stopping={patience: 2}"]
     distill(tmp_path / "whole", None, BASELINE, overrides)
     with pytest.raises(Stopped):
@@ -152,15 +156,7 @@ class TestDamage:
         self, moment, tmp_path, monkeypatch
     ):
         """Those of the first epoch, so that no later one can stand in for them."""
-        evaluate, values = training.Run._evaluate, [0.9, 0.1, 0.2]
-
-        def scripted(self, loader, prefix, what, keep=False):
-            found, predictions = evaluate(self, loader, prefix, what, keep)
-            if prefix == "val":
-                found["val_accuracy"] = values[self.epoch]
-            return found, predictions
-
-        monkeypatch.setattr(training.Run, "_evaluate", scripted)
+        validates_as(monkeypatch, [0.9, 0.1, 0.2])
         distill(tmp_path / "whole")
         with pytest.raises(Stopped):
             distill(tmp_path / "parts", StopsAt(moment))
