@@ -1,11 +1,16 @@
 """What several test modules share: one thread, fixed seeds, a check for traces left in a model."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
 from torch import nn
+
+# Commands and examples that tests start would else have as many threads as there are processors,
+# each, and wait for each other's.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
