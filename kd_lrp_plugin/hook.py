@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
@@ -268,9 +268,14 @@ def keep(
     if file:
         Path(draft.name).replace(file)
         return
-    with suppress(FileExistsError):  # another process has chosen, and trains its choice
+    try:
         os.link(draft.name, question.file)
-    Path(draft.name).unlink()
+    except FileExistsError:  # another process has chosen, and trains its choice
+        pass
+    except OSError:  # a file system without links
+        if not question.file.exists():
+            Path(draft.name).replace(question.file)
+    Path(draft.name).unlink(missing_ok=True)
 
 
 def recorded(question: Question) -> Entry:

@@ -293,6 +293,18 @@ def test_the_first_of_two_choices_stays(monkeypatch):
     assert {file.name for file in Path().iterdir()} == {"choice.json", "choice.scores.jsonl"}
 
 
+def test_a_choice_is_recorded_where_files_cannot_be_linked(monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(hook.os, "link", refuse)
+    question = hook.ask(**asked())
+    records = [{"candidate": "test_resnet", "entry": {"key": "timm_model", "kwargs": {}}}]
+    hook.keep(question, records)
+    assert hook.recorded(question) == records[0]["entry"]
+    assert [file.name for file in Path().iterdir()] == ["choice.json"]
+
+
 class TestCommand:
     def flags(self, *more: str) -> list[str]:
         return [word for override in [*QUICK, *more] for word in ("--set", override)]
