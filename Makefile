@@ -18,9 +18,10 @@ demo: install  ## train a teacher, rank students, distil two; ends with demo/rep
 test: install  ## all tests and doctests
 	$(BIN)/python -m pytest -n 2
 
-check: install  ## format, lint, types
+check: install  ## format, lint, types, and that imports only go down
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 clean:

@@ -24,13 +24,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from kd_lrp_plugin.config import resolve_config
-from kd_lrp_plugin.experiment import Experiment, construct
-from kd_lrp_plugin.processes import Processes
-from kd_lrp_plugin.progress import Silence
-from kd_lrp_plugin.report import table
-from kd_lrp_plugin.runs import RunFolder
-from kd_lrp_plugin.training import Run
+from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.plots.tables import table
+from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.training.experiment import Experiment
+from kd_lrp_plugin.training.trainer import Trainer
+from kd_lrp_plugin.utils.distributed import DistributedContext
+from kd_lrp_plugin.utils.progress import NullProgress
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
 METHODS = ("kd", "lrp_cosine")
@@ -52,7 +53,7 @@ def main() -> None:
         overrides = [*SMALL, "models.teacher_model.src_ckpt=null", *overrides]
     if args.device == "cpu":
         torch.set_num_threads(1)
-    here = Processes(torch.device(args.device))
+    here = DistributedContext(torch.device(args.device))
     rows = []
     for config in configs:
         experiment = Experiment(construct(resolve_config(config, overrides)), here)
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 def measure(experiment: Experiment, folder: str, rounds: int) -> dict[str, float]:
-    run = Run(experiment, RunFolder(folder), 0, Silence())
+    run = Trainer(experiment, RunFolder(folder), 0, NullProgress())
     loops = {"bare": lambda: bare(experiment), "driver": lambda: run._train_batches(1)}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for turn in track(range(rounds + 1), "rounds", console=Console(stderr=True), transient=True):

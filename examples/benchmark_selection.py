@@ -19,15 +19,16 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from kd_lrp_plugin.progress import Silence
-from kd_lrp_plugin.report import table
-from kd_lrp_plugin.scores import normal_init
-from kd_lrp_plugin.selection import Batch, Candidate, Teacher, measure, seeded
-from kd_lrp_plugin.spaces import THESIS
-from kd_lrp_plugin.students import thesis_teacher
+from kd_lrp_plugin.models.factory import thesis_teacher
+from kd_lrp_plugin.plots.tables import table
+from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher, seeded
+from kd_lrp_plugin.selection.scores.registry import normal_init
+from kd_lrp_plugin.selection.scoring import score_candidates
+from kd_lrp_plugin.selection.spaces import THESIS
+from kd_lrp_plugin.utils.progress import NullProgress
 
 
-class Memory(Silence):
+class Memory(NullProgress):
     """The resident set after each candidate, in 10^6 bytes."""
 
     def track(self, items, what, total):
@@ -62,7 +63,7 @@ def main() -> None:
     rows = []
     for score in ("diswot", "diswot_reference"):
         memory, started = Memory(), time.perf_counter()
-        measure(candidates, teacher, [batch], [score], jobs=args.jobs, show=memory)
+        score_candidates(candidates, teacher, [batch], [score], jobs=args.jobs, show=memory)
         seconds = time.perf_counter() - started
         rows.append(row(score, seconds, len(candidates), memory.seen))
     step = max(1, len(candidates) // args.afresh)

@@ -48,8 +48,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kd_lrp_plugin.losses import LOSSES, kl_divergence, semantic_cosine
-from kd_lrp_plugin.relevance import record
-from kd_lrp_plugin.report import table
+from kd_lrp_plugin.plots.tables import table
+from kd_lrp_plugin.relevance.recording import record
 
 # --- the cases: (setting, layers) -> logits of student and teacher, and the added loss -----------
 

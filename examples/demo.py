@@ -13,11 +13,16 @@ import argparse
 import time
 from pathlib import Path
 
-from kd_lrp_plugin import console, hook, page, report, results
-from kd_lrp_plugin.config import resolve_config
-from kd_lrp_plugin.experiment import construct
-from kd_lrp_plugin.explaining import explain
-from kd_lrp_plugin.training import distill
+from kd_lrp_plugin.cli import console
+from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.evaluation.explain import explain
+from kd_lrp_plugin.plots import tables
+from kd_lrp_plugin.report import page
+from kd_lrp_plugin.selection import select, spec
+from kd_lrp_plugin.torchdistill.models import make_builder
+from kd_lrp_plugin.training.trainer import distill
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
 PAIR = "test_resnet_from_resnet10t.yaml"
@@ -49,13 +54,13 @@ def main() -> None:
         folders[name] = args.out / "runs" / name.replace(" + ", "_").lower()
         print(f"\n{name}: {config}")
         extra = [] if name == "teacher" else [of_teacher]
-        with console.Show() as show:
+        with console.RichProgress() as show:
             distill(CONFIGS / config, changes + extra, folders[name], args.seed, show=show)
         if name == "teacher":
             choice = rank([*changes, of_teacher], args.out / "selection.json", args.short)
 
-    with console.Show() as show:
-        evaluations = {name: results.evaluate(folder) for name, folder in folders.items()}
+    with console.RichProgress() as show:
+        evaluations = {name: evaluate.evaluate(folder) for name, folder in folders.items()}
         explained = explain(
             list(folders.values()),
             methods=["gradient_activation"],
@@ -84,7 +89,7 @@ def main() -> None:
                 "relevance in the tumour": of_maps["mass_inside"]["mean"],
             }
         )
-    table = report.table(rows)
+    table = tables.table(rows)
     chance = next(iter(figures.values()))["mass_inside"]["chance"]
     note = f"Relevance by chance lies in the tumour to {chance:.3f}, its share of the image."
     (args.out / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
@@ -101,11 +106,11 @@ def rank(changes: list[str], record: Path, short: bool) -> Path:
         changes += [f"{kwargs}.batch_size=8", f"{kwargs}.seeds=[0]"]
     config = resolve_config(CONFIGS / "diswot" / "chosen_from_resnet10t.yaml", changes)
     models = construct(config.only("dependencies", "datasets", "models"))["models"]
-    question = hook.ask(**models["student_model"]["kwargs"])
+    question = spec.spec_from_kwargs(**models["student_model"]["kwargs"])
     if not record.exists():
-        with console.Show() as show:
-            hook.keep(question, hook.select(question, show=show))
-    first = hook.recorded(question)["kwargs"]["name"]
+        with console.RichProgress() as show:
+            select.save_choice(question, select.select(question, make_builder, show=show))
+    first = select.load_choice(question)["kwargs"]["name"]
     print(f"\nof the untrained students, DisWOT puts {first} first")
     return record
 

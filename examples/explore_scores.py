@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from validate_selection import Judge, arguments, score_networks, write
 
 from kd_lrp_plugin.losses import kl_divergence
-from kd_lrp_plugin.quality import ranking_quality
-from kd_lrp_plugin.scores import SCORES, Observation, Score
+from kd_lrp_plugin.metrics.ranking_quality import ranking_quality
+from kd_lrp_plugin.selection.scores.observation import Observation
+from kd_lrp_plugin.selection.scores.registry import SCORES, Score
 
 STEPS, RATE, TEMPERATURE = 10, 2e-3, 4.0
 WEIGHTS = (0.1, 0.2, 0.3, 0.5, 1.0)  # of a score beside the parameters, both standardised

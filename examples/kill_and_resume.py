@@ -18,8 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from kd_lrp_plugin import report
-from kd_lrp_plugin.runs import DRAFT
+from kd_lrp_plugin.plots import tables
+from kd_lrp_plugin.utils.files import DRAFT
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
 LRP = CONFIGS / "lrp_cosine/test_resnet_from_resnet10t.yaml"
@@ -70,7 +70,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     subprocess.run([*command, str(killed)], check=True)
 
-    print(f"\n{report.table(rows, digits=2)}" if rows else "finished before the first kill")
+    print(f"\n{tables.table(rows, digits=2)}" if rows else "finished before the first kill")
     same = {
         "weights": (whole / "student.safetensors").read_bytes()
         == (killed / "student.safetensors").read_bytes(),

@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from kd_lrp_plugin.data import Phantom
+from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.losses import kl_divergence, relation_cosine, resize_maps, semantic_cosine
-from kd_lrp_plugin.relevance import record
+from kd_lrp_plugin.relevance.recording import record
 
 parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

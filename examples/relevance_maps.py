@@ -17,11 +17,13 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from kd_lrp_plugin.data import CLASSES, Phantom, make_transforms
-from kd_lrp_plugin.relevance import relevance_maps
-from kd_lrp_plugin.report import MapRow, map_figure
-from kd_lrp_plugin.rules import METHODS
-from kd_lrp_plugin.students import build_model
+from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.data.phantom.drawing import CLASSES
+from kd_lrp_plugin.data.transforms import make_transforms
+from kd_lrp_plugin.models.factory import build_model
+from kd_lrp_plugin.plots.maps import MapRow, map_figure
+from kd_lrp_plugin.relevance.methods import METHODS
+from kd_lrp_plugin.relevance.recording import relevance_maps
 
 
 def main() -> None:

@@ -33,8 +33,8 @@ def main() -> None:
         sys.exit(f"--script: expected a file, got none at {args.script}.")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    from kd_lrp_plugin.config import resolve_config
-    from kd_lrp_plugin.training import distill
+    from kd_lrp_plugin.config.document import resolve_config
+    from kd_lrp_plugin.training.trainer import distill
 
     changes = ["models.model.kwargs.num_classes=5"]
     small = []

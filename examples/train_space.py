@@ -26,10 +26,11 @@ from pathlib import Path
 
 import yaml
 
-from kd_lrp_plugin.console import Show
-from kd_lrp_plugin.efficiency import count_macs, count_parameters
-from kd_lrp_plugin.spaces import SPACES, MobileNetV2
-from kd_lrp_plugin.training import distill
+from kd_lrp_plugin.cli.console import RichProgress
+from kd_lrp_plugin.metrics.efficiency import count_macs, count_parameters
+from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
+from kd_lrp_plugin.selection.spaces import SPACES
+from kd_lrp_plugin.training.trainer import distill
 
 
 def main() -> None:
@@ -90,7 +91,7 @@ def train(
         changes = [*args.overrides, f"models.student_model={model}", *overrides]
         print(f"{student}, seed {seed}", flush=True)
         try:
-            with Show() as show:
+            with RichProgress() as show:
                 out = folder / "runs" / str(student) / str(seed)
                 summary = distill(args.config, changes, out, seed, show=show)
         except BlockingIOError:

@@ -33,15 +33,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kd_lrp_plugin import report
-from kd_lrp_plugin.console import Show
-from kd_lrp_plugin.data import FolderImages
-from kd_lrp_plugin.efficiency import count_parameters
-from kd_lrp_plugin.quality import compare_quality, ranking_quality
-from kd_lrp_plugin.scores import SCORES
-from kd_lrp_plugin.selection import Batch, Candidate, Teacher, measure
-from kd_lrp_plugin.spaces import mobilenetv2
-from kd_lrp_plugin.students import build_model, load_weights
+from kd_lrp_plugin.cli.console import RichProgress
+from kd_lrp_plugin.data.folder import FolderImages
+from kd_lrp_plugin.metrics.efficiency import count_parameters
+from kd_lrp_plugin.metrics.ranking_quality import compare_quality, ranking_quality
+from kd_lrp_plugin.models.factory import build_model
+from kd_lrp_plugin.models.mobilenetv2 import mobilenetv2
+from kd_lrp_plugin.models.weights import load_weights
+from kd_lrp_plugin.plots import tables
+from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher
+from kd_lrp_plugin.selection.scores.registry import SCORES
+from kd_lrp_plugin.selection.scoring import score_candidates
 
 FIGURES = ("spearman", "kendall", "iso_concordance", "pairs", "regret")
 
@@ -177,8 +179,8 @@ def score_networks(args: argparse.Namespace, all_kinds: bool = True) -> Judge:
         for name, teacher in teachers.items():
             record = args.out / f"scores-{images}-{name}.jsonl"
             print(f"{len(candidates)} networks, {images}, {name} teacher", flush=True)
-            with Show() as show:
-                found = measure(
+            with RichProgress() as show:
+                found = score_candidates(
                     *(candidates, teacher, [batch], args.scores),
                     *(range(args.seeds), record, args.jobs, show),
                 )
@@ -219,9 +221,9 @@ def write(out: Path, judge: Judge, resamples: int) -> None:
             writer = csv.DictWriter(file, list(content[0]))
             writer.writeheader()
             writer.writerows(content)
-    print(report.table([{k: v for k, v in row.items() if "_sd" not in k} for row in rows]))
+    print(tables.table([{k: v for k, v in row.items() if "_sd" not in k} for row in rows]))
     print("\ndifferences to parameters, of the mean over initialisations\n")
-    print(report.table(differences))
+    print(tables.table(differences))
     draw(rows).savefig(out / "selection_quality.png", dpi=150)
     print(f"wrote {out}/selection_quality.csv, {out}/selection_quality.png, {out}/differences.csv")
 
@@ -295,7 +297,7 @@ def train_teacher(
     optimizer = torch.optim.Adam(model.parameters())
     steps = epochs * len(parts["fit"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, steps)
-    with Show() as show:
+    with RichProgress() as show:
         for _ in show.track(range(epochs), "teacher", epochs):
             for images, targets in parts["fit"]:
                 optimizer.zero_grad()

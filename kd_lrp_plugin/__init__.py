@@ -15,9 +15,11 @@ from kd_lrp_plugin.losses import (
     semantic_l2,
     zero_maps,
 )
-from kd_lrp_plugin.relevance import Recording, record, relevance_maps
-from kd_lrp_plugin.rules import METHODS, RULES
-from kd_lrp_plugin.students import build_model, load_weights, thesis_student, thesis_teacher
+from kd_lrp_plugin.models.factory import build_model, thesis_student, thesis_teacher
+from kd_lrp_plugin.models.weights import load_weights
+from kd_lrp_plugin.relevance.methods import METHODS
+from kd_lrp_plugin.relevance.recording import Recording, record, relevance_maps
+from kd_lrp_plugin.relevance.rules import RULES
 
 __version__ = "0.1.0"
 

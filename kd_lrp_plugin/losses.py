@@ -21,11 +21,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from kd_lrp_plugin.checks import check_same_shape, message
-from kd_lrp_plugin.registry import Registry
+from kd_lrp_plugin.utils.registry import Registry
+from kd_lrp_plugin.utils.validation import check_same_shape, message
 
 LOSSES: Registry[Callable[..., Tensor]] = Registry("loss")
-
 MAPS = "maps of shape (n, h, w)"
 FEATURES = "features of shape (n, c, h, w)"
 LOGITS = "logits of shape (n, classes)"

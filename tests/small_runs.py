@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from kd_lrp_plugin.processes import Processes
-from kd_lrp_plugin.progress import Silence
+from kd_lrp_plugin.utils.distributed import DistributedContext
+from kd_lrp_plugin.utils.progress import NullProgress
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs"
 BASELINE = CONFIGS / "phantom/ce/test_resnet.yaml"
@@ -19,14 +19,14 @@ SMALL = ["image_size=48", "batch_size=8", "num_workers=0", "train.num_epochs=1"]
     f"datasets.phantom/{split}.init.kwargs.size={size}"
     for split, size in {"train": 16, "val": 9, "test": 8}.items()  # 9: a last batch of one
 ]
-CPU = Processes(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 
 
 class Stopped(RuntimeError):
     """Raised by :class:`StopsAt`."""
 
 
-class StopsAt(Silence):
+class StopsAt(NullProgress):
     """Ends a run in the middle of a pass, as a kill would.
 
     Args:

@@ -4,20 +4,32 @@ The batch of 16 images is shared out among the processes; OUT gets the change of
 values of the terms that each process saw, and the metrics that all of them agree on.
 """
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kd_lrp_plugin.config import resolve_config
-from kd_lrp_plugin.experiment import Experiment, construct
-from kd_lrp_plugin.meter import Meter
-from kd_lrp_plugin.processes import joined
+from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.training.experiment import Experiment
+from kd_lrp_plugin.training.meter import Meter
+from kd_lrp_plugin.utils.distributed import init_distributed
+
+
+def torchrun(*words: Any, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, words)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
 
 
 def main(config: str, out: str, *overrides: str) -> None:
     torch.set_num_threads(1)
-    with joined("cpu") as here:
+    with init_distributed("cpu") as here:
         torch.manual_seed(0)
         experiment = Experiment(construct(resolve_config(config, overrides)), here)
         box = experiment.box

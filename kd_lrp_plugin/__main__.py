@@ -1,0 +1,5 @@
+"""``python -m kd_lrp_plugin``."""
+
+from kd_lrp_plugin.cli.main import app
+
+app()

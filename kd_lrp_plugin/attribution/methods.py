@@ -1,0 +1,104 @@
+"""Explanations of a finished model: maps by any method, and what a map tells of its model.
+
+Training needs maps that can be trained through (:mod:`kd_lrp_plugin.relevance.recording`);
+afterwards the methods that only ask the model again are welcome, too. All of them explain a logit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from kd_lrp_plugin.relevance.methods import METHODS
+from kd_lrp_plugin.relevance.recording import relevance_maps
+from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.registry import Registry
+from kd_lrp_plugin.utils.validation import check_known, message
+
+BATCH = 32
+Maps = Callable[[nn.Module, Tensor, Tensor, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A way to explain a model.
+
+    Attributes:
+        maps: (model, images (n, c, h, w), class indices (n,), layer) -> maps (n, h', w') without
+            negative entries.
+        layered: whether it looks at a layer; otherwise at the input, and the layer is ignored.
+        slow: whether it asks the model hundreds of times for one image.
+    """
+
+    maps: Maps
+    layered: bool = True
+    slow: bool = False
+
+
+ATTRIBUTIONS: Registry[Attribution] = Registry("method")
+INPUT = "input"
+"""What stands for the layer of methods that have none."""
+
+
+def attribute(
+    model: nn.Module,
+    images: Float[Tensor, "n c h w"],
+    targets: Int[Tensor, " n"],
+    method: str,
+    layer: str = INPUT,
+    show: NullProgress | None = None,
+) -> Float[Tensor, "n h2 w2"]:
+    """Maps of why the model sees ``targets`` in ``images``, by any method.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        images: as the model takes them.
+        targets: one class index per image.
+        method: a name of :data:`ATTRIBUTIONS`.
+        layer: name of a module with output (n, c, h, w).
+        show: told how far it is.
+
+    Returns:
+        Maps on the CPU, of the layer's size or, for methods without one, the images'.
+
+    Raises:
+        ValueError: for an unknown method or layer, a model in train mode, targets that do not
+            fit, or a model that the method cannot handle.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model("mobilenetv2_035", num_classes=4).eval()
+        >>> images, targets = torch.rand(2, 3, 64, 64), torch.tensor([0, 3])
+        >>> tuple(attribute(model, images, targets, "score_cam", "blocks.4").shape)
+        (2, 4, 4)
+    """
+    check_known("method", method, ATTRIBUTIONS)
+    if model.training:
+        got = "train mode, where images of a batch change each other's maps"
+        raise ValueError(message("attribute", "evaluation mode", got, "Call model.eval()."))
+    if images.ndim != 4 or targets.shape != images.shape[:1] or targets.is_floating_point():
+        got = f"{tuple(images.shape)} and {tuple(targets.shape)} of {targets.dtype}"
+        fix = "Give one class index per image."
+        raise ValueError(message("attribute", "images (n, c, h, w) and targets (n,)", got, fix))
+    batch = BATCH // 8 if ATTRIBUTIONS[method].slow else BATCH  # so that progress shows
+    parts = list(zip(images.split(batch), targets.split(batch), strict=True))
+    tracked = (show or NullProgress()).track(parts, method, len(parts))
+    maps = ATTRIBUTIONS[method].maps
+    return torch.cat([maps(model, x, target, layer).detach().cpu() for x, target in tracked])
+
+
+def _relevance(
+    model: nn.Module, images: Tensor, targets: Tensor, layer: str, method: str
+) -> Tensor:
+    return relevance_maps(model, images, targets, [layer], method)[0]
+
+
+for _method in METHODS:
+    ATTRIBUTIONS.register(Attribution(partial(_relevance, method=_method)), _method)
+
+
+def mean_colour(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c 1 1"]:
+    return images.mean((2, 3), keepdim=True)

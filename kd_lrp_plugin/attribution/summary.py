@@ -1,0 +1,113 @@
+"""Figures of maps: what they are, summed up over images, and as tables."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+INSIDE = ("mass_inside", "rank_accuracy", "pointing_game")
+FAITHFUL = ("insertion", "deletion")
+FIGURES = {
+    "mass_inside": "share of the relevance inside the mask; 0 for a map without relevance",
+    "rank_accuracy": "share of the most relevant pixels inside the mask; 0 without relevance",
+    "pointing_game": "whether the most relevant pixel lies inside the mask; no without relevance",
+    "agreement": "cosine of the student's map and its teacher's; 0 where one has no relevance",
+    "insertion": "area under the probability while pixels come into the blurred image (high: good)",
+    "deletion": "area under the probability while pixels take the mean colour (low: good)",
+    "randomised": "rank correlation with the map of the same network with random weights, for the "
+    "class that it then predicts",
+}
+
+
+def summary(
+    values: Float[Tensor, " n"],
+    chance: Float[Tensor, " n"] | None = None,
+    otherwise: float | None = None,
+) -> dict[str, Any]:
+    """A figure over images.
+
+    Args:
+        values: one of each image; nan for a map without relevance.
+        chance: what maps that know nothing get, of each image.
+        otherwise: what counts instead of nan; without it, such images are left out, here and of
+            the chance level.
+
+    Returns:
+        ``mean`` and ``std``, None where less than half of the images have a value; ``n`` images,
+        of which ``undefined`` had nan; ``chance``, the mean of it, if it is given.
+
+    Example:
+        >>> import torch
+        >>> summary(torch.tensor([0.5, torch.nan]), torch.tensor([0.25, 0.5]), otherwise=0)
+        {'mean': 0.25, 'std': 0.3535533905932738, 'n': 2, 'undefined': 1, 'chance': 0.375}
+    """
+    missing = values.isnan()
+    known = (values[~missing] if otherwise is None else values.nan_to_num(otherwise)).double()
+    enough = 0 < len(values) <= 2 * len(known)
+    figures: dict[str, Any] = {
+        "mean": float(known.mean()) if enough else None,
+        "std": float(known.std()) if enough and len(known) > 1 else None,
+        "n": len(values),
+        "undefined": int(missing.sum()),
+    }
+    if chance is not None:
+        level = chance[~missing] if otherwise is None else chance
+        figures["chance"] = float(level.double().mean()) if enough else None
+    return figures
+
+
+def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of :func:`kd_lrp_plugin.evaluation.explain.explain` as a table, a column per figure.
+
+    Beside each group of figures its chance level, the number of images, and of how many of them
+    the map has no relevance.
+    """
+    several = len({row["run"] for row in rows}) > 1
+    table = []
+    for row in rows:
+        figures = row["figures"]
+        line = {"run": row["run"]} if several else {}
+        line |= {key: row[key] for key in ("model", "method", "layer")}
+        for names in (INSIDE, ("agreement",), FAITHFUL, ("randomised",)):
+            for name in names:
+                line[name] = figures.get(name, {}).get("mean")
+                if name in FAITHFUL:
+                    line[f"{name} by chance"] = figures[name]["chance"]
+            first = figures.get(names[0], {})
+            if names == INSIDE:
+                line["inside by chance"] = first.get("chance")
+            line[f"n ({names[0]})"] = first.get("n")
+            line[f"no relevance ({names[0]})"] = first.get("undefined")
+        table.append(line)
+    columns = dict.fromkeys(column for line in table for column in line)
+    used = [column for column in columns if any(line[column] is not None for line in table)]
+    return [{column: line[column] for column in used} for line in table]
+
+
+def by_layer(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str, Any]]:
+    """A figure as a table: a line per run, model and method, a column per layer."""
+    lines: dict[tuple, dict[str, Any]] = {}
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    titles = ("run", "model", "method")[len({row["run"] for row in rows}) == 1 :]
+    for row in rows:
+        key = tuple(row[title] for title in titles)
+        empty = dict(zip(titles, key, strict=True)) | dict.fromkeys(layers)
+        lines.setdefault(key, empty)[row["layer"]] = row["figures"].get(figure, {}).get("mean")
+    return list(lines.values())
+
+
+def flat(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV with a line per run, model, method, layer and figure."""
+    text = io.StringIO()
+    columns = ("run", "model", "method", "layer", "samples")
+    of_figure = ("mean", "std", "n", "undefined", "chance")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*columns, "figure", *of_figure])
+    for row in rows:
+        for name, figure in row["figures"].items():
+            values = [figure.get(key) for key in of_figure]
+            writer.writerow([*(row[column] for column in columns), name, *values])
+    return text.getvalue()

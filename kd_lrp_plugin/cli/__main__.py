@@ -1,0 +1,5 @@
+"""``python -m kd_lrp_plugin.cli``, as torchrun needs it."""
+
+from kd_lrp_plugin.cli.main import app
+
+app()

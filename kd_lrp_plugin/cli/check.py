@@ -1,0 +1,50 @@
+"""``kd-lrp check``."""
+
+import typer
+
+from kd_lrp_plugin.cli.console import (
+    ConfigFile,
+    Device,
+    Overrides,
+    RichProgress,
+    Safe,
+    console,
+    errors,
+    errors_in_words,
+)
+from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.config.safety import unsafe_tags
+from kd_lrp_plugin.selection import select
+from kd_lrp_plugin.training.check import dry_run
+from kd_lrp_plugin.utils.distributed import init_distributed
+
+
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    device: Device = None,
+    safe: Safe = False,
+) -> None:
+    """Build everything that a config names, take one step, and say what is wrong.
+
+    Reports every problem with its place in the file; nothing is written. `distill` does the same
+    before it trains; where a student chooses itself, `check` tries the first one within the
+    budget, `distill` the one that is chosen. Example:
+
+        kd-lrp check my.yaml --set batch_size=64
+    """
+    with RichProgress() as show, errors_in_words():
+        read = resolve_config(config, overrides or [])
+        problems, remarks = unsafe_tags(read) if safe else [], []
+        if not problems:
+            with init_distributed(device) as here, select.preview():
+                findings = dry_run.check(read, here, show)
+            problems, remarks = findings.problems, findings.remarks
+    for remark in remarks:
+        console.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)
+    for problem in problems:
+        errors.print(problem, markup=False, highlight=False, soft_wrap=True)
+    if problems:
+        errors.print(f"[red]{len(problems)} problem{'s' * (len(problems) > 1)}[/]")
+        raise typer.Exit(1)
+    console.print("models, data, losses and a step of each stage: no problem found")

@@ -1,0 +1,136 @@
+"""How the command line speaks: progress, errors in words, options that commands share."""
+
+import logging
+import signal
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kd_lrp_plugin.utils.distributed import RankZeroFailed, rank_and_world_size
+from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.validation import message
+
+RANK, _ = rank_and_world_size()  # the first process speaks for all
+console = Console(quiet=RANK > 0)
+errors = Console(stderr=True)
+ConfigFile = Annotated[Path, typer.Argument(help="A torchdistill YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a value of the config; repeatable. Keys are joined by dots, "
+        "`+` in front adds one.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")
+]
+Safe = Annotated[
+    bool,
+    typer.Option(
+        "--safe", help="Refuse YAML tags and imports that could run code of the config's author."
+    ),
+]
+
+
+@contextmanager
+def errors_in_words(stopped: str = "") -> Iterator[None]:
+    """An expected error becomes its message and exit code 1; any other keeps its traceback.
+
+    A stop, by Ctrl-C or SIGTERM, is no error, and exits with code 130.
+    """
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if RANK == 0:
+            errors.print(f"[red]Stopped.[/] {stopped}", soft_wrap=True, highlight=False)
+        raise typer.Exit(130) from None
+    except RankZeroFailed as error:
+        raise typer.Exit(1) from error
+    except (ValueError, OSError, TypeError, KeyError, FloatingPointError) as error:
+        process = f" in process {RANK}" if RANK else ""
+        errors.print(f"[red]Error{process}:[/]", end=" ")
+        words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        errors.print(words, markup=False, highlight=False, soft_wrap=True)
+        logging.getLogger(__name__).info("traceback", exc_info=error)
+        raise typer.Exit(1) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class RichProgress(NullProgress):
+    """Progress bars and a line per epoch."""
+
+    def __enter__(self) -> "RichProgress":
+        super().__enter__()
+        self._progress = Progress(
+            TextColumn("{task.description:>16}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        super().__exit__()
+
+    def track(self, items: Iterable, what: str, total: int) -> Iterable:
+        task = self._progress.add_task(what, total=total)
+        try:
+            for item in items:
+                yield item
+                self._progress.advance(task)
+        finally:
+            self._progress.remove_task(task)
+
+    def note(self, text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def epoch(self, metrics: Mapping[str, float]) -> None:
+        terms = [
+            f"{name.removeprefix('train_')} {value:.3g}"
+            for name, value in metrics.items()
+            if name.startswith("train_") and name not in ("train_loss", "train_accuracy")
+        ]
+        accuracy = metrics.get("train_accuracy", float("nan"))
+        console.print(
+            f"epoch {metrics['epoch']:>3}  loss {metrics['train_loss']:.4f}  "
+            f"accuracy {accuracy:.3f}  val {metrics['val_accuracy']:.3f}  "
+            f"[dim]{', '.join(terms)}  {metrics['images_per_second']:g} images/s[/]",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def parse_seeds(text: str | None) -> int | list[int] | None:
+    """Seeds as typed: how many, or which.
+
+    Example:
+        >>> parse_seeds("5"), parse_seeds("0,1,7"), parse_seeds("7,")
+        (5, [0, 1, 7], [7])
+    """
+    if text is None:
+        return None
+    try:
+        numbers = [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        fix = "Such as 5 for five of them, or 0,1,2."
+        raise ValueError(message("--seeds", "numbers", repr(text), fix))
+    return numbers[0] if text.strip() == str(numbers[0]) else numbers

@@ -1,0 +1,50 @@
+"""``kd-lrp distill``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kd_lrp_plugin.cli.console import (
+    ConfigFile,
+    Device,
+    Overrides,
+    RichProgress,
+    Safe,
+    console,
+    errors_in_words,
+)
+from kd_lrp_plugin.training import trainer
+
+
+def distill(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder; default runs/DATASET/METHOD/CONFIG/SEED."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random number generator.")] = 0,
+    device: Device = None,
+    safe: Safe = False,
+) -> None:
+    """Train the student of a config, with its teacher if it has one, and test it.
+
+    A config without a teacher trains that model alone: this is how teachers and baselines are
+    made. A run that was stopped or killed goes on when the same command is given again. Examples:
+
+        kd-lrp distill torchdistill_configs/phantom/ce/resnet10t.yaml
+
+        kd-lrp distill my.yaml --set num_epochs=2 --set train.optimizer.kwargs.lr=0.001 --seed 1
+
+        torchrun --nproc_per_node=2 -m kd_lrp_plugin.cli distill my.yaml
+    """
+    folder = out or trainer.default_run_folder(config, seed)
+    last = f"Finished epochs are kept in {folder}; the same command goes on after the last of them."
+    with RichProgress() as show, errors_in_words(last):
+        summary = trainer.distill(config, overrides or [], folder, seed, device, show, safe)
+    console.print(
+        f"test accuracy {summary['test_accuracy']:.4f} with the weights of epoch "
+        f"{summary['best_epoch']} (validation {summary['val_accuracy']:.4f}); written to {folder}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,65 @@
+"""``kd-lrp evaluate``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kd_lrp_plugin.cli.console import RichProgress, Safe, errors_in_words
+from kd_lrp_plugin.plots import tables
+from kd_lrp_plugin.runs.folder import RunFolder
+
+
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that kd-lrp distill has finished.")],
+    resamples: Annotated[
+        int, typer.Option(help="Of the bootstrap interval of the accuracy.", min=100)
+    ] = 2000,
+    safe: Safe = False,
+) -> None:
+    """Everything about finished runs: accuracy, per class, calibration, agreement, cost.
+
+    Writes evaluation.json, confusion.png and reliability.png into each folder, and prints a row
+    for each student and teacher. Latency is of this machine, now. Example:
+
+        kd-lrp evaluate runs/phantom/kd/*/0
+    """
+    from kd_lrp_plugin.evaluation.evaluate import evaluate
+
+    rows, details = [], []
+    with RichProgress() as show, errors_in_words():
+        for run in runs:
+            RunFolder(run).summary()  # all are finished, or none is evaluated
+        for run in show.track(runs, "evaluating", len(runs)):
+            found = evaluate(run, resamples, safe)
+            roles = [role for role in ("student", "teacher") if role in found]
+            rows += [_row(str(run), role, found[role]) for role in roles]
+            details.append(found)
+    print(tables.table(rows))
+    for run, found in zip(runs, details, strict=True):
+        print(f"\n{run}: student by class\n")
+        print(tables.table(found["student"]["per_class"]))
+        if both := found.get("student_and_teacher"):
+            print(f"\nstudent and teacher agree on {both['agreement']:.3f} of the images")
+        print(f"written: {run}/evaluation.json, confusion.png, reliability.png")
+
+
+def _row(run: str, role: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = found["accuracy_interval"]
+    cost = found["cost"] or {}
+    return {
+        "run": run,
+        "model": role,
+        "accuracy": found["accuracy"],
+        "95 % interval": f"{low:.3f}-{high:.3f}",
+        "balanced": found["balanced_accuracy"],
+        "macro F1": found["macro_f1"],
+        "AUC": found["macro_auc"],
+        "ECE": found["calibration_error"],
+        "parameters": cost.get("parameters"),
+        "MACs": cost.get("macs"),
+        "MB": cost.get("megabytes"),
+        "ms": cost.get("latency_ms_batch_1"),
+        "images/s": cost.get("images_per_second_batch_32"),
+    }

@@ -1,0 +1,88 @@
+"""``kd-lrp explain``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kd_lrp_plugin.cli.console import Device, RichProgress, Safe, errors_in_words
+from kd_lrp_plugin.plots import tables
+from kd_lrp_plugin.utils.distributed import init_distributed
+
+
+def explain(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN|STUDY...", help="Finished runs, or all of a study.")
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Such as grad_cam, lrp_composite, score_cam or lime; repeatable. "
+            "Default: all that can handle the model."
+        ),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the model, such as blocks.4; repeatable, which gives a table of methods and "
+            "layers. Default: the deepest before the last reduction."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="student or teacher; default: both.")
+    ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="An image file to picture, without figures; repeatable."),
+    ] = None,
+    n: Annotated[
+        int, typer.Option("--n", help="Test images to picture, of all classes, with errors.", min=1)
+    ] = 8,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Test images for every figure, a half or a quarter of them for the random "
+            "networks. Default: all with a mask for quick methods, 32 for what takes long.",
+            min=1,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for maps.png and explanations.csv of all runs.")
+    ] = None,
+    device: Device = None,
+    safe: Safe = False,
+) -> None:
+    """Where do teacher and student look? Relevance maps side by side, and how good they are.
+
+    Writes explanations.png and explanations.json into each run folder, and with --out all runs
+    side by side. The figures are of the true class: relevance inside the tumour's mask beside
+    its chance level, agreement of student and teacher, insertion and deletion, and the likeness
+    to the maps of a network with random weights, which should be near 0. What is computed is
+    kept, so a command that was stopped goes on. Examples:
+
+        kd-lrp explain runs/brain_mri/kd/*/0 --out compared --method grad_cam --method lrp_zplus
+
+        kd-lrp explain runs/studies/core --layer blocks.4 --method gradient_activation
+
+        kd-lrp explain RUN --model teacher --layer blocks.2 --layer blocks.4 --layer blocks.6
+
+        kd-lrp explain RUN --images scan.jpg --method lrp_composite
+    """
+    from kd_lrp_plugin.attribution import summary
+    from kd_lrp_plugin.evaluation import explain
+
+    roles = tuple(model or ("student", "teacher"))
+    last = "What is finished stays; the same command goes on from there."
+    with RichProgress() as show, errors_in_words(last), init_distributed(device) as here:
+        options = (method or (), layer or (), roles, images or (), n, samples, out)
+        rows = explain.explain(runs, *options, here.device, safe, show)
+    if rows:
+        print(tables.table(summary.records(rows)))
+    if len({row["layer"] for row in rows} - {"input"}) > 1:
+        for figure in ("mass_inside", "rank_accuracy", "pointing_game"):
+            print(f"\n{figure}: {summary.FIGURES[figure]}\n")
+            print(tables.table(summary.by_layer(rows, figure)))
+    made = ["explanations-images.png"] if images else ["explanations.json", "explanations.png"]
+    print(f"\nwritten to each run folder: {', '.join(made)}")
+    if out is not None:
+        print(f"written to {out}: maps.png, maps.json{'' if images else ', explanations.csv'}")

@@ -1,0 +1,80 @@
+"""The command line, continued: what shows whether a result holds. Each imports what it needs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kd_lrp_plugin.cli.console import (
+    Device,
+    Overrides,
+    RichProgress,
+    Safe,
+    errors_in_words,
+    parse_seeds,
+)
+from kd_lrp_plugin.plots import tables
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="A study, such as torchdistill_configs/studies/*.")],
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="How many, as 5, or which, as 0,1,2 or 7,; default: those of the study."),
+    ] = None,
+    overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="AXIS=VALUE", help="A part: of the grid, or configuration=NAME; repeatable."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="For the results; default runs/studies/STUDY.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="For the runs, which studies share.")] = Path("runs"),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show every run, and how far it is; do nothing.")
+    ] = False,
+    device: Device = None,
+    safe: Safe = False,
+) -> None:
+    """Train every configuration of a study with every seed, and compare them.
+
+    A study is a YAML file: a question, configurations (config files with overrides), seeds, and
+    perhaps a grid, models to prepare, a configuration that the others are paired with. What is
+    finished, in this study or another, is not run again; after Ctrl-C or a kill the same command
+    goes on; several may work side by side. Writes study.json, study.csv (a row per run), table.md
+    (means, 95 % intervals, paired differences) and study.png, anew after every run. Examples:
+
+        kd-lrp study torchdistill_configs/studies/phantom.yaml --dry-run
+
+        kd-lrp study torchdistill_configs/studies/core.yaml --jobs 2 --seeds 5
+
+        kd-lrp study torchdistill_configs/studies/low_data.yaml --only "images per class=5"
+
+        kd-lrp study my_study.yaml --set train.num_epochs=1 --seeds 0,7 --out trial
+    """
+    from kd_lrp_plugin.studies import (
+        parser,
+        runner,
+        status,  # slow: scipy's statistics
+    )
+
+    last = "What is finished stays; the same command goes on from there."
+    with errors_in_words(last):
+        chosen = parse_seeds(seeds)
+        if dry_run:
+            planned = parser.read_plan(file, overrides or [], chosen, runs, only or [])
+            print(tables.table(status.list_status(planned)))
+            return
+        folder = out or runner.default_output_folder(file)
+        with RichProgress() as show:
+            found = runner.run_study(
+                *(file, overrides or [], chosen, folder, runs, jobs, device, show, safe, only or [])
+            )
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"written: {folder}/study.json, study.csv, table.md, study.png")
+    if not found["final"]:
+        raise typer.Exit(1)

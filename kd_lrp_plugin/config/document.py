@@ -1,0 +1,268 @@
+"""A config before any of its tags is read: changed from the command line, searched, checked.
+
+torchdistill's tags can call code, so all of this works on the nodes of the text.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import yaml
+
+from kd_lrp_plugin.utils.validation import check_known, message
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config with overrides applied.
+
+    Attributes:
+        path: its file.
+        root: its nodes; each knows its place in the file, or the override that it came from.
+    """
+
+    path: str
+    root: yaml.MappingNode
+
+    @property
+    def text(self) -> str:
+        """The config as YAML, tags still unread."""
+        return yaml.serialize(self.root, Dumper=yaml.SafeDumper, allow_unicode=True)
+
+    def only(self, *sections: str, without: str = "") -> "Config":
+        """The config without its other top-level sections; their aliases stay resolved.
+
+        Args:
+            sections: to keep.
+            without: a key to leave out of these sections.
+        """
+
+        def filtered(node: yaml.Node, keep: Callable[[str], bool]) -> Any:
+            if not isinstance(node, yaml.MappingNode):
+                return node
+            pairs = [(key, value) for key, value in node.value if keep(key.value)]
+            return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark)
+
+        root = filtered(self.root, lambda key: key in sections)
+        root.value = [(key, filtered(value, lambda k: k != without)) for key, value in root.value]
+        return Config(self.path, root)
+
+    def holds(self, dotted: str) -> bool:
+        """Whether there is such a key."""
+        return not self._follow(dotted)[2]
+
+    def encloses(self, dotted: str, mark: yaml.Mark) -> bool:
+        """Whether there is such a key, and a node that begins at ``mark`` is its value or below."""
+        node, _, rest = self._follow(dotted)
+        return not rest and any(below.start_mark is mark for below in walk(node))
+
+    def place(self, dotted: str) -> str:
+        """Where a key stands, as ``file:line``, or the override that set it.
+
+        Args:
+            dotted: keys joined by dots; followed as far as they lead.
+        """
+        return self.show(self._follow(dotted)[1])
+
+    def _follow(self, dotted: str) -> tuple[yaml.Node, yaml.Mark, str]:
+        """The node where the keys lead, its place, and the keys that are left over."""
+        node: yaml.Node = self.root
+        mark = node.start_mark
+        rest = dotted
+        while rest:
+            pairs = walk_pairs(node)
+            # Keys may hold dots themselves: the longest that fits.
+            fits = [key for key in pairs if rest == key or rest.startswith(f"{key}.")]
+            if not fits:
+                break
+            key = max(fits, key=len)
+            mark, node = pairs[key]
+            rest = rest[len(key) + 1 :]
+        return node, mark, rest
+
+    @staticmethod
+    def show(mark: yaml.Mark) -> str:
+        """A place as people read it."""
+        if mark.name.startswith("--set"):
+            return shorten(mark.name, 60, placeholder="...")
+        return f"{mark.name}:{mark.line + 1}"
+
+
+def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """A config with overrides applied.
+
+    Args:
+        path: a torchdistill YAML file.
+        overrides: ``key.of.keys=value`` each, with the value in YAML; a number picks a list item,
+            and ``+`` in front adds a key. An anchored value changes wherever it is used, except
+            that the name of a data set keeps: only what refers to it changes.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a key that is not there (with the nearest ones), or text that is not YAML in
+            UTF-8.
+    """
+    if not Path(path).is_file():
+        fix = "Give the path of a YAML file, for example one of torchdistill_configs."
+        raise FileNotFoundError(message("config", "a file", f"none at {path}", fix))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fix = "Save it as UTF-8."
+        raise ValueError(
+            message(str(path), "text in UTF-8", f"other bytes ({error})", fix)
+        ) from None
+    root = _compose(str(path), text)
+    if not isinstance(root, yaml.MappingNode):
+        got = repr(root.value) if isinstance(root, yaml.ScalarNode) else "a list"
+        fix = "See torchdistill_configs."
+        raise ValueError(message(str(path), "a mapping of sections", got, fix))
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            fix = "For example train.num_epochs=2."
+            raise ValueError(message("--set", "key=value", repr(override), fix))
+        _apply(root, key, _number(_compose(f"--set {override}", value)))
+    return Config(str(path), root)
+
+
+class _Untagged(yaml.SafeLoader):
+    """Calls nothing: of what has a tag, mappings and lists are read, a scalar becomes None."""
+
+
+def _untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return None  # its text is not its value
+
+
+_Untagged.add_multi_constructor(None, _untagged)
+
+
+def read_untagged(text: str) -> dict[str, Any]:
+    """A config without what its tags would call: for looking, not for running.
+
+    Example:
+        >>> read_untagged("{a: 1, b: !import_call {key: os.getcwd}, c: !getenv HOME}")
+        {'a': 1, 'b': {'key': 'os.getcwd'}, 'c': None}
+    """
+    content = yaml.load(text, _Untagged)
+    return content if isinstance(content, dict) else {}
+
+
+def _overridden(node: yaml.Node) -> bool:
+    return node.start_mark is not None and node.start_mark.name.startswith("--set")
+
+
+def walk_pairs(node: yaml.Node) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
+    """The children of a node by key, and the place of each: that of the key, or of an override."""
+    if isinstance(node, yaml.MappingNode):
+        return {
+            key.value: (child.start_mark if _overridden(child) else key.start_mark, child)
+            for key, child in node.value
+            if isinstance(key, yaml.ScalarNode)
+        }
+    if isinstance(node, yaml.SequenceNode):
+        return {str(place): (child.start_mark, child) for place, child in enumerate(node.value)}
+    return {}
+
+
+def walk(node: yaml.Node) -> Iterator[yaml.Node]:
+    """A node and all below it, each once."""
+    seen: set[int] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        stack += reversed(_parts(node))
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes directly below one, keys included."""
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _compose(where: str, text: str) -> yaml.Node:
+    try:
+        loader = yaml.FullLoader(text)
+        loader.name = where  # what each node's place names
+        node = loader.get_single_node()
+        if node is None:
+            mark = loader.get_mark()
+            return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, mark)
+        _refuse_loops(node, set(), set())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(message(where, "YAML", str(error), "Correct the text there.")) from error
+    return node
+
+
+def _refuse_loops(node: yaml.Node, above: set[int], done: set[int]) -> None:
+    """Aliases may share a node, not stand inside of it: nothing could be read to its end."""
+    if id(node) in above:
+        expected, fix = "an alias of what stands elsewhere", "Take the alias out of it."
+        got = "one inside of what it names"
+        raise ValueError(message(Config.show(node.start_mark), expected, got, fix))
+    if id(node) not in done:
+        for part in _parts(node):
+            _refuse_loops(part, above | {id(node)}, done)
+        done.add(id(node))
+
+
+def _apply(root: yaml.Node, dotted: str, value: yaml.Node) -> None:
+    adds = dotted.startswith("+")
+    *parents, last = dotted.removeprefix("+").split(".")
+    node = root
+    for key in parents:
+        node = _children(node, dotted)[_known_key(node, key, dotted)]
+    children = _children(node, dotted)
+    if isinstance(node, yaml.MappingNode) and _is_key(root, children.get(last)):
+        # A data set's name, say: what uses it changes, not the name.
+        node.value = [(k, value if k.value == last else child) for k, child in node.value]
+    elif last in children:
+        target = children[last]
+        # In place, so that every alias of the node sees the new value.
+        target.__class__ = value.__class__
+        target.__dict__.update(value.__dict__)
+    elif adds and isinstance(node, yaml.MappingNode):
+        node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", last), value))
+    else:
+        _known_key(node, last, dotted)
+
+
+def _is_key(root: yaml.Node, target: yaml.Node | None) -> bool:
+    """Whether a mapping somewhere below ``root`` has this very node as a key."""
+    if isinstance(root, yaml.MappingNode):
+        return any(key is target or _is_key(value, target) for key, value in root.value)
+    return isinstance(root, yaml.SequenceNode) and any(_is_key(n, target) for n in root.value)
+
+
+def _number(node: yaml.Node) -> yaml.Node:
+    """YAML 1.1 takes 1e-3 for text; a person who types it means a number."""
+    if isinstance(node, yaml.ScalarNode) and node.style is None and node.tag.endswith(":str"):
+        try:
+            float(node.value)
+        except ValueError:
+            return node
+        node.tag = "tag:yaml.org,2002:float"
+    return node
+
+
+def _children(node: yaml.Node, dotted: str) -> dict[str, yaml.Node]:
+    if isinstance(node, yaml.ScalarNode):
+        fix = "Name a key further up."
+        raise ValueError(message(f"--set {dotted}", "keys on the way", repr(node.value), fix))
+    return {key: child for key, (_, child) in walk_pairs(node).items()}
+
+
+def _known_key(node: yaml.Node, key: str, dotted: str) -> str:
+    check_known(f"--set {dotted}: key", key, _children(node, dotted))
+    return key

@@ -1,0 +1,177 @@
+"""What leaks from training into the test set, and a split of the same images that does not.
+
+:mod:`kd_lrp_plugin.data.leakage.images` says what twins are. Splits are ranked: training (names
+that begin with ``train``, or else the largest split), then validation (``val``), then all others.
+The clean split comes of four rules:
+
+1. Twins, twins of twins and so on are one set. A group is one set, or, with a column of patients,
+   all sets that patients join.
+2. In a set of several classes, only images of its most frequent class may be kept; none, if there
+   is no such class.
+3. Of a group, only what lies in the highest split that it reaches may be kept: a test set stays
+   nearly as it was published, and training loses what it shares with it.
+4. Of what is left of a set, one image is kept: the one with most pixels, or the first by name.
+
+Where the images are in no splits yet, test images are cut out of what is kept by
+:func:`kd_lrp_plugin.data.splits.held_out`, never through a group.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from kd_lrp_plugin.data.leakage.clean_split import (
+    COLUMNS,
+    DatasetAudit,
+    clean_split,
+    describe_pair,
+    group_images,
+)
+from kd_lrp_plugin.data.leakage.duplicates import find_duplicates
+from kd_lrp_plugin.data.leakage.figure import pairs_figure
+from kd_lrp_plugin.data.leakage.images import (
+    VERSION,
+    Fingerprint,
+    ImageFile,
+    claimed,
+    count_properties,
+    fingerprints,
+    list_images,
+)
+from kd_lrp_plugin.data.leakage.summary import count_leaks, summarise_leaks
+from kd_lrp_plugin.data.splits import read_groups
+from kd_lrp_plugin.utils.files import put, write_text
+from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.validation import message
+
+SPLIT_COLUMNS = ("file", "split", "class", "group", "kept", "why")
+OUTPUTS = ("summary.json", "pairs.csv", "clean_split.csv", "pairs.png")
+
+
+def check_data(
+    root: str | Path,
+    out: str | Path,
+    test_share: float = 0.2,
+    group_by: str | None = None,
+    manifest: str | Path | None = None,
+    show: NullProgress | None = None,
+) -> dict[str, Any]:
+    """Look for twins and faulty files in ``root``; write summary, pairs and clean split to ``out``.
+
+    Nothing in ``root`` is changed. Fingerprints stay in ``out``: the same call goes on after a
+    kill, later reads only what is new, and where nothing is, gives the answer that is there.
+
+    Args:
+        root: images in ``<root>/<split>/<class>/`` or ``<root>/<class>/``; ``<root>/masks`` is left
+            out.
+        out: folder outside of ``root``.
+        test_share: of the images to propose as test set, in (0, 1), where there are no splits.
+        group_by: column of ``manifest`` whose groups, such as patients, must not be divided.
+        manifest: CSV as :func:`kd_lrp_plugin.data.splits.read_groups` takes it; default
+            ``<root>/manifest.csv``.
+        show: told how far it is.
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        FileNotFoundError: if there are no images, or no manifest.
+        FileExistsError: if ``out`` holds something else.
+        BlockingIOError: if another process is at work in it.
+        ValueError: for a share outside (0, 1), ``out`` inside ``root``, a manifest that names none
+            of the images, or a set in which nearly all images are alike.
+        OSError: if something cannot be written.
+    """
+    root, out, show = Path(root).expanduser(), Path(out).expanduser(), show or NullProgress()
+    if not 0 < test_share < 1:
+        raise ValueError(message("check-data", "test_share in (0, 1)", test_share, "Use 0.2."))
+    if out.resolve().is_relative_to(root.resolve()):
+        fix = "Its pictures would be taken for images of the set."
+        raise ValueError(message("check-data: out", f"a folder outside {root}", out, fix))
+    images, aside = list_images(root)
+    table = Path(manifest).expanduser() if manifest else root / "manifest.csv"
+    patients = _patients(images, table, group_by) if group_by else {}
+    question = {
+        "root": str(root.resolve()),
+        "test_share": None if images[0].split else test_share,
+        "group_by": group_by,
+        "manifest": str(table.resolve()) if group_by else None,
+    }
+    with claimed(out, question, OUTPUTS) as cache:
+        prints = fingerprints(root, images, cache, show)
+        state = _state(images, prints, aside, patients)
+        if before := _answered(out, state):
+            return before
+        checked = group_images(images, prints, find_duplicates(prints, show), patients)
+        rows = clean_split(checked, test_share)
+        summary = {"question": question, "state": state, **count_properties(images, prints, aside)}
+        summary |= count_leaks(checked, rows)
+        summary["verdict"] = summarise_leaks(summary)
+        order = _worst_first(checked)
+        text = _csv(SPLIT_COLUMNS, rows)
+        split = out / "clean_split.csv"
+        if split.exists() and split.read_text(encoding="utf-8") != text:
+            show.note(f"{split} changes, since the images have changed")
+        for stale in ("summary.json", "pairs.png"):  # until the summary is written, nothing is said
+            (out / stale).unlink(missing_ok=True)
+        write_text(split, text)
+        write_text(out / "pairs.csv", _csv(COLUMNS, (describe_pair(checked, k) for k in order)))
+        if len(order):
+            figure = pairs_figure(root, checked, order)
+            put(out / "pairs.png", lambda draft: figure.savefig(draft, format="png"))
+        write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
+    return summary
+
+
+def _state(
+    images: Sequence[ImageFile],
+    prints: Sequence[Fingerprint],
+    aside: Mapping[str, str],
+    patients: Mapping[str, str],
+) -> str:
+    """A digest of all that the answer depends on beside the question."""
+    facts = json.dumps([images, [one[:-1] for one in prints], aside, patients, VERSION])
+    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+
+
+def _answered(out: Path, state: str) -> dict[str, Any] | None:
+    """The summary in ``out``, if it is of this state and all that goes with it is there."""
+    missing = {name for name in OUTPUTS if not (out / name).is_file()}
+    if missing - {"pairs.png"}:
+        return None
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    whole = not missing or not summary["images_with_twin"]
+    return summary if whole and summary["state"] == state else None
+
+
+def _patients(images: Sequence[ImageFile], table: Path, column: str) -> dict[str, str]:
+    where = f"check-data: manifest {table}"
+    fix = "A row names an image by file (its path, or its name), or by file, split and class."
+    if not table.is_file():
+        raise FileNotFoundError(message(where, "a CSV file", "none", "Give it by --manifest."))
+    named = read_groups(table, [image.file for image in images], column)
+    if not named:
+        expected = f"columns file and {column}, that name some of the {len(images)} images"
+        raise ValueError(message(where, expected, "none of them", fix))
+    return named
+
+
+def _worst_first(checked: DatasetAudit) -> Int[np.ndarray, " pairs"]:
+    """The pairs: across splits before within, and the most alike first."""
+    twins = checked.twins
+    return np.lexsort((twins.b, twins.a, twins.kind, -twins.similarity, ~checked.across))
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,58 @@
+"""Transforms of images, and the preprocessing that prediction repeats."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from PIL import Image
+from torchvision import transforms
+
+from kd_lrp_plugin.data.validation import check_integer
+from kd_lrp_plugin.utils.validation import message
+
+
+def make_transforms(
+    image_size: int, augment: bool = False, mean: float = 0.5, std: float = 0.5
+) -> Callable[[Image.Image], Any]:
+    """PIL image -> normalised tensor of shape (3, ``image_size``, ``image_size``).
+
+    With ``augment``: left-right flips, rotation up to 10 degrees, shift up to 5 %, zoom 0.9 to 1.1.
+    ``mean`` and ``std`` apply to all channels; 0.5 and 0.5 map [0, 1] to [-1, 1], which is what the
+    MobileNetV2 weights of TensorFlow's origin expect.
+
+    Raises:
+        ValueError: if ``image_size`` is not a positive integer or ``std`` not positive.
+    """
+    check_integer("make_transforms", "image_size", image_size)
+    if std <= 0:
+        raise ValueError(message("make_transforms", "std above 0", std, "Use 0.5."))
+    bilinear = transforms.InterpolationMode.BILINEAR
+    steps: list[Any] = [transforms.Resize((image_size, image_size), antialias=True)]
+    if augment:
+        steps += [
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomAffine(
+                10, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=bilinear
+            ),
+        ]
+    steps += [transforms.ToTensor(), transforms.Normalize([mean] * 3, [std] * 3)]
+    return transforms.Compose(steps)
+
+
+def preprocessing(dataset: Any) -> dict[str, Any] | None:
+    """The arguments of :func:`make_transforms` that prepare images as the data set does.
+
+    None if its transform is anything but a bilinear resize to a square and a normalisation that
+    is the same for all channels.
+    """
+    steps = getattr(getattr(dataset, "transform", None), "transforms", [])
+    kinds = (transforms.Resize, transforms.ToTensor, transforms.Normalize)
+    if len(steps) != 3 or not all(isinstance(s, k) for s, k in zip(steps, kinds, strict=True)):
+        return None
+    resize, _, normalize = steps
+    sides = resize.size if isinstance(resize.size, Sequence) else []
+    if len(sides) != 2 or resize.interpolation != transforms.InterpolationMode.BILINEAR:
+        return None
+    means, stds = set(map(float, normalize.mean)), set(map(float, normalize.std))
+    if len(set(sides)) > 1 or len(means) > 1 or len(stds) > 1:
+        return None
+    return {"image_size": sides[0], "mean": means.pop(), "std": stds.pop()}

@@ -1,0 +1,381 @@
+"""Finished runs opened to be explained, and images of their test sets to explain them with."""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, attribute
+from kd_lrp_plugin.data.transforms import make_transforms
+from kd_lrp_plugin.relevance.recording import record
+from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.runs.loading import load_models, load_test_set
+from kd_lrp_plugin.runs.predictions import read_predictions
+from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.validation import message
+
+SIDE = 256  # of pictures, in pixels at most
+TRIED = 32  # images, of all classes, on which a model must predict what it did
+
+
+@dataclass
+class LoadedRun:
+    """A finished run, opened.
+
+    Attributes:
+        folder: of the run.
+        name: what tells it from the other runs of the command.
+        summary: of the run.
+        models: by role, in evaluation mode.
+        prints: by role, what tells its weights and images from others'.
+        test_set: as the run was tested on it.
+        test_print: what tells it from others.
+        labels: of the test set.
+        probabilities: by role, as they are in predictions.csv.
+        layers: by role, the layers to look at; the places of one role and another belong together.
+        methods: by role, those that can handle the model.
+    """
+
+    folder: RunFolder
+    name: str
+    summary: dict[str, Any]
+    models: dict[str, nn.Module]
+    prints: dict[str, str]
+    test_set: Any
+    test_print: str
+    labels: Int[np.ndarray, " n"]
+    probabilities: dict[str, Float[np.ndarray, "n outputs"]]
+    layers: dict[str, list[str]]
+    methods: dict[str, list[str]]
+
+    @property
+    def device(self) -> torch.device:
+        return next(next(iter(self.models.values())).parameters()).device
+
+    def class_name(self, number: int) -> str:
+        classes = self.summary["classes"]
+        return classes[number] if number < len(classes) else str(number)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images of the test set; the first of them, however many, have all classes alike."""
+
+    images: Float[Tensor, "n c h w"]
+    labels: Int[Tensor, " n"]
+    masks: Bool[Tensor, "n h w"] | None
+
+    def first(self, n: int) -> "Sample":
+        masks = None if self.masks is None else self.masks[:n]
+        return Sample(self.images[:n], self.labels[:n], masks)
+
+
+@dataclass(frozen=True)
+class DisplayImage:
+    """An image to picture: what people see of it, and what the model does."""
+
+    label: str
+    picture: Any
+    image: Float[Tensor, "c h w"]
+    mask: Bool[np.ndarray, "h w"] | None = None
+    known: bool = True
+
+
+def open_run(
+    folder: str | Path,
+    name: str,
+    methods: Sequence[str],
+    layers: Sequence[str],
+    roles: Sequence[str],
+    device: torch.device | str,
+    safe: bool,
+    show: NullProgress,
+) -> LoadedRun:
+    """A finished run with its models, checked against its predictions.
+
+    Args:
+        folder: of the run.
+        name: to call it by.
+        methods: that must work; without any, all are tried, and those that do not are noted.
+        layers: names of modules; without any, the deepest before the last reduction.
+        roles: of the models to open.
+        device: for the models.
+        safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
+        show: told which methods are left out.
+
+    Raises:
+        FileNotFoundError: if there is no finished run, or no file of a teacher's weights.
+        ValueError: for a run without the models asked for, models, images or labels that are not
+            those of its predictions, or a layer or method that does not fit a model.
+    """
+    run = RunFolder(folder)
+    summary = run.summary()
+    text = (run / "predictions.csv").read_text(encoding="utf-8")
+    labels, probabilities = read_predictions(text)
+    images = [line[:2] for line in csv.reader(io.StringIO(text))]
+    models = load_models(folder, roles, safe)
+    if not models:
+        fix = "Leave --model out."
+        raise ValueError(message(str(folder), "a run with a teacher", "one without", fix))
+    test_set = load_test_set(folder, safe)
+    if len(test_set) != len(labels) or list(getattr(test_set, "targets", labels)) != [*labels]:
+        got = f"{len(test_set)} images, or other classes"
+        fix = "Put the data back, or test the student anew."
+        raise ValueError(message(str(folder), f"the {len(labels)} test images", got, fix))
+    opened = LoadedRun(
+        run,
+        name,
+        summary,
+        models,
+        {},
+        test_set,
+        hash_contents(images),
+        labels,
+        probabilities,
+        {},
+        {},
+    )
+    places = list(islice(interleave_classes(labels), TRIED))
+    tried = make_sample(opened, places, device)
+    for role, model in models.items():
+        model.to(device).requires_grad_(False)
+        _check_predictions(opened, role, places, tried.images)
+        weights = [tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()]
+        opened.prints[role] = hash_contents(summary["image_shape"], *weights)
+        opened.layers[role] = _layers(model, layers)
+        opened.methods[role] = _able(opened, role, methods, tried, show)
+    return opened
+
+
+def _check_predictions(run: LoadedRun, role: str, places: Sequence[int], images: Tensor) -> None:
+    if role not in run.probabilities:  # features were compared: there is no record of logits
+        return
+    with torch.no_grad():
+        now = run.models[role](images).float().softmax(1).cpu().numpy()
+    off = float(np.abs(now - run.probabilities[role][places]).max())
+    if off > 0.05:  # low precision in training, or another device, changes less
+        fix = "Put the weights and images back that the run was tested with."
+        got = f"probabilities that differ by up to {off:.2f}"
+        where = f"{role} of {run.folder.path}"
+        raise ValueError(message(where, "the predictions in predictions.csv", got, fix))
+
+
+def _layers(model: nn.Module, asked: Sequence[str]) -> list[str]:
+    """Those asked for, which must be there; else the deepest before the last reduction."""
+    with record(model, [*asked] or "auto") as recording:
+        return recording.layers if asked else recording.layers[-1:]
+
+
+def _able(
+    run: LoadedRun, role: str, methods: Sequence[str], tried: Sample, show: NullProgress
+) -> list[str]:
+    """The methods asked for, each of which must work; of all methods, those that do."""
+    refused: dict[str, ValueError] = {}
+    for method in methods or ATTRIBUTIONS:
+        try:
+            for layer in run.layers[role]:
+                attribute(run.models[role], tried.images[:1], tried.labels[:1], method, layer)
+        except ValueError as error:
+            refused[method] = error
+    able = [method for method in methods or ATTRIBUTIONS if method not in refused]
+    if refused and (methods or not able):
+        raise next(iter(refused.values()))
+    for method, why in refused.items():
+        show.note(f"{role} of {run.folder.path}, without {method}: {why}")
+    return able
+
+
+def make_sample(
+    run: LoadedRun, places: Sequence[int], device: torch.device | str = "cpu"
+) -> Sample:
+    """Images of the test set; with masks, if each of them has one."""
+    masks = [mask for place in places if (mask := _mask(run, place)) is not None]
+    return Sample(
+        torch.stack([run.test_set[place][0] for place in places]).to(device),
+        torch.tensor([int(run.labels[place]) for place in places]).to(device),
+        torch.stack(masks) if len(masks) == len(places) else None,
+    )
+
+
+def _mask(run: LoadedRun, place: int) -> Bool[Tensor, "h w"] | None:
+    """Where the test set knows it and the way from its image to the model's is a plain resize."""
+    find = getattr(run.test_set, "mask", None)
+    mask = find(place) if find and run.summary["preprocessing"] else None
+    if mask is None or not mask.any():
+        return None
+    _, height, width = run.summary["image_shape"]
+    picture = Image.fromarray(mask.astype(np.float32))
+    shares = picture.resize((width, height), Image.Resampling.BOX)
+    return torch.from_numpy(np.array(shares) >= 0.5)
+
+
+def interleave_classes(labels: Int[np.ndarray, " n"]) -> Iterator[int]:
+    """All places, the classes in turn, each in an order of chance."""
+    shuffle = np.random.default_rng(0).permutation
+    rest = [list(shuffle(np.flatnonzero(labels == k))) for k in np.unique(labels)]
+    while any(rest):
+        yield from (int(of_class.pop()) for of_class in rest if of_class)
+
+
+def sample_indices(run: LoadedRun, most: int) -> list[int]:
+    """Places of images with a mask; of any images where the test set has no masks."""
+    masked: list[int] = []
+    for place in interleave_classes(run.labels):
+        if len(masked) == most:
+            break
+        if _mask(run, place) is not None:
+            masked.append(place)
+    return masked or list(interleave_classes(run.labels))[:most]
+
+
+def choose_images(run: LoadedRun, n: int) -> Callable[[LoadedRun], list[DisplayImage]]:
+    """Test images to picture: the classes in turn, and right and wrong predictions in turn.
+
+    Args:
+        run: whose student is right or wrong.
+        n: how many.
+
+    Returns:
+        A function from a run with the same test images to these images, as its models see them.
+    """
+    right = run.probabilities["student"].argmax(1) == run.labels
+    classes = np.unique(run.labels)
+    rest: dict[tuple[int, bool], list[int]] = {(k, r): [] for k in classes for r in (True, False)}
+    for place in interleave_classes(run.labels):
+        rest[run.labels[place], bool(right[place])].append(place)
+    places: list[int] = []
+    for turn in range(n):
+        lap, number = divmod(turn, len(classes))
+        wanted = (lap + number) % 2 == 0
+        fits = rest[classes[number], wanted] or rest[classes[number], not wanted]
+        if fits:
+            places.append(fits.pop(0))
+
+    def shown(other: LoadedRun) -> list[DisplayImage]:
+        return [_get_test_images(other, place) for place in places]
+
+    return shown
+
+
+def _get_test_images(run: LoadedRun, place: int) -> DisplayImage:
+    image = run.test_set[place][0]
+    name = run.class_name(int(run.labels[place]))
+    if run.summary["preprocessing"] is None:  # only the tensor shows what the model saw
+        low, high = image.min(), image.max()
+        picture = ((image - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0).numpy()
+        return DisplayImage(name, picture, image)
+    if hasattr(run.test_set, "image"):
+        found = run.test_set.image(place)
+    else:
+        found = run.test_set.loader(run.test_set.samples[place][0])
+    small = _small(found)
+    find = getattr(run.test_set, "mask", None)
+    mask = find(place) if find else None
+    if mask is not None:
+        mask = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
+    return DisplayImage(name, np.asarray(small), image, mask)
+
+
+def _small(picture: Image.Image) -> Image.Image:
+    copy = picture.convert("RGB")
+    copy.thumbnail((SIDE, SIDE))
+    return copy
+
+
+def read_images(
+    runs: Sequence[LoadedRun], images: Sequence[str | Path]
+) -> Callable[[LoadedRun], list[DisplayImage]]:
+    """Image files to picture, prepared as each run has it.
+
+    Raises:
+        FileNotFoundError: if one is not there.
+        ValueError: if one is no image, or a run has a preprocessing of its own.
+    """
+    pictures = []
+    for file in images:
+        try:
+            with Image.open(file) as image:
+                pictures.append(image.convert("RGB"))
+        except FileNotFoundError:
+            raise FileNotFoundError(message("explain", "an image", f"none at {file}", "")) from None
+        except OSError as error:
+            raise ValueError(message(f"explain {file}", "an image", str(error), "")) from error
+    for run in runs:
+        if run.summary["preprocessing"] is None:
+            fix = "Leave --images out, to see images of the test set."
+            where = str(run.folder.path)
+            raise ValueError(message(where, "a known preprocessing", "a custom one", fix))
+
+    def shown(run: LoadedRun) -> list[DisplayImage]:
+        prepare = make_transforms(**run.summary["preprocessing"])
+        return [
+            DisplayImage(
+                Path(file).stem, np.asarray(_small(picture)), prepare(picture), known=False
+            )
+            for file, picture in zip(images, pictures, strict=True)
+        ]
+
+    return shown
+
+
+def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Runs and what to call them; for the folder of a study's results, its finished runs.
+
+    Raises:
+        ValueError: if a run is there twice, or a study has no finished run.
+    """
+    found: list[tuple[Path, str]] = []
+    plain = [folder for folder in folders if not (folder / "study.json").is_file()]
+    names = dict(zip(plain, name_folders(plain), strict=True)) if plain else {}
+    for folder in folders:
+        if folder in names:
+            found.append((folder, names[folder]))
+            continue
+        content = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        done = [row for row in content["runs"] if row["state"] == "finished"]
+        if not done:
+            fix = "kd-lrp study, given again, goes on."
+            raise ValueError(message(str(folder), "a study with a finished run", "none", fix))
+        for row in done:
+            words = [row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())]
+            found.append((Path(row["folder"]), ", ".join([*words, f"seed {row['seed']}"])))
+    _check_different([path for path, _ in found])
+    return found
+
+
+def name_folders(folders: Sequence[Path]) -> list[str]:
+    """What tells folders apart: their paths without what all of them share at either end."""
+    _check_different(folders)
+    parts = [folder.resolve().parts for folder in folders]
+    if len(parts) == 1:
+        return [str(folders[0])]
+    while len({p[:1] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while len({p[-1:] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    return ["/".join(p) or "." for p in parts]
+
+
+def _check_different(folders: Sequence[Path]) -> None:
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        got = [str(folder) for folder in folders]
+        raise ValueError(message("explain", "each run once", got, "Leave one out."))
+
+
+def hash_contents(*contents: Any) -> str:
+    """What tells bytes and values of JSON from others."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,62 @@
+"""Records as Markdown tables."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(
+    records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, digits: int = 3
+) -> str:
+    """Records as a Markdown table with aligned columns, as fit for a terminal as for a page.
+
+    Args:
+        records: one mapping per row, from column to value. Whole numbers get separators of
+            thousands; None, nan and absent values show as a dash.
+        columns: which ones to show, in this order; all of the first record's by default.
+        digits: of fractions, behind the point.
+
+    Raises:
+        ValueError: if no record has a value for one of ``columns``.
+
+    Example:
+        >>> records = [{"student": "small", "accuracy": 0.91, "parameters": 410208}]
+        >>> print(table([*records, {"student": "tiny", "parameters": 9}]))
+        | student | accuracy | parameters |
+        |---------|---------:|-----------:|
+        | small   |    0.910 |    410,208 |
+        | tiny    |        - |          9 |
+    """
+    columns = list(columns if columns is not None else records[0] if records else [])
+    for column in columns:
+        if records and not any(column in record for record in records):
+            known = sorted({key for record in records for key in record})
+            raise ValueError(f"table: expected columns among {known}, got {column!r}.")
+    cells = [[_cell(record.get(column), digits) for column in columns] for record in records]
+    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
+    right = [
+        any(_is_number(record.get(c)) for record in records)
+        and all(_is_number(record[c]) for record in records if record.get(c) is not None)
+        for c in columns
+    ]
+
+    def line(row: Sequence[str]) -> str:
+        padded = zip(row, widths, right, strict=True)
+        return f"| {' | '.join(c.rjust(w) if r else c.ljust(w) for c, w, r in padded)} |"
+
+    rule = "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True))
+    return "\n".join([line(columns), f"|{rule}|", *map(line, cells)])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _cell(value: object, digits: int) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}"
+    if _is_number(value):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,112 @@
+r"""How relevance is handed back through one layer: one short declaration per rule.
+
+Everything works in *gradient space*: a tensor ``x`` carries a factor ``g`` and its relevance is
+``x * g``. Handing relevance back means turning the factor of a layer's output into the factor of
+its input. Whatever is linear without bias (sums, pooling, reshaping) then needs no rule, for
+there the factor is the gradient.
+
+A rule serves one affine layer, a convolution together with the batch norm behind it or a linear
+layer, with input ``x``, output ``y``, effective weight ``w`` and its linear map ``layer``:
+
+    ``rule(g, x, y, w, layer) -> factor of x``
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kd_lrp_plugin.relevance.linear_maps import LinearMap
+from kd_lrp_plugin.utils.registry import Registry
+
+EPSILON = 1e-6
+"""Stabiliser of every division; float32 needs at least this much."""
+GAMMA = 0.25
+"""How much more the gamma rule counts contributions with the sign of the output."""
+
+
+def stabilize(z: Tensor) -> Tensor:
+    """``z`` moved away from zero by :data:`EPSILON`, keeping its sign (zero counts as positive)."""
+    return z + torch.where(z < 0, -EPSILON, EPSILON)
+
+
+Rule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, LinearMap], Tensor]
+RULES: Registry[Rule] = Registry("rule")
+
+
+@RULES.register
+def gradient(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tensor:
+    """The gradient, which is LRP-0 without bias (Bach et al., PLOS ONE 2015, eq. 56)."""
+    return layer.transpose(g, w)
+
+
+@RULES.register
+def epsilon(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tensor:
+    """LRP-ε: in proportion to each contribution (Bach et al., PLOS ONE 2015, eq. 58)."""
+    return layer.transpose(g * (y / stabilize(y)), w)
+
+
+@RULES.register
+def zplus(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tensor:
+    """LRP-z⁺, also α1β0: in proportion to the positive contributions alone.
+
+    Source: Bach et al., PLOS ONE 2015, eq. 60 with α = 1; Montavon et al., Pattern Recognition
+    65 (2017), for inputs that are never negative.
+    """
+    upper, lower = w.clamp(min=0), w.clamp(max=0)
+    positive = _split_apply(x, upper, lower, layer)
+    return _split_transpose(g * (y / stabilize(positive)), x, upper, lower, layer)
+
+
+@RULES.register
+def gamma(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tensor:
+    """LRP-γ: contributions with the sign of the output count 1 + γ times.
+
+    Source: Montavon et al., Explainable AI, LNCS 11700 (2019), ch. 10.2, for positive outputs.
+    Deviation: a negative output (of a linear bottleneck, or a logit) prefers its negative
+    contributions in the same way; with positive ones its denominator could vanish.
+    """
+    upper, lower = w.clamp(min=0), w.clamp(max=0)
+    is_positive = y >= 0
+    positive = _split_apply(x, upper, lower, layer)
+    negative = _split_apply(x, lower, upper, layer)
+    ratio = g * (y / stabilize(y + GAMMA * torch.where(is_positive, positive, negative)))
+    return (
+        layer.transpose(ratio, w)
+        + GAMMA * _split_transpose(ratio * is_positive, x, upper, lower, layer)
+        + GAMMA * _split_transpose(ratio * ~is_positive, x, lower, upper, layer)
+    )
+
+
+def _split_apply(x: Tensor, w_above: Tensor, w_below: Tensor, layer: LinearMap) -> Tensor:
+    """Positive inputs through one weight plus negative inputs through another."""
+    total = layer.apply(x.clamp(min=0), w_above)
+    if _any_negative(x):
+        total = total + layer.apply(x.clamp(max=0), w_below)
+    return total
+
+
+def _split_transpose(
+    r: Tensor, x: Tensor, w_above: Tensor, w_below: Tensor, layer: LinearMap
+) -> Tensor:
+    """The transpose of :func:`_split_apply`."""
+    back = layer.transpose(r, w_above)
+    if _any_negative(x):
+        back = torch.where(x < 0, layer.transpose(r, w_below), back)
+    return back
+
+
+def _any_negative(x: Tensor) -> bool:
+    """Behind a ReLU nothing is, and half of the work falls away."""
+    return bool((x.detach() < 0).any())
+
+
+def activation(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """An activation hands its relevance on unchanged: ``x * g_x = y * g`` (Bach et al. 2015)."""
+    return g * (y / stabilize(x))
+
+
+def hard_sigmoid_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The plain gradient, written out because PyTorch cannot differentiate its own again."""
+    return g * ((x > -3) & (x < 3)) / 6

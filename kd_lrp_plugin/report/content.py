@@ -1,0 +1,347 @@
+"""What a report page says: records from the folders of runs and studies, side by side."""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_lrp_plugin.attribution.summary import FIGURES
+from kd_lrp_plugin.config.document import read_untagged
+from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.plots.figures import curves_figure
+from kd_lrp_plugin.report.images import vector
+from kd_lrp_plugin.report.sections import (
+    command,
+    explained,
+    list_explain_commands,
+    list_map_sheets,
+    read_data_check,
+    read_json,
+    read_selection,
+    read_study,
+    short,
+)
+from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.validation import message
+
+RUN_FILES = ("config.yaml", "environment.json", "summary.json", "predictions.csv")
+PHANTOM = "kd_lrp_plugin.torchdistill.phantom"
+DETAILED = 8  # configurations of a study that are shown in detail
+
+
+def gather(
+    paths: Sequence[Path],
+    data_check: str | Path | None,
+    selection: str | Path | None,
+    maps: str | Path | None,
+    show: NullProgress,
+    safe: bool,
+) -> dict[str, Any]:
+    """Everything that a page shows, from plain files; see :func:`page.write`."""
+    leaks = read_data_check(Path(data_check)) if data_check else None
+    of_runs, of_studies = ([p for p in paths if kind(p) == what] for what in ("run", "study"))
+    studies = [read_study(*named) for named in _named(of_studies)]
+    first = [] if of_runs else _first_seeds(studies)
+    named = _named(of_runs) + first[:DETAILED]
+    tracked = show.track(named, "reading", len(named))
+    runs = [_run(path, name, show, safe) for path, name in tracked]
+    sheets = list_map_sheets(runs, maps)
+    models, data = _models(runs), _data(runs)
+    shapes = dict.fromkeys(tuple(run["summary"]["image_shape"][1:]) for run in runs)
+    chosen = read_selection(runs, selection)
+    sets = sorted({model["set"] for model in models} - {None})
+    names = {row["name"].partition("/")[0] for row in data} | {study["name"] for study in studies}
+    return {
+        "title": "Distillation report: " + ", ".join(sorted(names)),
+        "runs": runs,
+        "studies": studies,
+        "detailed": bool(first),
+        "undetailed": len(first) - DETAILED if len(first) > DETAILED else 0,
+        "models": models,
+        "compared": [model for model in models if model["both"]],
+        "several_sets": sets,
+        "sizes": [" x ".join(map(str, shape[::-1])) for shape in shapes],
+        "data": data,
+        "drawn": bool(data) and all(row["key"] == PHANTOM for row in data),
+        "leaks": leaks,
+        "selection": chosen,
+        "sheets": sheets,
+        "explained": explained(runs),
+        "figures_of_maps": FIGURES,
+        "unexplained": [run["name"] for run in runs if not run["explanations"]],
+        "explain": command("kd-lrp explain", *(run["folder"] for run in runs)),
+        "steps": _steps(runs, studies, leaks, chosen, list_explain_commands(runs, studies, maps)),
+    }
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def kind(folder: Path) -> str:
+    """What a folder holds: "run" or "study".
+
+    Raises:
+        FileNotFoundError: if it is neither, or a run that is not finished.
+    """
+    if (folder / "study.json").is_file():
+        return "study"
+    if all((folder / name).is_file() for name in RUN_FILES):
+        return "run"
+    got, fix = str(folder), "Give folders that kd-lrp distill or kd-lrp study has written."
+    if not folder.is_dir():
+        got = f"nothing at {folder}"
+    elif (folder / "config.yaml").is_file():
+        got, fix = f"{folder}, which is not finished", "kd-lrp distill, given again, finishes it."
+    elif (folder / "pairs.csv").is_file():
+        fix = "Give what kd-lrp check-data has written as --data-check."
+    raise FileNotFoundError(message("report", "a finished run or a study", got, fix))
+
+
+def _named(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Each folder with what tells it from the others: its path without what all share.
+
+    A seed is in the name only if it is needed.
+    """
+    parts = [list(path.resolve().parts) for path in paths]
+    unseeded = [part[: -1 if part[-1].isdigit() else None] for part in parts]
+    if len({tuple(part) for part in unseeded}) == len(paths):
+        parts = unseeded
+    for _ in range(2):  # what all begin with, then what all end with
+        while parts and min(map(len, parts)) > 1 and len({part[0] for part in parts}) == 1:
+            parts = [part[1:] for part in parts]
+        parts = [part[::-1] for part in parts]
+    return list(zip(paths, map("/".join, parts), strict=True))
+
+
+def _first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]:
+    """A finished run of each cell of studies, for what their tables do not show.
+
+    What is prepared comes first, then each configuration at its first place in the grid, then at
+    its second, and so on; a run that several studies share counts once.
+    """
+    found: dict[Path, tuple[int, str]] = {}
+    for study in studies:
+        places: dict[str, dict[str, None]] = {}  # cells by configuration
+        rows = [(True, row) for row in study["prepared"]] + [(False, row) for row in study["runs"]]
+        for prepared, row in rows:
+            point = [f"{axis} {value}" for axis, value in row["point"].items()]
+            words = ", ".join([row["configuration"], *point])
+            cells = places.setdefault("" if prepared else row["configuration"], {})
+            folder = Path(row["folder"])
+            if words in cells or not all((folder / name).is_file() for name in RUN_FILES):
+                continue
+            cells[words] = None
+            name = f"{words}, seed {row['seed']}"
+            if len(studies) > 1:
+                name = f"{study['name']}: {name}"
+            found.setdefault(folder.resolve(), (-1 if prepared else len(cells), name))
+    by_place = sorted(found.items(), key=lambda item: item[1][0])
+    return [(folder, name) for folder, (_, name) in by_place]
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def _run(path: Path, name: str, show: NullProgress, safe: bool) -> dict[str, Any]:
+    folder = RunFolder(path)
+    summary, about = folder.summary(), read_json(path / "environment.json")
+    problem = None
+    if not (path / "evaluation.json").is_file():
+        try:
+            evaluate.evaluate(path, safe=safe)
+        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+            problem = str(error)  # the page has its other figures all the same
+            show.note(f"{path}: not evaluated: {problem}")
+    text = (path / "config.yaml").read_text(encoding="utf-8")
+    sessions = about["sessions"] or [{}]
+    session = sessions[-1]
+    epochs = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "name": name,
+        "folder": short(path),
+        "summary": summary,
+        "evaluation": read_json(path / "evaluation.json"),
+        "problem": problem,
+        "session": session,
+        "sessions": len(sessions),
+        "processes": about["processes"],
+        "question": _question(session.get("config")),
+        "config": read_untagged(text),
+        "text": text,
+        "curves": _curves([json.loads(line) for line in epochs]),
+        "test_set": _test_set(path / "predictions.csv"),
+        "config_file": short(session["config"]) if session.get("config") else None,
+        "explanations": read_json(path / "explanations.json"),
+        "command": _distill(path, session, about),
+    }
+
+
+def _question(config: str | None) -> str | None:
+    """What a config says of itself in its first lines, if the file is still where it was."""
+    try:
+        head = Path(config or "").read_text(encoding="utf-8")[:2000]
+    except (OSError, ValueError):
+        return None
+    found = re.search(r"^# Question: (.+)$", head, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def _curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A figure per quantity, so that a phone shows them one below the other."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    names = dict.fromkeys(
+        key.partition("_")[2] for key in keys if key.startswith(("train_", "val_"))
+    )
+    panels = []
+    for name in sorted(names, key=lambda name: {"accuracy": 0, "loss": 1}.get(name, 2)):
+        kept = ("epoch", "stage", f"train_{name}", f"val_{name}")
+        part = [{key: record.get(key) for key in kept} for record in records]
+        last = {key: value for key, value in part[-1].items() if value is not None}
+        ends = [
+            f"{words} ends at {last[key]:.3g}"
+            for words, key in (("training", f"train_{name}"), ("validation", f"val_{name}"))
+            if key in last
+        ]
+        panels.append(
+            {"name": name, "figure": vector(curves_figure(part)), "ends": ", ".join(ends)}
+        )
+    return panels
+
+
+def _test_set(predictions: Path) -> str:
+    """A sign of the test images and their labels."""
+    with predictions.open(encoding="utf-8", newline="") as file:
+        rows = [tuple(row[:2]) for row in csv.reader(file)]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:8]
+
+
+def _distill(path: Path, session: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    many = about["processes"] > 1
+    start = f"torchrun --nproc_per_node={about['processes']} -m kd_lrp_plugin.cli" if many else ""
+    sets = [word for override in session.get("overrides", ()) for word in ("--set", override)]
+    config = short(session["config"]) if "config" in session else "CONFIG"
+    ends = ["--seed", about["seed"], "--out", short(path)]
+    return command(f"{start or 'kd-lrp'} distill", config, *sets, *ends)
+
+
+# --- models side by side --------------------------------------------------------------------------
+
+
+def _models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per model, teachers first; a teacher that several runs share, once."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        found = run["evaluation"] or {}
+        alone = "teacher_model" not in (run["config"].get("models") or {})
+        row = _model(run["name"], "trained alone" if alone else "student", run, found)
+        rows.append(row | {"both": found.get("student_and_teacher")})
+    teachers: dict[tuple, dict[str, Any]] = {}
+    for run, student in zip(runs, list(rows), strict=True):
+        if "teacher" not in (run["evaluation"] or {}):
+            continue
+        row = _model("teacher", "teacher", run, run["evaluation"])
+        own = next((r for r in rows if r["same"] == row["same"] and r["role"] != "student"), None)
+        student["teacher"] = teacher = teachers.setdefault(row["same"], own or row)
+        teacher["role"] = "teacher"
+    if len(teachers) > 1:
+        for student in rows:
+            if (teacher := student["teacher"]) and teacher["name"] == "teacher":
+                teacher["name"] = f"teacher of {student['name']}"
+    rows = [*teachers.values(), *(row for row in rows if row["role"] != "teacher")]
+    only = next(iter(teachers.values())) if len(teachers) == 1 else None
+    lows = [row["interval"][0] for row in rows if row["interval"]]
+    highs = [row["interval"][1] for row in rows if row["interval"]]
+    sets = list(dict.fromkeys(row["test_set"] for row in rows))
+    for row in rows:
+        other = row["teacher"]
+        if other is None and only and row is not only and row["test_set"] == only["test_set"]:
+            other = only  # a model that was trained alone, beside the one teacher of the page
+        for name in ("parameters", "macs"):
+            row[f"fewer_{name}"] = reduction(other[name], row[name]) if other else None
+        row["scale"] = (max(0.0, min(lows) - 0.02), min(1.0, max(highs) + 0.02)) if lows else None
+        row["set"] = chr(ord("A") + sets.index(row["test_set"]) % 26) if len(sets) > 1 else None
+    return rows
+
+
+def _model(
+    name: str, role: str, run: Mapping[str, Any], found: Mapping[str, Any]
+) -> dict[str, Any]:
+    figures = found.get("teacher" if role == "teacher" else "student") or {}
+    summary, cost = run["summary"], figures.get("cost") or {}
+    accuracy = figures.get("accuracy", summary["test_accuracy"])
+    matrix = figures.get("confusion_matrix")
+    parameters = cost.get("parameters") or (None if role == "teacher" else summary["parameters"])
+    return {
+        "name": name,
+        "role": role,
+        "test_set": run["test_set"],
+        "image_shape": summary["image_shape"],
+        "figures": figures,
+        "cost": cost,
+        "n": figures.get("n"),
+        "accuracy": accuracy,
+        "interval": figures.get("accuracy_interval"),
+        "parameters": parameters,
+        "macs": cost.get("macs"),
+        "matrix": matrix,
+        "teacher": None,
+        "both": None,
+        "same": (run["test_set"], parameters, json.dumps(matrix)),
+    }
+
+
+def reduction(before: float | None, after: float | None) -> str | None:
+    """How much less, as a factor and in per cent; None where either is not known.
+
+    Example:
+        >>> reduction(4_924_540, 373_076)
+        '13.2 times fewer (-92.4 %)'
+        >>> reduction(100, 250)
+        '2.50 times as many (+150.0 %)'
+    """
+    if not before or not after:
+        return None
+    if before == after:
+        return "the same"
+    share = f"{100 * (after / before - 1):+.1f} %"
+    if after < before:
+        return f"{before / after:.3g} times fewer ({share})"
+    return f"{after / before:.2f} times as many ({share})"
+
+
+def _data(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The data sets that the configs name, each with the runs that have it so."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for name, entry in (run["config"].get("datasets") or {}).items():
+            entry = entry if isinstance(entry, dict) else {}
+            kwargs = (entry.get("init") or {}).get("kwargs") or {}
+            words = ", ".join(f"{k}={v}" for k, v in kwargs.items() if v is not None)
+            row = {"name": name, "key": str(entry.get("key", "")), "words": words}
+            found.setdefault(json.dumps(row), {**row, "runs": []})["runs"].append(run["name"])
+    return list(found.values())
+
+
+def _steps(
+    runs: Sequence[Mapping[str, Any]],
+    studies: Sequence[Mapping[str, Any]],
+    leaks: Mapping[str, Any] | None,
+    selection: Mapping[str, Any] | None,
+    explain: Sequence[str],
+) -> list[dict[str, Any]]:
+    """The commands that make all of this again, in an order that works."""
+    folders = [run["folder"] for run in runs]
+    steps = [
+        ("Look for leaks", [leaks["command"]] if leaks else []),
+        ("Train and test", [run["command"] for run in runs]),
+        ("Rank untrained students", [line for line in [(selection or {}).get("command")] if line]),
+        ("Evaluate", [command("kd-lrp evaluate", *folders)] if runs else []),
+        ("Study", [study["command"] for study in studies]),
+        ("Explain", explain),
+        ("Studies, with the figures of maps", [s["command"] for s in studies] if explain else []),
+    ]
+    return [{"name": name, "commands": commands} for name, commands in steps if commands]

@@ -1,0 +1,182 @@
+"""The runs of a study in processes of their own, which end when this one does."""
+
+import _thread
+import itertools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kd_lrp_plugin.evaluation.evaluate import evaluate
+from kd_lrp_plugin.runs.folder import LOCK, Busy, RunFolder
+from kd_lrp_plugin.studies.plan import StudyRun
+from kd_lrp_plugin.studies.status import count_epochs_left, get_log, is_finished, is_running
+from kd_lrp_plugin.training.trainer import distill
+from kd_lrp_plugin.utils.progress import NullProgress
+
+logger = logging.getLogger(__name__)
+BUSY = 75  # exit code of a process that found another one at work (EX_TEMPFAIL)
+COMMAND = (sys.executable, "-c", "from kd_lrp_plugin.studies.executors import run_job; run_job()")
+FAILED = "The run has failed: "  # before the words of an error, in its log
+
+
+class StudyExecutor:
+    """Runs in processes, some at a time.
+
+    Args:
+        todo: runs; what a run needs is among them or finished.
+        jobs: processes at the same time.
+        device: theirs.
+        safe: see :func:`run_study`.
+        show: told what ends.
+        failed: filled with the words of what fails, by folder.
+        after: called after each run.
+    """
+
+    def __init__(
+        self,
+        todo: Sequence[StudyRun],
+        jobs: int,
+        device: str | None,
+        safe: bool,
+        show: NullProgress,
+        failed: dict[Path, str],
+        after: Callable[[], object],
+    ) -> None:
+        self.waiting, self.jobs, self.device, self.safe = list(todo), jobs, device, safe
+        self.show, self.failed, self.after = show, failed, after
+        self.active: dict[Path, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
+        self._told: set[Path] = set()
+
+    def off(self) -> Iterator[None]:
+        """Work off everything; yields once for each epoch that is finished, by whomever."""
+        runs, left = list(self.waiting), sum(map(count_epochs_left, self.waiting))
+        try:
+            while self.waiting or self.active:
+                self._begin()
+                time.sleep(0.2)
+                self._end()
+                now = sum(count_epochs_left(run) for run in runs if run.folder not in self.failed)
+                yield from itertools.repeat(None, left - now)
+                left = now
+        finally:
+            self._stop()
+
+    def _begin(self) -> None:
+        for run in list(self.waiting):
+            lost = [need for need in run.needs if need in self.failed]
+            if is_finished(run) or lost:
+                self.waiting.remove(run)
+                if lost:
+                    self.failed[run.folder] = f"not begun, for {lost[0]} has failed"
+                    self.show.note(f"{run.label}: {self.failed[run.folder]}")
+                self.after()
+            elif len(self.active) < self.jobs and all(RunFolder(n).finished for n in run.needs):
+                if not is_running(run.folder):
+                    self.waiting.remove(run)
+                    self.active[run.folder] = run, self._started(run)
+                elif run.folder not in self._told:
+                    self._told.add(run.folder)
+                    self.show.note(f"{run.label}: another process is at work on it; waiting")
+
+    def _started(self, run: StudyRun) -> subprocess.Popen[bytes]:
+        job = {
+            "path": str(run.config),
+            "overrides": run.overrides,
+            "out": str(run.folder),
+            "seed": run.seed,
+            "device": self.device,
+            "safe": self.safe,
+        }
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        with get_log(run).open("wb") as log:
+            return subprocess.Popen(
+                [*COMMAND, json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env={"OMP_NUM_THREADS": str(max(1, _cores() // self.jobs)), **os.environ},
+                start_new_session=True,  # Ctrl-C is for this process alone, which ends that one
+            )
+
+    def _end(self) -> None:
+        for folder, (run, process) in list(self.active.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self.active[folder]
+            if is_finished(run):
+                summary = RunFolder(folder).summary()
+                accuracy = f"{summary['test_accuracy']:.4f}"
+                words = f"test accuracy {accuracy}, {summary['seconds'] / 60:.1f} min"
+            elif code == BUSY:
+                self.waiting.append(run)
+                continue
+            else:
+                self.failed[folder] = _read_failure(get_log(run), code)
+                words = f"failed: {self.failed[folder]} (log: {get_log(run)})"
+            self.after()
+            self.show.note(f"{run.label}: {words}")
+
+    def _stop(self) -> None:
+        for _, process in self.active.values():
+            if process.stdin:
+                process.stdin.close()
+        for _, process in self.active.values():
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read_failure(log: Path, code: int) -> str:
+    said = log.read_text(encoding="utf-8", errors="replace")
+    if code < 0:
+        return f"ended by signal {-code}; 9 may mean too little memory for so many jobs"
+    if FAILED in said:
+        return said.rpartition(FAILED)[2].strip()
+    return f"exit code {code}: {said.strip().splitlines()[-1] if said.strip() else 'no words'}"
+
+
+def run_job() -> None:
+    """One run, in a process of its own; ends when its standard input does."""
+    job = json.loads(sys.argv[1])
+    logging.basicConfig(level=logging.INFO)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & switch it off
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        distill(**job)
+        with FileLock(Path(job["out"], LOCK), blocking=False):
+            if not Path(job["out"], "evaluation.json").exists():
+                evaluate(job["out"], safe=job["safe"])
+    except (Busy, Timeout):
+        sys.exit(BUSY)
+    except KeyboardInterrupt:
+        os._exit(130)
+    except Exception as error:
+        logger.exception("the run has failed")
+        words = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        sys.stderr.write(f"{FAILED}{words}\n")
+        sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock a forked loader would inherit
+        pass
+    for _ in range(4):  # one alone is lost where it meets a destructor, which swallows it
+        _thread.interrupt_main()
+        time.sleep(5)
+    os._exit(130)  # every file of a run is whole at any time

@@ -1,0 +1,111 @@
+"""The comparison of a study as a figure."""
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kd_lrp_plugin.metrics.statistics import describe
+from kd_lrp_plugin.studies.comparison import Row, get_values, group_cells
+
+_SHOWN = 4  # measures in one picture
+_LINES = 7  # more of them cannot be told apart
+_TITLE = 32  # letters in a line above a plot
+
+
+def study_figure(content: Mapping[str, Any]) -> Figure:
+    """A dot for each run, the mean and its interval; with a grid, lines over its first axis.
+
+    Where the lines would be too many, places in the grid stand below each other instead.
+
+    Args:
+        content: of ``study.json``.
+
+    Returns:
+        A figure of its own, outside of pyplot; of the first four measures that runs have.
+    """
+    known = {r["measure"] for r in content["table"] if r["n"]}
+    measures = [m for m in content["measures"] if m in known][:_SHOWN] or content["measures"][:1]
+    cells = group_cells(content["runs"])
+    first = next(iter(content["axes"]), None)
+    others = {(name, *(p for p in point if p[0] != first)) for name, point in cells}
+    lines = first is not None and len(others) <= _LINES
+    width = (3.4 if lines else 2.6) * len(measures) + (0 if lines else 2.2)
+    height = 3.8 if lines else 1.4 + 0.32 * len(cells)
+    figure = Figure(figsize=(max(width, 5), height), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False, sharey=False)[0]
+    for measure, ax in zip(measures, axes, strict=True):
+        (_draw_lines if lines else _draw_dots)(ax, content, measure)
+        words = textwrap.wrap(measure.replace(".", ". "), _TITLE)
+        ax.set_title("\n".join(words).replace(". ", "."), fontsize=10)
+        ax.grid(alpha=0.3)
+        ax.tick_params(labelsize=8)
+    if lines:
+        handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+        columns = max(1, int(width * 12 / (8 + max(map(len, handles), default=1))))
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=min(columns, len(handles)),
+            fontsize=8,
+            title="Pale dots: seeds. Upright: 95 % interval of the mean.",
+            title_fontsize=8,
+        )
+    else:
+        for ax in axes[1:]:
+            ax.tick_params(labelleft=False)
+        figure.supxlabel("Dots: seeds. Bar: mean and its 95 % interval.", fontsize=8)
+    title = content["question"] + ("" if content["final"] else f"\n{content['state']}")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    return figure
+
+
+def _draw_dots(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
+    names = []
+    for place, ((name, point), rows) in enumerate(group_cells(content["runs"]).items()):
+        names.append(", ".join([name, *(f"{axis} {value}" for axis, value in point)]))
+        values = list(get_values(rows, measure).values())
+        found = describe(values)
+        colour = "#c01818" if name == content["compare_to"] else "#2f6f9f"
+        ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=5)
+        if found["mean"] is not None:
+            ax.plot([found["mean"]], [place], "|", color=colour, markersize=15, markeredgewidth=2)
+        if found["low"] is not None:
+            ax.plot([found["low"], found["high"]], [place] * 2, color=colour, linewidth=1.5)
+        if name == content["compare_to"] and found["mean"] is not None:
+            ax.axvline(found["mean"], color=colour, linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+
+
+def _draw_lines(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
+    axis, values = next(iter(content["axes"].items()))
+    series: dict[str, list[tuple[Any, list[Row]]]] = {}
+    for (name, point), rows in group_cells(content["runs"]).items():
+        rest = [f"{other} {value}" for other, value in point if other != axis]
+        series.setdefault(", ".join([name, *rest]), []).append((dict(point).get(axis), rows))
+    colours = [f"C{place % 10}" for place in range(len(series))]
+    offsets = [0.05 * (place - (len(series) - 1) / 2) for place in range(len(series))]
+    places = {value: place for place, value in enumerate(values)}
+    for (name, found), colour, offset in zip(series.items(), colours, offsets, strict=True):
+        drawn = []
+        for value, rows in found:
+            numbers = list(get_values(rows, measure).values())
+            summary = describe(numbers)
+            if not numbers:
+                continue
+            if value is None:  # not crossed with this axis: a level for all of it
+                ax.axhline(summary["mean"], color=colour, linestyle="--", label=name)
+                continue
+            x = places[value] + offset
+            drawn.append((x, summary["mean"]))
+            ax.plot([x] * len(numbers), numbers, "o", color=colour, alpha=0.35, markersize=3.5)
+            if summary["low"] is not None:
+                ax.plot([x] * 2, [summary["low"], summary["high"]], color=colour, linewidth=1)
+        if drawn:
+            ax.plot(*zip(*drawn, strict=True), "-o", color=colour, markersize=4, label=name)
+    ax.set_xticks(range(len(values)), [str(value) for value in values], fontsize=8)
+    ax.set_xlabel(axis, fontsize=9)

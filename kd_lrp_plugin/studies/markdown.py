@@ -1,0 +1,97 @@
+"""The comparison of a study as Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kd_lrp_plugin.metrics.statistics import detectable
+from kd_lrp_plugin.plots.tables import table
+
+
+def study_markdown(content: Mapping[str, Any]) -> str:
+    """``study.json`` as Markdown: a table for each measure, and how to read them."""
+    parts = [f"# {content['question']}", content["state"]]
+    parts += [f"- {label}: {words}" for label, words in content["failed"].items()]
+    for measure in content["measures"]:
+        rows = _table_rows(content, measure)
+        if any(row["n"] for row in rows):
+            parts.append(f"## {measure}\n\n{table(rows, digits=4)}")
+        else:
+            words = "no finished run has it. Figures of maps come with kd-lrp explain."
+            parts.append(f"## {measure}\n\nNothing to show: {words}")
+        if best := _best(content, measure):
+            parts.append(best)
+    parts.append("\n".join(_reading(content)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
+    compared = {
+        (record["configuration"], *record["point"].items()): record
+        for record in content["comparisons"]
+        if record["measure"] == measure
+    }
+    rows = []
+    for record in content["table"]:
+        if record["measure"] != measure:
+            continue
+        row = {"configuration": record["configuration"]}
+        row |= {
+            a: str(v) if (v := record["point"].get(a)) is not None else v for a in content["axes"]
+        }
+        row |= {"n": record["n"], "mean ± std": _with_spread(record["mean"], record["std"])}
+        row["95 % interval"] = _interval(record)
+        if content["compare_to"]:
+            found = compared.get((record["configuration"], *record["point"].items()), {})
+            row[f"minus {content['compare_to']}"] = _shown(found.get("mean"), "+")
+            row["95 % interval of it"] = _interval(found, "+")
+            row |= {"pairs": found.get("n"), "p": found.get("p"), "p (Holm)": found.get("p_holm")}
+        rows.append(row)
+    return rows
+
+
+def _shown(value: float | None, sign: str = "") -> str | None:
+    if value is None:
+        return None
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4f}"
+
+
+def _with_spread(mean: float | None, std: float | None) -> str | None:
+    return _shown(mean) if std is None else f"{_shown(mean)} ± {_shown(std)}"
+
+
+def _interval(record: Mapping[str, Any], sign: str = "") -> str | None:
+    if record.get("low") is None:
+        return None
+    return f"{_shown(record['low'], sign)} to {_shown(record['high'], sign)}"
+
+
+def _best(content: Mapping[str, Any], measure: str) -> str | None:
+    """Where in the grid validation images are classified best; test images have no say."""
+    known = [r for r in content["table"] if r["measure"] == measure and r["mean"] is not None]
+    if measure != "val_accuracy" or not content["axes"] or not known:
+        return None
+    best = max(known, key=lambda record: record["mean"])
+    where = ", ".join(f"{axis} {value}" for axis, value in best["point"].items())
+    words = f"Highest val_accuracy: {best['configuration']}{where and ', '}{where}"
+    return f"{words} ({best['mean']:.4f}). Choose by this, not by the test images below."
+
+
+def _reading(content: Mapping[str, Any]) -> list[str]:
+    most = max((record["n"] for record in content["table"]), default=0)
+    lines = ["## How to read this", ""]
+    if most < 2:
+        lines.append("- One seed: no interval and no test. A difference here is an anecdote.")
+    else:
+        lines.append(
+            "- Intervals are Student's t over seeds: what training anew on the same images would "
+            "give, not what other images would."
+        )
+    pairs = max((record["n"] for record in content["comparisons"]), default=0)
+    if pairs > 1:
+        lines += [
+            "- Differences are of runs with the same seed; p is of the two-sided paired t-test, "
+            "corrected by Holm for all tests of its table.",
+            f"- With {pairs} pairs a mean difference must reach {detectable(pairs):.1f} times its "
+            "standard deviation to be told from none, before any correction.",
+        ]
+    return lines

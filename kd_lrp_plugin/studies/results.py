@@ -1,0 +1,121 @@
+"""What the finished runs of a plan say together."""
+
+import csv
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_lrp_plugin.studies.comparison import compare, summarise, value_at
+from kd_lrp_plugin.studies.figure import study_figure
+from kd_lrp_plugin.studies.markdown import study_markdown
+from kd_lrp_plugin.studies.plan import COLUMNS, Plan, StudyRun
+from kd_lrp_plugin.studies.status import describe_status, is_finished
+
+
+def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, Any]:
+    """What the finished runs of a plan say.
+
+    Returns:
+        ``file``, ``root``, ``question``, ``overrides``, ``only``, ``seeds``, ``axes``,
+        ``compare_to`` and ``measures`` of the plan; ``runs``, a row for each, with its state and
+        measures, and ``prepared``, the same; ``table`` of :func:`comparison.summarise` and
+        ``comparisons`` of :func:`comparison.compare`; ``final``, whether all is finished, and
+        ``state``, the same in words; ``failed``, words by label.
+    """
+    failed = failed or {}
+    rows, prepared = (
+        [_row(run, plan.measures) for run in runs] for runs in (plan.runs, plan.prepared)
+    )
+    done = sum(row["state"] == "finished" for row in rows)
+    final = done == len(rows)
+    state = f"All {len(rows)} runs are finished."
+    if not final:
+        state = f"Not final: {done} of {len(rows)} runs are finished."
+    return {
+        "file": plan.file.as_posix(),
+        "root": plan.root.as_posix(),
+        "question": plan.question,
+        "final": final,
+        "state": state,
+        "failed": {r.label: failed[r.folder] for r in plan.trainings() if r.folder in failed},
+        "overrides": list(plan.overrides),
+        "only": list(plan.only),
+        "seeds": list(plan.seeds),
+        "axes": {axis: list(values) for axis, values in plan.axes.items()},
+        "compare_to": plan.compare_to,
+        "measures": list(plan.measures),
+        "prepared": prepared,
+        "runs": rows,
+        "table": summarise(rows, plan.measures),
+        "comparisons": compare(rows, plan.measures, plan.compare_to),
+    }
+
+
+def _row(run: StudyRun, measures: Sequence[str]) -> dict[str, Any]:
+    sources: list[Any] = []
+    if is_finished(run):
+        names = ("summary.json", "evaluation.json", "explanations.json")
+        files = [run.folder / name for name in names]
+        found = [json.loads(f.read_text(encoding="utf-8")) if f.exists() else {} for f in files]
+        lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        last = {"last": json.loads(lines[-1])}
+        sources = [found[0], found[1]["student"], found[1], _means(found[2]), last]
+    values = {}
+    for measure in measures:
+        numbers = (value_at(source, measure) for source in sources)
+        values[measure] = next((number for number in numbers if number is not None), None)
+    return {
+        "configuration": run.name,
+        "point": dict(run.point),
+        "seed": run.seed,
+        "state": describe_status(run),
+        "folder": str(run.folder),
+        "measures": values,
+    }
+
+
+def _means(explanations: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of maps by model, method, layer and name; those of more images count."""
+    found: dict[str, Any] = {}
+    images: dict[tuple, int] = {}
+    for row in explanations.get("rows", []):
+        model, method, layer = row["model"], row["method"], str(row["layer"])
+        figures = found.setdefault(model, {}).setdefault(method, {}).setdefault(layer, {})
+        for name, of in row["figures"].items():
+            key = (model, method, layer, name)
+            if of["n"] >= images.get(key, 0):
+                images[key], figures[name] = of["n"], of["mean"]
+    return found
+
+
+def write_results(
+    plan: Plan, folder: Path, failed: Mapping[Path, str] | None = None
+) -> dict[str, Any]:
+    """Write study.json, study.csv, table.md and study.png, and return the content of the first."""
+    content = collect_results(plan, failed)
+    text = io.StringIO()
+    axes = list(plan.axes)
+    columns = [COLUMNS[0], *axes, *COLUMNS[1:], *plan.measures]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in content["runs"]:
+        flat = {**row, **row["point"], **row["measures"]}
+        writer.writerow([flat.get(column) for column in columns])
+    picture = io.BytesIO()
+    study_figure(content).savefig(picture, format="png")
+    _put(folder / "study.csv", text.getvalue().encode())
+    _put(folder / "table.md", study_markdown(content).encode())
+    _put(folder / "study.png", picture.getvalue())
+    _put(folder / "study.json", json.dumps(content, indent=2).encode())
+    return content
+
+
+def _put(file: Path, content: bytes) -> None:
+    """All of a file or nothing; several studies may write the same."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".draft", delete=False) as draft:
+        draft.write(content)
+    Path(draft.name).chmod(0o644)
+    Path(draft.name).replace(file)

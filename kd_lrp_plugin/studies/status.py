@@ -1,0 +1,86 @@
+"""How far the runs of a plan are, and what they say together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kd_lrp_plugin.runs.folder import LOCK, RunFolder
+from kd_lrp_plugin.studies.plan import Plan, StudyRun
+from kd_lrp_plugin.utils.validation import message
+
+
+def count_epochs_done(run: StudyRun) -> int:
+    """Finished epochs of a run."""
+    try:
+        return (run.folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+    except OSError:
+        return 0
+
+
+def is_finished(run: StudyRun) -> bool:
+    """Whether a run is trained, tested and evaluated."""
+    return RunFolder(run.folder).finished and (run.folder / "evaluation.json").is_file()
+
+
+def get_log(run: StudyRun) -> Path:
+    """What the last process at a run has said; beside its folder."""
+    return run.folder.with_name(f"{run.folder.name}.log")
+
+
+def list_status(plan: Plan) -> list[dict[str, Any]]:
+    """A row for each run: what is done already, and what would be."""
+    return [
+        {"run": run.label, "state": describe_status(run), "folder": str(run.folder)}
+        for run in plan.prepared + plan.runs
+    ]
+
+
+def describe_status(run: StudyRun) -> str:
+    """How far a run is, in words."""
+    if is_finished(run):
+        return "finished"
+    done = count_epochs_done(run)
+    words = f"epoch {done} of {run.epochs}" if done else "not begun"
+    return f"{words}, at work" if is_running(run.folder) else words
+
+
+def is_running(folder: Path) -> bool:
+    """Whether another process holds a run folder."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def count_epochs_left(run: StudyRun) -> int:
+    """Epochs that are still to train."""
+    return 0 if is_finished(run) else max(0, run.epochs - count_epochs_done(run))
+
+
+def check_output_folder(folder: Path, plan: Plan) -> None:
+    """Raise FileExistsError where results would overwrite those of another study, or of more seeds.
+
+    Those of fewer seeds, or of an older version of the file, can be made again from the runs.
+    """
+    file = folder / "study.json"
+    if not file.exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    differs = []
+    if Path(before["file"]).name != plan.file.name or before["question"] != plan.question:
+        differs.append(f"the study {before['file']} ({before['question']})")
+    if before["overrides"] != list(plan.overrides):
+        differs.append(f"--set {before['overrides']}")
+    if plan.only and before["only"] != list(plan.only):
+        differs.append(f"--only {before['only']}" if before["only"] else "the whole study")
+    if more := sorted(set(before["seeds"]) - set(plan.seeds)):
+        differs.append(f"further seeds {more}")
+    if differs:
+        fix = "Choose another --out, or give the same as then."
+        got = f"{folder}, which holds {' and '.join(differs)}"
+        raise FileExistsError(message("study", "a folder for these results", got, fix))

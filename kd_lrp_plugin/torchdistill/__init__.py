@@ -1,0 +1,45 @@
+"""What torchdistill's YAML can name once ``dependencies`` lists this module.
+
+=====================  ==========================================================================
+where in YAML          names
+=====================  ==========================================================================
+forward procedures     by ``!import_call`` of :func:`recorder`
+mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``GradCAML2Loss``,
+                       ``GradCAMCosineLoss``, ``RelationCosineLoss``, ``RelationL2Loss``
+high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_call`` of
+                       :func:`class_weights`
+pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
+collate functions      by ``!import_call`` of :func:`mixup`
+models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
+datasets               ``phantom``, ``folder_images``; in ``datasets`` by ``!import_call`` of
+                       :func:`phantom` and :func:`folder_images`
+=====================  ==========================================================================
+
+Everything here is a thin shell around the core, and takes exactly the keywords that it lists:
+torchdistill itself would drop a misspelled one without a word.
+"""
+
+from kd_lrp_plugin.torchdistill.collate import mixup
+from kd_lrp_plugin.torchdistill.datasets import class_weights, folder_images, phantom
+from kd_lrp_plugin.torchdistill.forward_proc import recorded, recorder
+from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss, check_finite
+from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS, RecordedLoss
+from kd_lrp_plugin.torchdistill.models import diswot_student, timm_mobilenetv2, timm_model
+from kd_lrp_plugin.torchdistill.pre_epoch_proc import weight_schedule
+
+__all__ = [
+    "COMPARISONS",
+    "DisWOTPlusLoss",
+    "RecordedLoss",
+    "check_finite",
+    "class_weights",
+    "diswot_student",
+    "folder_images",
+    "mixup",
+    "phantom",
+    "recorded",
+    "recorder",
+    "timm_mobilenetv2",
+    "timm_model",
+    "weight_schedule",
+]

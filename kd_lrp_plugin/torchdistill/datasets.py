@@ -1,0 +1,62 @@
+"""Data sets by name, and the class weights that make up for their imbalance."""
+
+from typing import Any
+
+import numpy as np
+from torchdistill.datasets.registry import register_dataset
+
+from kd_lrp_plugin.data import folder
+from kd_lrp_plugin.data.phantom import dataset
+from kd_lrp_plugin.utils.validation import message, strict
+
+phantom = register_dataset(strict("phantom")(dataset.Phantom), key="phantom")
+folder_images = register_dataset(strict("folder_images")(folder.FolderImages), key="folder_images")
+
+
+@strict("class_weights")
+def class_weights(dataset: Any) -> list[float]:
+    """Weights that make up for the imbalance of a data set: n / (classes * images of the class).
+
+    Args:
+        dataset: one with ``targets``, class indices; ``classes``, if it has them, says how many.
+
+    Returns:
+        One weight per class; their mean over the images is 1.
+
+    Raises:
+        ValueError: for a data set without targets, or without an image of some class.
+
+    Example:
+        A YAML alias hands over the data set itself, without building another:
+
+        .. code-block:: yaml
+
+            datasets:
+              &train_set mri/train: &train_images !import_call
+                key: kd_lrp_plugin.torchdistill.folder_images
+                init: {kwargs: {root: data/mri, split: Training}}
+            train:
+              criterion:
+                key: DisWOTPlusLoss
+                kwargs:
+                  class_weights: !import_call
+                    key: kd_lrp_plugin.torchdistill.class_weights
+                    init: {kwargs: {dataset: *train_images}}
+
+    Reference:
+        King and Zeng, 2001, by ``sklearn.utils.class_weight.compute_class_weight``.
+    """
+    from sklearn.utils.class_weight import compute_class_weight  # slow to import
+
+    targets = np.asarray(getattr(dataset, "targets", []))
+    if not targets.size:
+        fix = "Give the alias of a data set node, such as *train_images."
+        got = f"{type(dataset).__name__} without any"
+        raise ValueError(message("class_weights", "a data set with targets", got, fix))
+    names = getattr(dataset, "classes", None) or range(int(targets.max()) + 1)
+    counts = np.bincount(targets, minlength=len(names))
+    if absent := [name for name, count in zip(names, counts, strict=True) if not count]:
+        fix = "Leave the class out of the data sets, or the class weights out."
+        got = f"none of {absent}"
+        raise ValueError(message("class_weights", "an image or more of each class", got, fix))
+    return compute_class_weight("balanced", classes=np.arange(len(names)), y=targets).tolist()

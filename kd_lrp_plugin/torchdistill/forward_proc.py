@@ -1,0 +1,64 @@
+"""The recording forward procedure, and access to what it has recorded."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchdistill.core.interfaces.registry import register_forward_proc_func
+
+from kd_lrp_plugin.relevance.methods import METHODS
+from kd_lrp_plugin.relevance.recording import Recording, record
+from kd_lrp_plugin.utils.validation import check_known, message, strict
+
+_RECORDER_HELP = (
+    "Set train.{role}.forward_proc to !import_call {{key: kd_lrp_plugin.torchdistill.recorder, "
+    "init: {{kwargs: {{layers: [...], method: ...}}}}}}."
+)
+
+
+@strict("recorder")
+def recorder(layers: Sequence[str] | str = "auto", method: str = "gradient_activation") -> str:
+    """Make and register a forward procedure that records the model at ``layers``.
+
+    Use one for the teacher and one for the student, in ``train.teacher`` and ``train.student``
+    or in a stage. A model without trainable parameters is set to evaluation mode and recorded
+    with gradients, which torchdistill does neither.
+
+    Args:
+        layers: see :func:`kd_lrp_plugin.relevance.recording.record`.
+        method: see :data:`kd_lrp_plugin.relevance.methods.METHODS`.
+
+    Returns:
+        The key under which it is registered, which is what ``forward_proc`` takes.
+    """
+    check_known("recorder: method", method, METHODS)
+
+    def forward_recorded(
+        model: nn.Module, sample_batch: Tensor, targets: Any = None, supp_dict: Any = None
+    ) -> Tensor:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            model.eval()
+        with record(model, layers, method) as recording:
+            logits = model(sample_batch)
+        logits._kd_lrp_recording = recording
+        return logits
+
+    key = f"kd_lrp_recorder({method}, {layers})"
+    register_forward_proc_func(forward_recorded, key=key)
+    return key
+
+
+def recorded(where: str, role: str, io_dict: Mapping[str, Any]) -> tuple[Tensor, Recording]:
+    logits = get_logits(where, role, io_dict)
+    recording = getattr(logits, "_kd_lrp_recording", None)
+    if recording is None:
+        fix = _RECORDER_HELP.format(role=role)
+        raise ValueError(message(where, f"logits of the {role} with a recording", "none", fix))
+    return logits, recording
+
+
+def get_logits(where: str, role: str, io_dict: Mapping[str, Any]) -> Tensor:
+    if "." not in io_dict:
+        fix = f"Give models.{role}_model and train.{role}."
+        raise ValueError(message(where, f"a {role} model", "none", fix))
+    return io_dict["."]["output"]

@@ -1,0 +1,165 @@
+"""The high-level loss: classification, distillation, maps and relations in one weighted sum."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchdistill.losses.high_level import AbstractLoss
+from torchdistill.losses.registry import register_high_level_loss
+
+from kd_lrp_plugin import losses
+from kd_lrp_plugin.torchdistill.forward_proc import get_logits
+from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS, make_mid_level
+from kd_lrp_plugin.utils.validation import check_known, check_targets, message, strict
+
+
+class _CrossEntropy(nn.Module):
+    def __init__(self, label_smoothing: float, weights: Sequence[float] | Tensor | None) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            fix = "Use 0.1, or 0 for none."
+            where = "DisWOTPlusLoss: label_smoothing"
+            raise ValueError(message(where, "a number in [0, 1)", label_smoothing, fix))
+        self.label_smoothing = label_smoothing
+        self.weights: Tensor | None
+        found = None if weights is None else torch.as_tensor(weights)
+        if found is not None and not (found.ndim == 1 and ((found > 0) & found.isfinite()).all()):
+            fix = "kd_lrp_plugin.torchdistill.class_weights makes them from a data set."
+            where = "DisWOTPlusLoss: class_weights"
+            raise ValueError(message(where, "a positive weight per class", found.tolist(), fix))
+        self.register_buffer("weights", found, persistent=False)
+
+    def forward(self, student_io_dict: Mapping, _: Mapping, targets: Tensor) -> Tensor:
+        logits = _full(get_logits("DisWOTPlusLoss", "student", student_io_dict))
+        check_targets("DisWOTPlusLoss", targets, logits)
+        weights = None if self.weights is None else self.weights.to(logits)
+        if weights is not None and len(weights) != logits.shape[1]:
+            expected = f"{logits.shape[1]} class_weights, one per output of the head"
+            fix = "Give one weight per class, in the order of the classes."
+            raise ValueError(message("DisWOTPlusLoss", expected, len(weights), fix))
+        smoothing = self.label_smoothing
+        return nn.functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
+
+
+class _KLDivergence(nn.Module):
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student_io_dict: Mapping, teacher_io_dict: Mapping, _: Tensor) -> Tensor:
+        student = _full(get_logits("DisWOTPlusLoss", "student", student_io_dict))
+        teacher = _full(get_logits("DisWOTPlusLoss", "teacher", teacher_io_dict))
+        return losses.kl_divergence(student, teacher, self.temperature)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits that autocast has left in half precision, in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class DisWOTPlusLoss(AbstractLoss):
+    r"""Classification, distillation, semantic and relation terms, weighted to a sum of one.
+
+    .. math:: L = \alpha L_{CE} + \beta L_{KL} + \gamma L_{sem} + \delta L_{rel}
+
+    A term of weight zero is not computed, nor one that :func:`weight_schedule` holds at zero.
+
+    Args:
+        alpha: weight of the cross entropy.
+        beta: weight of the KL divergence.
+        gamma: weight of the semantic term.
+        delta: weight of the relation term.
+        temperature: of the KL divergence.
+        semantic: mid-level loss of the semantic term, as ``{key: ..., kwargs: ...}``.
+        relation: mid-level loss of the relation term, likewise.
+        label_smoothing: share of the cross entropy's target that is spread over all classes.
+        class_weights: of the cross entropy, one positive weight per class, such as those of
+            :func:`class_weights`. Of class indices the weighted mean is taken, of soft targets
+            the sum over the batch, divided by its size, as PyTorch does.
+
+    Attributes:
+        terms: value of each term computed, unweighted, of the latest batch, in training and
+            validation.
+
+    Raises:
+        ValueError: if a weight is negative or the weights do not sum to one, if the class
+            weights do not fit, or if no term is left in an epoch.
+        FloatingPointError: in a step whose loss is not finite, with the terms at fault.
+
+    Reference:
+        The thesis, eq. 2.14-2.15, which states no weights; these are ours.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 0.4,
+        beta: float = 0.4,
+        gamma: float = 0.1,
+        delta: float = 0.1,
+        temperature: float = 4.0,
+        semantic: Mapping[str, Any] | None = None,
+        relation: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "delta": delta}
+        if min(weights.values()) < 0 or abs(sum(weights.values()) - 1) > 1e-6:
+            fix = "Change them so that alpha + beta + gamma + delta = 1."
+            got = f"{weights} with sum {sum(weights.values()):g}"
+            raise ValueError(message("DisWOTPlusLoss", "weights of at least 0, sum 1", got, fix))
+        terms = {
+            "ce": (_CrossEntropy(label_smoothing, class_weights), alpha),
+            "kl": (_KLDivergence(temperature), beta),
+            "semantic": (_term("semantic", semantic, "LRPSemanticCosineLoss"), gamma),
+            "relation": (_term("relation", relation, "RelationCosineLoss"), delta),
+        }
+        self.term_dict = {name: term for name, term in terms.items() if term[1] > 0}
+        self.terms: dict[str, Tensor] = {}
+
+    def forward(self, io_dict: Mapping, model_loss_dict: Mapping, targets: Tensor) -> Tensor:
+        parts = {name: part for name, part in self.term_dict.items() if part[1] > 0}
+        if not parts:
+            fix = "Leave one term out of weight_schedule, or let one begin with epoch 0."
+            raise ValueError(message("DisWOTPlusLoss", "a term in this epoch", "none", fix))
+        # For the terms, autocast has done its part; their matrix products are not for it.
+        with torch.autocast(targets.device.type, enabled=False):
+            values = {
+                name: term(io_dict["student"], io_dict["teacher"], targets)
+                for name, (term, _) in parts.items()
+            }
+            total = torch.stack([weight * values[name] for name, (_, weight) in parts.items()])
+            total = total.sum()
+        self.terms = {
+            name: value.detach()
+            for name, value in values.items()
+            if getattr(parts[name][0], "computed", True)
+        }
+        check_finite(total, self.terms)
+        return total
+
+    def __str__(self) -> str:
+        return "Loss = " + " + ".join(f"{w:g} * {name}" for name, (_, w) in self.term_dict.items())
+
+
+def _term(name: str, config: Mapping[str, Any] | None, default: str) -> nn.Module:
+    config = {"key": default} if config is None else config
+    for key in config:
+        check_known(f"DisWOTPlusLoss: {name}: keyword", key, ("key", "kwargs"))
+    key = config.get("key", default)
+    check_known(f"DisWOTPlusLoss: {name}: key", key, COMPARISONS)
+    return make_mid_level(key)(**(config.get("kwargs") or {}))
+
+
+def check_finite(total: Tensor, terms: Mapping[str, Tensor]) -> None:
+    """Raise ``FloatingPointError`` unless the total is finite, naming the terms that are not."""
+    if not torch.isfinite(total.detach()).all():
+        values = {name: float(value) for name, value in terms.items()}
+        wrong = [name for name, value in terms.items() if not torch.isfinite(value).all()]
+        fix = "Lower the learning rate, or the weight of the term; no step was taken."
+        got = f"{wrong or 'a total'} not finite in {values}"
+        raise FloatingPointError(message("loss", "finite terms", got, fix))
+
+
+register_high_level_loss(strict("DisWOTPlusLoss")(DisWOTPlusLoss), key="DisWOTPlusLoss")

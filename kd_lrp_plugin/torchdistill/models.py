@@ -1,0 +1,131 @@
+"""Models by name: timm's, the MobileNetV2 of any size, and the student that chooses itself."""
+
+import importlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchdistill.models.registry import MODEL_DICT, get_model, register_model
+
+from kd_lrp_plugin.models import factory, mobilenetv2
+from kd_lrp_plugin.models.weights import load_weights
+from kd_lrp_plugin.selection.select import (
+    get_teacher,
+    is_preview,
+    list_affordable,
+    load_choice,
+    save_choice,
+    select,
+)
+from kd_lrp_plugin.selection.spec import (
+    WHERE,
+    Entry,
+    SelectionSpec,
+    draw_batches,
+    list_entries,
+    make_entry,
+    spec_from_kwargs,
+)
+from kd_lrp_plugin.utils.distributed import rank_and_world_size
+from kd_lrp_plugin.utils.progress import current_progress
+from kd_lrp_plugin.utils.validation import check_known, strict
+
+timm_model = register_model(strict("timm_model")(factory.build_model), key="timm_model")
+timm_mobilenetv2 = register_model(mobilenetv2.mobilenetv2, key="timm_mobilenetv2")
+
+
+logger = logging.getLogger(__name__)
+
+
+def diswot_student(**asked: Any) -> nn.Module:
+    """The best of some untrained students by a score, chosen once and built from then on.
+
+    The choice is recorded in a file. Where that is, the student is built from it without a look
+    at teacher, data or scores; so a second run, a resumed one and a test get the same student.
+    Under torchrun the first process selects, and the others wait for its record.
+
+    Args:
+        **asked: see :class:`SelectionSpec`.
+
+    Returns:
+        The student, untrained.
+
+    Raises:
+        ValueError: for an argument that :class:`SelectionSpec` lacks, a record of another question,
+            a budget that no candidate keeps, or a candidate that cannot be built, run or scored.
+
+    Example:
+        .. code-block:: yaml
+
+            models:
+              teacher_model: &teacher {key: timm_model, kwargs: {name: resnet10t, num_classes: 4}}
+              student_model:
+                key: diswot_student
+                kwargs: {num_classes: 4, candidates: thesis, teacher: *teacher,
+                  data: *train_images, budget: [params=1M], record: runs/choice.json}
+    """
+    question = spec_from_kwargs(**asked)
+    if is_preview() and not question.file.exists():
+        entry = _stand_in(question)
+    else:
+        entry = _chosen(question)
+    model = make_builder(entry)()
+    model.__dict__["chosen"] = entry  # the driver writes it into its summary
+    return model
+
+
+register_model(diswot_student, key="diswot_student")
+
+
+def _chosen(question: SelectionSpec) -> Entry:
+    rank, _ = rank_and_world_size()
+    while rank > 0 and not question.file.exists():  # torchrun ends this process if the first fails
+        time.sleep(0.2)
+    if not question.file.exists():
+        with torch.random.fork_rng(devices=[]):  # a run is the same with the record and without
+            found = select(question, make_builder, show=current_progress())
+        save_choice(question, found)
+        for record in found:
+            if record["score"] is None:
+                logger.warning("left out: %s: %s", record["candidate"], record["problem"])
+        logger.warning(
+            "%s chose %s; recorded in %s", question.score, found[0]["candidate"], question.file
+        )
+    return load_choice(question)
+
+
+def _stand_in(question: SelectionSpec) -> Entry:
+    with torch.random.fork_rng(devices=[]):
+        batches = draw_batches(question)
+        get_teacher(question, make_builder).build()
+        if question.search and question.space:
+            return make_entry(next(iter(question.space)), question.num_classes)
+        candidates, _, _ = list_affordable(question, make_builder, batches)
+    return list_entries(question)[candidates[0].name]
+
+
+def make_builder(entry: Entry, checkpoint: str | None = None) -> Callable[[], nn.Module]:
+    """Makes the model of an entry, in another process as well."""
+    _register()
+    check_known(f"{WHERE}: key", entry["key"], MODEL_DICT)
+    module = MODEL_DICT[entry["key"]].__module__
+    return partial(_build, module, entry["key"], entry["kwargs"], checkpoint)
+
+
+def _build(module: str, key: str, kwargs: Mapping[str, Any], checkpoint: str | None) -> nn.Module:
+    _register(module)
+    model = get_model(key, None, **kwargs)
+    if checkpoint:
+        load_weights(model, checkpoint, f"{WHERE}: teacher")
+    return model
+
+
+def _register(module: str = "__main__") -> None:
+    """A new process has registered no models yet: neither ours, nor those of a module."""
+    importlib.import_module("kd_lrp_plugin.torchdistill")
+    if module != "__main__":
+        importlib.import_module(module)

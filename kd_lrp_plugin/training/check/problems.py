@@ -1,0 +1,183 @@
+"""What is found wrong with a config, and what each of its sections is looked through for."""
+
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from types import ModuleType
+from typing import Any, TypeVar
+
+import yaml
+
+from kd_lrp_plugin.config.document import Config
+from kd_lrp_plugin.utils.registry import unknown_name
+from kd_lrp_plugin.utils.validation import check_known, message
+
+C = TypeVar("C")
+T = TypeVar("T")
+Check = Callable[["CheckReport", str, Any, C], T]
+# Every key that torchdistill or the driver reads, by kind of section.
+_STAGE = (
+    "num_epochs train_data_loader val_data_loader teacher student model optimizer scheduler "
+    "criterion log_freq pre_epoch_process pre_forward_process post_forward_process "
+    "post_epoch_process early_stopping"
+)
+KEYS = {
+    "config": "dependencies datasets models train test",
+    "stage": _STAGE,
+    "train": f"{_STAGE} monitor precision compile",
+    "loader": "dataset_id sampler batch_sampler collate_fn kwargs requires_supp dataset_wrapper",
+    "role": "forward_proc requires_grad frozen_modules forward_hook sequential adaptations "
+    "auxiliary_model_wrapper wrapper dst_ckpt",
+    "model": "key kwargs src_ckpt dst_ckpt repo_or_dir experiment quantized",
+    "optimizer": "key kwargs max_grad_norm grad_accum_step filters_params module_wise_configs "
+    "module_wise_kwargs",
+    "scheduler": "key kwargs scheduling_step",
+    "criterion": "key kwargs args func2extract_model_loss",
+    "WeightedSumLoss": "model_term sub_terms",
+    "early_stopping": "patience min_delta",
+}
+_TEXT = re.compile(r"[-+]?[\d.]+[eE][-+]?\d+")
+_FIX = "YAML reads 1e-3 as text, 1.0e-3 as a number."
+
+
+@dataclass
+class CheckReport:
+    """What :func:`kd_lrp_plugin.training.check.dry_run.check` has found.
+
+    Attributes:
+        problems: what prevents a run, or makes another run than was meant.
+        remarks: keys that nothing reads.
+        failed: places of tags that have failed; what else is wrong with their keys follows from it.
+    """
+
+    config: Config
+    problems: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    failed: list[yaml.Mark] = field(default_factory=list)
+
+    def add(self, dotted: str, error: Exception | str, place: str | None = None) -> None:
+        """Note a problem at a key."""
+        words = " ".join(_describe_error(error).split())  # one line each
+        named, separator, rest = words.partition(": expected ")
+        if separator and " " not in named:  # what the message names is this key or one below
+            if named.split(".")[0] in ("datasets", "models", "train", "test"):
+                dotted, words = named, f"expected {rest}"
+            elif self.config.holds(f"{dotted}.{named}"):
+                dotted, words = f"{dotted}.{named}", f"expected {rest}"
+            elif f".{dotted}".endswith(f".{named}"):
+                words = f"expected {rest}"
+        if dotted and any(self.config.encloses(dotted, mark) for mark in self.failed):
+            return
+        place = place or self.config.place(dotted)
+        problem = f"{place}  {dotted}: {words}" if dotted else f"{place}  {words}"
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def remark(self, dotted: str, words: str) -> None:
+        """Note a key that is not what somebody may take it for."""
+        self.remarks.append(f"{self.config.place(dotted)}  {dotted}: {words}")
+
+    @contextmanager
+    def at(self, dotted: str) -> Iterator[None]:
+        """Note an error inside as a problem at a key, and go on."""
+        try:
+            yield
+        except Exception as error:
+            logging.getLogger(__name__).info("%s", dotted, exc_info=error)
+            self.add(dotted, error)
+
+
+def _describe_error(error: Exception | str) -> str:
+    if isinstance(error, KeyError):
+        text = str(error.args[0]) if error.args else ""
+        return text if ": expected " in text else f"expected a key {text!r}, got none."
+    if isinstance(error, AttributeError) and isinstance(error.obj, ModuleType):
+        return unknown_name(f"name in {error.obj.__name__}", error.name, dir(error.obj))
+    if isinstance(error, str | ValueError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def check_keys(findings: CheckReport, kind: str, dotted: str, section: Any) -> None:
+    """A key that looks like a misspelling is a problem; one that nothing reads, a remark."""
+    known = KEYS[kind].split()
+    if not isinstance(section, Mapping):
+        return
+    for key in section:
+        name = str(key)
+        if name in known or name.startswith("_") or (kind == "train" and name[:5] == "stage"):
+            continue
+        where = f"{dotted}.{name}".lstrip(".")
+        near = [k for k in get_close_matches(name, known, cutoff=0.75) if k not in section]
+        if near:
+            fix = f"Did you mean {near[0]!r}?"
+            findings.add(where, message(where, "a key that is read", repr(name), fix))
+        elif kind != "config":  # at the top, people keep their anchors
+            findings.remark(where, "nothing reads it")
+
+
+def section(kind: str, expected: str, fix: str) -> Callable[[Check[C, T]], Check[C, T | None]]:
+    """For a check of one kind of section: it gets mappings only, and may raise what it finds.
+
+    Args:
+        kind: one of :data:`KEYS`, which are checked before.
+        expected: what a section is that is none, in the message.
+        fix: the end of that message.
+
+    Returns:
+        A decorator. The check takes the findings, the section's dotted name, the section, and what
+        it needs of the rest; it returns None where something was wrong.
+    """
+
+    def decorate(body: Check[C, T]) -> Check[C, T | None]:
+        def check(findings: CheckReport, dotted: str, section: Any, rest: C) -> T | None:
+            with findings.at(dotted):
+                if not isinstance(section, Mapping):
+                    raise ValueError(message(kind, expected, section, fix))
+                check_keys(findings, kind, dotted, section)
+                return body(findings, dotted, section, rest)
+            return None
+
+        return check
+
+    return decorate
+
+
+def check_mapping(where: str, value: Any, fix: str) -> None:
+    """Raise ``ValueError`` for anything but a mapping."""
+    if not isinstance(value, Mapping):
+        raise ValueError(message(where, "a mapping", repr(value), fix))
+
+
+def check_keywords(where: str, function: Callable[..., object], kwargs: Any) -> None:
+    """Raise ``ValueError`` for what a function cannot be given, as far as its signature says so.
+
+    Args:
+        where: key of the keywords, in the message.
+        function: or class; where it takes any keyword, only numbers are looked at.
+        kwargs: its keywords, as they were read.
+    """
+    check_mapping(where, kwargs, "Write {} for none.")
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in kwargs.items():
+        if not takes_any:
+            check_known(where, key, parameters)
+        default = parameters[key].default if key in parameters else None
+        if isinstance(value, str) and isinstance(default, int | float):
+            kind, fix = ("True or False", "") if isinstance(default, bool) else ("a number", _FIX)
+            raise ValueError(message(f"{where}.{key}", kind, repr(value), fix))
+    check_numbers(where, kwargs)
+
+
+def check_numbers(where: str, value: Any) -> None:
+    """Raise ``ValueError`` for text that was meant as a number, at any depth."""
+    if isinstance(value, str) and _TEXT.fullmatch(value):
+        raise ValueError(message(where, "a number", repr(value), _FIX))
+    parts = enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in value.items() if isinstance(value, Mapping) else parts:
+        check_numbers(f"{where}.{key}", part)

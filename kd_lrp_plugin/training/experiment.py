@@ -1,0 +1,327 @@
+"""A config made real: models, data sets, and torchdistill's box that trains with them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+from torch.utils.data.distributed import DistributedSampler
+from torchdistill.core.distillation import get_distillation_box
+from torchdistill.core.interfaces.registry import register_post_forward_proc_func
+from torchdistill.core.training import get_training_box
+from torchdistill.datasets.util import build_data_loader
+
+from kd_lrp_plugin.config.build import build_model_entry, fill_model, get_stages
+from kd_lrp_plugin.data.transforms import preprocessing
+from kd_lrp_plugin.data.validation import check_same_classes
+from kd_lrp_plugin.utils.distributed import DistributedContext
+from kd_lrp_plugin.utils.validation import message
+
+MONITOR = "val_accuracy"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@register_post_forward_proc_func
+def scaled_step(box: Any, loss: Tensor, metrics: Any = None, **_: Any) -> None:
+    """torchdistill's default after a forward pass, with the loss scaled to suit float16."""
+    box.stage_grad_count += 1
+    box.grad_scaler.scale(loss / box.grad_accum_step).backward()
+    if box.stage_grad_count % box.grad_accum_step != 0:
+        return
+    if box.max_grad_norm is not None:
+        box.grad_scaler.unscale_(box.optimizer)
+        parameters = [p for group in box.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, box.max_grad_norm)
+    box.grad_scaler.step(box.optimizer)
+    box.grad_scaler.update()
+    box.optimizer.zero_grad()
+    every = box.scheduling_step or 0
+    if box.lr_scheduler is not None and every > 0 and box.stage_grad_count % every == 0:
+        box.lr_scheduler.step()
+
+
+class Experiment:
+    """Models, data and torchdistill's box of one config.
+
+    Args:
+        content: the config, from :func:`construct`.
+        here: this process; under torchrun the student is wrapped for it.
+        seed: of the order of the images under torchrun.
+
+    Attributes:
+        box: torchdistill's, single-stage or multi-stage.
+        classes: names of the classes, empty if the data sets have none.
+        preprocessing: see :func:`kd_lrp_plugin.data.transforms.preprocessing`.
+        test_set: the data set of the test.
+    """
+
+    def __init__(self, content: dict[str, Any], here: DistributedContext, seed: int = 0) -> None:
+        self.here = here
+        self.train = content["train"]
+        self._seed = seed
+        self._datasets = content["datasets"]
+        models = content["models"]
+        stage = next(iter(get_stages(self.train).values()))
+        self._test_loader = content["test"]["test_data_loader"]
+        parts = {
+            "train": self._datasets[stage["train_data_loader"]["dataset_id"]],
+            "val": self._datasets[stage["val_data_loader"]["dataset_id"]],
+            "test": self._datasets[self._test_loader["dataset_id"]],
+        }
+        if all(hasattr(part, "classes") for part in parts.values()):
+            check_same_classes(**parts)
+        self.test_set = parts["test"]
+        self.classes = list(getattr(parts["val"], "classes", []))
+        if len(set(self.classes)) < len(self.classes):
+            fix = "Rename one of them."
+            raise ValueError(message("datasets", "classes of different names", self.classes, fix))
+        self.preprocessing = preprocessing(parts["val"])
+        built = {}
+        for role, entry in models.items():
+            built[role] = build_model_entry(entry, f"models.{role}")
+            fill_model(built[role], entry, f"models.{role}", self.classes)
+            # Depthwise convolutions take less time so, on CPUs too.
+            built[role].to(here.device).to(memory_format=torch.channels_last)
+            self._check_head(role, built[role], parts["val"])
+        student = built["student_model"] if "student_model" in built else built["model"]
+        if how := self.train.get("compile"):
+            student.compile(**(how if isinstance(how, Mapping) else {}))
+        device_ids = [here.device.index] if here.device.type == "cuda" else None
+        rest = (self._datasets, self.train, here.device, device_ids, here.world > 1, 1)
+        if self.train.get("precision") == "float16":
+            for stage in get_stages(self.train).values():
+                stage["post_forward_process"] = scaled_step.__name__
+        for stage in get_stages(self.train).values():
+            for role in ("teacher", "student", "model"):
+                (stage.get(role) or {}).pop("wrapper", None)  # the driver wraps the student itself
+        if "teacher_model" in built:
+            self.box = get_distillation_box(built["teacher_model"], student, *rest)
+        else:
+            self.box = get_training_box(student, *rest)
+        self.box.save_stage_ckpt = lambda *_: None  # the run folder holds what a stage has made
+        if self.train.get("precision") == "float16":
+            self.box.grad_scaler = torch.amp.GradScaler(here.device.type)
+        self._enter_stage()
+
+    # --- models -------------------------------------------------------------------------------
+
+    def _check_head(self, role: str, model: nn.Module, dataset: Any) -> None:
+        image = dataset[0][0]
+        was_training = model.training
+        with torch.no_grad():
+            outputs = model.eval()(image[None].to(self.here.device)).shape[-1]
+        model.train(was_training)
+        needed = len(self.classes) or max(getattr(dataset, "targets", [0])) + 1
+        if outputs < needed:
+            fix = f"Set models.{role}.kwargs.num_classes to {needed}."
+            raise ValueError(message(f"models.{role}", f"{needed} outputs or more", outputs, fix))
+
+    @property
+    def student_name(self) -> str:
+        """What the box calls the model that is trained."""
+        return "student_model" if hasattr(self.box, "student_model") else "model"
+
+    @property
+    def student(self) -> nn.Module:
+        """The model that is trained, as the box has it in this stage, unwrapped."""
+        model = getattr(self.box, self.student_name)
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @property
+    def original(self) -> nn.Module:
+        """The model that is trained, as ``models`` describes it, whatever a stage makes of it."""
+        return getattr(self.box, f"org_{self.student_name}")
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return getattr(self.box, "teacher_model", None)
+
+    # --- one step -----------------------------------------------------------------------------
+
+    def loss(self, images: Tensor, targets: Tensor, supplement: Any = None) -> Tensor:
+        """Forward passes and criterion, in the precision of ``train.precision``."""
+        kind = PRECISIONS[self.train.get("precision") or "float32"]
+        with torch.autocast(self.here.device.type, kind, enabled=kind != torch.float32):
+            return self.box.forward_process(images, targets, supplement)
+
+    def training_loss(self, images: Tensor, targets: Tensor, supplement: Any) -> Tensor:
+        """:meth:`loss`; the processes wait for each other in the last batch of a step only."""
+        model = getattr(self.box, self.student_name)
+        last = (self.box.stage_grad_count + 1) % self.box.grad_accum_step == 0
+        if last or not isinstance(model, DistributedDataParallel):
+            return self.loss(images, targets, supplement)
+        with model.no_sync():
+            return self.loss(images, targets, supplement)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients; no process waits for another inside."""
+        shared = getattr(self.box, self.student_name)
+        setattr(self.box, self.student_name, self.student)
+        for buffer in self.student.buffers():
+            self.here.send(buffer)  # of the first process, whose weights are kept
+        self.student.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            setattr(self.box, self.student_name, shared)
+
+    def begin_epoch(self) -> None:
+        """Modes of all modules: what is frozen is frozen with its batch statistics."""
+        self.box.pre_epoch_process(epoch=self.epochs_done)
+        if self.teacher is not None:
+            self.teacher.train(self.box.teacher_updatable)
+        for module in self.student.modules():
+            weights = list(module.parameters(recurse=False))
+            if isinstance(module, _BatchNorm) and weights:
+                module.train(module.training and any(w.requires_grad for w in weights))
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that the next epoch needs, as tensors, numbers, text and containers of them."""
+        box, models = self.box, self._models()
+        scaler = getattr(box, "grad_scaler", None)
+        return {
+            "stage": self.stage,
+            "epochs_done": self.epochs_done,
+            "grad_count": box.stage_grad_count,
+            "models": {name: model.state_dict() for name, model in models.items()},
+            "gradients": {
+                name: {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+                for name, model in models.items()
+                if self._pending
+            },
+            "optimizer": box.optimizer.state_dict(),
+            "scheduler": box.lr_scheduler.state_dict() if box.lr_scheduler else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "losses": {name: loss.state_dict() for name, loss in self._losses().items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Bring a new experiment to where :meth:`state` was taken."""
+        self._go_to_stage(state["stage"])
+        box, models = self.box, self._models()
+        box.current_epoch, box.stage_grad_count = state["epochs_done"], state["grad_count"]
+        for name, content in state["models"].items():
+            models[name].load_state_dict(content)
+        for name, gradients in state["gradients"].items():
+            for key, parameter in models[name].named_parameters():
+                if key in gradients:
+                    parameter.grad = gradients[key].to(parameter.device)
+        box.optimizer.load_state_dict(state["optimizer"])
+        if state["scheduler"] is not None:
+            box.lr_scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] is not None:
+            box.grad_scaler.load_state_dict(state["scaler"])
+        for name, loss in self._losses().items():
+            loss.load_state_dict(state["losses"][name])
+
+    @property
+    def _pending(self) -> bool:
+        """Whether gradients wait for their step, which may reach across epochs."""
+        return self.box.stage_grad_count % self.box.grad_accum_step != 0
+
+    def _losses(self) -> dict[str, nn.Module]:
+        """The criterion and its terms, which torchdistill keeps in a plain dict."""
+        terms = getattr(self.box.criterion, "term_dict", {})
+        return {"": self.box.criterion} | {name: term for name, (term, _) in terms.items()}
+
+    def _models(self) -> dict[str, nn.Module]:
+        """Every model that training changes; a stage may train another than it returns."""
+        models = {"original": self.original}
+        if self.student is not self.original:
+            models["student"] = self.student
+        if self.teacher is not None and self.box.teacher_updatable:
+            models["teacher"] = self.teacher
+        return models
+
+    @property
+    def monitor(self) -> str:
+        """The metric that says which epoch is the best: higher for an accuracy, else lower."""
+        return self.train.get("monitor", MONITOR)
+
+    # --- stages -------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> int:
+        return getattr(self.box, "stage_number", 1)
+
+    @property
+    def stage_config(self) -> dict[str, Any]:
+        return list(get_stages(self.train).values())[self.stage - 1]
+
+    @property
+    def finished(self) -> bool:
+        return self.epochs_done >= self.box.num_epochs
+
+    @property
+    def epochs_done(self) -> int:
+        """Epochs behind the box, those that an early stop has skipped included."""
+        return self.box.current_epoch
+
+    def end_epoch(self, metric: float, stop: bool) -> None:
+        """Schedulers step; the next stage begins where this one ends, or is stopped."""
+        box, before = self.box, self.stage
+        if self._pending:
+            for model in self._models().values():
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        self.here.average(parameter.grad)  # as the checkpoint holds one of each
+        end = getattr(box, "stage_end_epoch", box.num_epochs)
+        if stop:
+            box.current_epoch = end - 1
+        if box.current_epoch + 1 == end:
+            setattr(box, self.student_name, self.student)  # the next stage wraps it anew
+        box.post_epoch_process(metrics=metric)
+        if not hasattr(box, "stage_number"):
+            box.current_epoch += 1
+        if self.stage != before:
+            for model in self._models().values():
+                model.zero_grad()  # a step that the stage before has not completed
+            self._enter_stage()
+
+    def _go_to_stage(self, number: int) -> None:
+        """Later stages of a new box without training."""
+        if number > self.stage:
+            setattr(self.box, self.student_name, self.student)
+            while self.stage < number:
+                self.box.advance_to_next_stage()
+            self._enter_stage()
+
+    def _enter_stage(self) -> None:
+        box = self.box
+        if not hasattr(box, "current_epoch"):
+            box.current_epoch = 0
+        for loss in self._losses().values():
+            loss.to(self.here.device)  # torchdistill leaves the weights of a loss behind
+        self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
+        self.test_loader = self._loader(self._test_loader, "test_loader")
+        if self.here.world > 1:
+            sampler = box.train_data_loader.batch_sampler.sampler
+            if isinstance(sampler, DistributedSampler):
+                sampler.seed = self._seed
+            self._share_student()
+
+    def _share_student(self) -> None:
+        trained = [parameter.requires_grad for parameter in self.student.parameters()]
+        if any(trained) and getattr(self.box, self.student_name) is self.student:
+            ids = [self.here.device.index] if self.here.device.type == "cuda" else None
+            shared = DistributedDataParallel(
+                self.student, device_ids=ids, find_unused_parameters=not all(trained)
+            )
+            setattr(self.box, self.student_name, shared)
+
+    def _loader(self, config: Mapping[str, Any] | None, name: str) -> DataLoader:
+        """A loader of this process's share, every image once over all processes."""
+        if not config:  # a later stage goes on with the loader of the one before
+            return getattr(self, name)
+        dataset = self._datasets[config["dataset_id"]]
+        if self.here.world > 1:
+            dataset = Subset(dataset, range(self.here.rank, len(dataset), self.here.world))
+        return build_data_loader(dataset, config, False)

@@ -1,0 +1,129 @@
+"""What a pass over a data set has shown: means of every loss term, accuracy, predictions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
+from kd_lrp_plugin.utils.distributed import DistributedContext
+
+
+class Meter:
+    """Means over a pass, read off torchdistill's criterion while it works.
+
+    Args:
+        criterion: of torchdistill's box; its hooks are there while the context is open.
+        keep: whether to keep the predictions, for :meth:`predictions`.
+        classifies: whether the criterion is given logits; features, say, have no accuracy.
+
+    Attributes:
+        latest: the terms of the latest batch.
+        images: how many were seen.
+    """
+
+    def __init__(self, criterion: nn.Module, keep: bool = False, classifies: bool = True) -> None:
+        self.latest: dict[str, Tensor] = {}
+        self.images = 0
+        self._keep, self._classifies = keep, classifies
+        self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._criterion = criterion
+        self._terms: dict[str, nn.Module] = {
+            name: term for name, (term, _) in getattr(criterion, "term_dict", {}).items()
+        }
+        self._outputs: dict[str, Tensor | None] = {}
+        self._handles: list[Any] = []
+
+    @property
+    def compares(self) -> bool:
+        """Whether a term compares recordings, some of which need more than one image."""
+        return any(isinstance(term, RecordedLoss) for term in self._terms.values())
+
+    def __enter__(self) -> "Meter":
+        def read_outputs(_: nn.Module, inputs: tuple) -> None:
+            self.latest.clear()
+            for role in ("student", "teacher"):
+                self._outputs[role] = inputs[0][role].get(".", {}).get("output")
+
+        def read_term(name: str) -> Callable[..., None]:
+            def read(term: nn.Module, _: tuple, value: Tensor) -> None:
+                if getattr(term, "computed", True):
+                    self.latest[name] = value.detach()
+
+            return read
+
+        self._handles = [self._criterion.register_forward_pre_hook(read_outputs)]
+        for name, term in self._terms.items():
+            self._handles.append(term.register_forward_hook(read_term(name)))
+            if isinstance(term, RecordedLoss):
+                term.reset()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._outputs.clear()
+
+    def update(self, loss: Tensor, targets: Tensor, logits: Tensor | None = None) -> None:
+        """Count a batch that the criterion has just seen.
+
+        Args:
+            loss: what the criterion returned.
+            targets: class indices (n,), or weights (n, classes).
+            logits: of the student, where they are not what the criterion was given.
+        """
+        for name, value in {"loss": loss.detach(), **self.latest}.items():
+            self._add(name, value.float(), len(targets))
+        student = self._outputs["student"] if logits is None else logits
+        assert student is not None
+        self.count(student, targets, self._outputs["teacher"])
+
+    def count(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
+        """Count the predictions of a batch."""
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
+        self.images += len(targets)
+        if not self._classifies:
+            return
+        right = (logits.detach().argmax(1) == labels).float()
+        self._add("accuracy", right.mean(), len(targets))
+        if self._keep:
+            if teacher is not None:  # a stage may compare other outputs of its teacher
+                teacher = teacher.detach().float().softmax(1).cpu() if teacher.ndim == 2 else None
+            self._kept.append((labels.cpu(), logits.detach().float().softmax(1).cpu(), teacher))
+
+    def _add(self, name: str, mean: Tensor, n: int) -> None:
+        total, count = self._sums.get(name, (torch.zeros_like(mean), 0))
+        self._sums[name] = total + mean * n, count + n
+
+    def summary(self, prefix: str, here: DistributedContext) -> dict[str, float]:
+        """The means over all processes, under names that begin with ``prefix``."""
+        parts = here.gather({name: (float(total), n) for name, (total, n) in self._sums.items()})
+        names = dict.fromkeys(name for part in parts for name in part)
+        means = {}
+        for name in names:
+            total, count = map(sum, zip(*(p[name] for p in parts if name in p), strict=True))
+            means[f"{prefix}_{name}"] = total / count
+        for name, term in self._terms.items():
+            if name not in names:  # its weight is zero for now
+                continue
+            if isinstance(term, RecordedLoss) and term.zero_maps is not None:
+                means[f"{prefix}_{name}_zero_maps"] = sum(here.gather(float(term.zero_maps)))
+        return means
+
+    def predictions(self, here: DistributedContext) -> list[Mapping[str, Any]]:
+        """Per image, in the order of the data set: label and probabilities of both models.
+
+        The processes must have taken turns through the data set.
+        """
+        rows: list[dict[str, Any]] = []
+        for labels, student, teacher in self._kept:
+            for place, label in enumerate(labels.tolist()):
+                of_teacher = None if teacher is None else teacher[place].tolist()
+                rows.append(
+                    {"label": label, "student": student[place].tolist(), "teacher": of_teacher}
+                )
+        shares = here.gather(rows)
+        longest = max(map(len, shares))
+        return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]

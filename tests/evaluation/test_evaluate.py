@@ -1,0 +1,163 @@
+"""Finished runs: weights that timm loads alone, predictions, the full evaluation."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from small_runs import BASELINE, KD, NO_TEACHER, SMALL
+from typer.testing import CliRunner
+
+from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.runs import loading, predictions
+from kd_lrp_plugin.training import trainer
+
+DROPOUT = "+models.student_model.kwargs.dropout=0.25"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A student and a teacher with random weights, after one epoch."""
+    folder = tmp_path_factory.mktemp("runs") / "kd"
+    trainer.distill(KD, [*SMALL, *NO_TEACHER, DROPOUT], folder, device="cpu")
+    return folder
+
+
+class TestWeights:
+    def test_timm_loads_them_alone(self, run):
+        model, summary = loading.load_run(run)
+        alone = timm.create_model(
+            **summary["timm"], checkpoint_path=str(run / "student.safetensors")
+        ).eval()
+        images = torch.randn(2, 3, 48, 48)
+        with torch.no_grad():
+            assert torch.equal(alone(images), model(images))
+        assert alone.drop_rate == 0.25
+
+    def test_a_head_of_our_own_is_said_not_to_be_for_timm(self, tmp_path):
+        head = ["+models.model.kwargs.head=mlp"]
+        summary = trainer.distill(BASELINE, [*SMALL, *head], tmp_path / "run", device="cpu")
+        assert summary["timm"] is None
+
+
+def test_a_choice_in_a_summary_runs_no_code(run, tmp_path):
+    """A run folder of somebody else, with --safe."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "hub").mkdir()
+    code = f"def net(): open({str(tmp_path / 'broken in')!r}, 'w')"
+    (tmp_path / "hub/hubconf.py").write_text(code)
+    summary = json.loads((folder / "summary.json").read_text())
+    hub = {"repo_or_dir": str(tmp_path / "hub"), "key": "net", "kwargs": {"source": "local"}}
+    (folder / "summary.json").write_text(json.dumps(summary | {"student": hub}))
+    with pytest.raises(ValueError, match=r"models\.student\.key: .* got 'net'"):
+        loading.load_run(folder, safe=True)
+    assert not (tmp_path / "broken in").exists()
+
+
+class TestPredict:
+    def test_a_file_gets_what_the_student_says(self, run, tmp_path):
+        data = Phantom("test", size=2, image_size=48)
+        data.image(0).save(tmp_path / "one.png")
+        (record,) = evaluate.predict(run, [tmp_path / "one.png"])
+        model, summary = loading.load_run(run)
+        with torch.no_grad():
+            expected = model(data[0][0][None])[0].softmax(0)
+        assert list(record["all"]) == summary["classes"]
+        assert torch.allclose(torch.tensor(list(record["all"].values())), expected, atol=1e-5)
+
+    def test_a_file_that_is_no_image_and_a_folder_that_is_no_run_are_named(self, run, tmp_path):
+        (tmp_path / "text.png").write_text("no image")
+        with pytest.raises(ValueError, match=r"text\.png"):
+            evaluate.predict(run, [tmp_path / "text.png"])
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            evaluate.predict("nowhere", [tmp_path / "text.png"])
+
+
+class TestEvaluate:
+    def test_its_figures_are_those_of_the_predictions(self, run):
+        found = evaluate.evaluate(run, 200)
+        summary = json.loads((run / "summary.json").read_text())
+        assert found["student"]["accuracy"] == pytest.approx(summary["test_accuracy"])
+        assert found["student"]["cost"]["parameters"] == summary["parameters"]
+        assert found["teacher"]["cost"]["parameters"] == 4_924_540
+        labels, values = predictions.read_predictions((run / "predictions.csv").read_text())
+        alike = (values["student"].argmax(1) == values["teacher"].argmax(1)).mean()
+        assert found["student_and_teacher"]["agreement"] == pytest.approx(alike)
+        assert found == json.loads((run / "evaluation.json").read_text())
+        assert len(labels) == 8
+        for name in ("confusion.png", "reliability.png"):
+            assert (run / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_its_teacher_is_the_teacher_of_the_run(self, run):
+        """The probabilities in predictions.csv, against both models by themselves."""
+        labels, values = predictions.read_predictions((run / "predictions.csv").read_text())
+        data = Phantom("test", size=8, image_size=48)
+        model, _ = loading.load_run(run)
+        images = torch.stack([image for image, _ in data])
+        with torch.no_grad():
+            expected = model(images).softmax(1).numpy()
+        np.testing.assert_allclose(values["student"], expected, atol=1e-6)
+        assert labels.tolist() == data.targets
+        assert not np.allclose(values["teacher"], values["student"], atol=1e-3)
+
+    @pytest.mark.parametrize("classes", [2, 3])
+    def test_sets_of_few_classes_work(self, classes, tmp_path):
+        from PIL import Image
+
+        names = ["benign", "malignant", "other"][:classes]
+        for split in ("Training", "Testing"):
+            for name in names:
+                place = tmp_path / "set" / split / name
+                place.mkdir(parents=True)
+                for number in range(10):
+                    noise = np.random.default_rng(number).integers(0, 255, (48, 48), np.uint8)
+                    Image.fromarray(noise).save(place / f"{number}.png")
+        overrides = [s for s in SMALL if not s.startswith("datasets")]
+        kwargs = f"root: {tmp_path}/set, image_size: 48"
+        for name, split in {"train": "Training", "val": "Training", "test": "Testing"}.items():
+            overrides.append(
+                f"datasets.phantom/{name}=!import_call {{key: "
+                f"kd_lrp_plugin.torchdistill.folder_images, init: {{kwargs: {{{kwargs}, "
+                f"split: {split}}}}}}}"
+            )
+        overrides.append(f"models.model.kwargs.num_classes={classes}")
+        trainer.distill(BASELINE, overrides, tmp_path / "run", device="cpu")
+        found = evaluate.evaluate(tmp_path / "run", 200)["student"]
+        assert [row["class"] for row in found["per_class"]] == names
+        assert found["n"] == 10 * classes
+        assert 0 <= found["macro_auc"] <= 1
+        header, first, *_ = (tmp_path / "run/predictions.csv").read_text().splitlines()
+        assert header == "image,label," + ",".join(f"student: {name}" for name in names)
+        assert first.startswith("benign/0.png,benign,")
+
+    def test_outputs_go_by_number_where_the_data_names_no_classes(self, tmp_path):
+        overrides = [*SMALL, "models.model.kwargs.num_classes=3"]
+        for split, size in {"train": 16, "val": 9, "test": 8}.items():
+            kwargs = f"size: {size}, image_size: [3, 48, 48], num_classes: 3"
+            overrides.append(
+                f"datasets.phantom/{split}=!import_call {{key: torchvision.datasets.FakeData, "
+                f"init: {{kwargs: {{{kwargs}, transform: !import_call {{key: "
+                "torchvision.transforms.ToTensor, init: {}}}}}"
+            )
+        overrides = [s for s in overrides if "init.kwargs.size" not in s]
+        trainer.distill(BASELINE, overrides, tmp_path / "run", device="cpu")
+        found = evaluate.evaluate(tmp_path / "run", 200)["student"]
+        assert [row["class"] for row in found["per_class"]] == ["0", "1", "2"]
+
+    def test_the_command_prints_a_row_per_model(self, run):
+        result = CliRunner().invoke(app, ["evaluate", str(run), "--resamples", "100"])
+        assert result.exit_code == 0, result.output
+        assert "95 % interval" in result.output
+        assert "agree on" in result.output
+        assert result.output.count("| student |") == 1
+        assert result.output.count("| teacher |") == 1
+
+    def test_an_unfinished_run_is_named(self, tmp_path):
+        result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
+        assert result.exit_code == 1
+        assert "a finished run, got none" in result.output

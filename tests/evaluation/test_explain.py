@@ -1,0 +1,457 @@
+"""Explanations of finished runs: their figures, what is kept, what is refused, the pictures."""
+
+import csv
+import json
+import shlex
+import shutil
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from small_runs import BASELINE, KD, SMALL, Stopped, StopsAt
+from typer.testing import CliRunner
+
+from kd_lrp_plugin.attribution import faithfulness, lime, randomisation
+from kd_lrp_plugin.attribution.localisation import agreement, mass_inside
+from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, Attribution
+from kd_lrp_plugin.attribution.summary import by_layer, records
+from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.evaluation import explain as explaining
+from kd_lrp_plugin.evaluation import explain_inputs
+from kd_lrp_plugin.plots.maps import MapRow, map_figure
+from kd_lrp_plugin.relevance.recording import relevance_maps
+from kd_lrp_plugin.runs import loading
+from kd_lrp_plugin.training import trainer
+from kd_lrp_plugin.utils.progress import NullProgress
+
+QUICK = ("grad_cam", "lrp_gamma")
+explain = partial(explaining.explain, n=1)  # figures take seconds
+TEACHER = [
+    "models.teacher_model.kwargs.name=test_resnet",
+    "models.teacher_model.src_ckpt=teacher/best.pt",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a teacher, a student of it, and a model without a teacher."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "teacher").mkdir()
+    torch.manual_seed(0)
+    teacher = timm.create_model("test_resnet", num_classes=4)
+    torch.save({"model": teacher.state_dict()}, folder / "teacher/best.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        trainer.distill(KD, [*SMALL, *TEACHER], "runs/kd/0", device="cpu")
+        trainer.distill(BASELINE, SMALL, "runs/ce/0", device="cpu")
+    return folder
+
+
+@pytest.fixture
+def project(made, tmp_path, monkeypatch) -> Path:
+    """A copy of it, where the commands were given."""
+    shutil.copytree(made, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture(autouse=True)
+def less_work(monkeypatch):
+    monkeypatch.setattr(lime, "LIME_SAMPLES", 20)
+    monkeypatch.setattr(faithfulness, "STEPS", 2)
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """They take longer than the figures."""
+    monkeypatch.setattr(explaining.Explainer, "figure_of_run", lambda *_: None)
+    monkeypatch.setattr(explaining, "_save", lambda *_: None)
+
+
+def masked() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The images of the runs' test set that have a mask, with their classes and masks."""
+    data = Phantom("test", size=8, image_size=48)
+    places = [place for place in range(8) if data.mask(place).any()]
+    images = torch.stack([data[place][0] for place in places])
+    labels = torch.tensor([data.targets[place] for place in places])
+    return images, labels, torch.from_numpy(np.stack([data.mask(place) for place in places]))
+
+
+def find(rows: list[dict], **wanted: object) -> dict:
+    (row,) = [row for row in rows if wanted.items() <= row.items()]
+    return row
+
+
+@pytest.mark.usefixtures("without_pictures")
+class TestFigures:
+    def test_are_those_of_all_images_with_a_mask(self, project):
+        rows = explain(["runs/kd/0"], QUICK)
+        models = loading.load_models("runs/kd/0")
+        images, labels, masks = masked()
+        maps = {
+            role: relevance_maps(model, images, labels, ["layer3"], "grad_cam")[0]
+            for role, model in models.items()
+        }
+        for role in models:
+            figures = find(rows, model=role, method="grad_cam", layer="layer3")["figures"]
+            expected = mass_inside(maps[role], masks)
+            assert figures["mass_inside"]["mean"] == pytest.approx(float(expected.nansum()) / 6)
+            assert figures["mass_inside"]["undefined"] == int(expected.isnan().sum())
+            assert figures["mass_inside"]["n"] == 6
+            shares = [float(m.float().mean()) for m in masks]
+            assert figures["mass_inside"]["chance"] == pytest.approx(np.mean(shares))
+            assert {"insertion", "deletion", "randomised"} <= figures.keys()
+        expected = float(agreement(maps["student"], maps["teacher"]).nansum()) / 6
+        figures = find(rows, model="student", method="grad_cam")["figures"]
+        assert figures["agreement"]["mean"] == pytest.approx(expected)
+        assert "agreement" not in find(rows, model="teacher", method="grad_cam")["figures"]
+        assert len(rows) == 4
+
+    def test_are_of_as_many_images_as_asked_for_by_any_method(self, project):
+        rows = explain(["runs/ce/0"], samples=3)
+        assert {row["method"] for row in rows} == set(ATTRIBUTIONS)
+        assert {row["images"] for row in rows} == {3}
+        assert {row["layer"] for row in rows} == {"layer3", "input"}
+        for row in rows:
+            for name in ("mass_inside", "insertion", "deletion"):
+                assert row["figures"][name]["n"] == 3
+
+    def test_of_several_layers_become_a_table_of_methods_and_layers(self, project):
+        rows = explain(["runs/kd/0"], QUICK, ["layer2", "layer3"], ["teacher"], samples=2)
+        table = by_layer(rows, "mass_inside")
+        assert [line["method"] for line in table] == list(QUICK)
+        for line in table:
+            for layer in ("layer2", "layer3"):
+                figures = find(rows, method=line["method"], layer=layer)["figures"]
+                assert line[layer] == figures["mass_inside"]["mean"]
+        assert {"inside by chance", "insertion by chance"} <= records(rows)[0].keys()
+
+    def test_a_small_mask_is_brought_to_the_size_of_the_models_images(self):
+        mask = np.zeros((80, 120), bool)
+        mask[20:60, 30:90] = True
+        run = SimpleNamespace(
+            test_set=SimpleNamespace(mask=lambda _: mask),
+            summary={"preprocessing": {"image_size": 40}, "image_shape": [3, 40, 40]},
+        )
+        found = explain_inputs._mask(run, 0)
+        assert found.shape == (40, 40)
+        assert found[10:30, 10:30].all()
+        assert int(found.sum()) == 400
+        run.summary["preprocessing"] = None  # perhaps a crop: where the mask is, is not known
+        assert explain_inputs._mask(run, 0) is None
+
+    def test_a_set_of_two_classes_with_few_masks_works(self, tmp_path):
+        generator = np.random.default_rng(0)
+        for split in ("Training", "Testing"):
+            for name in ("benign", "malignant"):
+                for kind in (split, f"masks/{split}"):
+                    (tmp_path / "set" / kind / name).mkdir(parents=True)
+                for number in range(10):
+                    noise = generator.integers(0, 255, (60, 48), np.uint8)
+                    Image.fromarray(noise).save(tmp_path / "set" / split / name / f"{number}.png")
+        mask = np.zeros((60, 48), np.uint8)
+        mask[10:30, 10:30] = 255
+        for number in range(3):
+            file = tmp_path / f"set/masks/Testing/malignant/{number}.png"
+            Image.fromarray(mask).save(file)
+        overrides = [s for s in SMALL if not s.startswith("datasets")]
+        for name, split in {"train": "Training", "val": "Training", "test": "Testing"}.items():
+            overrides.append(
+                f"datasets.phantom/{name}=!import_call {{key: "
+                "kd_lrp_plugin.torchdistill.folder_images, init: {kwargs: "
+                f"{{root: {tmp_path}/set, image_size: 48, split: {split}}}}}}}"
+            )
+        overrides.append("models.model.kwargs.num_classes=2")
+        trainer.distill(BASELINE, overrides, tmp_path / "run", device="cpu")
+        shutil.rmtree(tmp_path / "set/Training")  # the test set alone is needed
+        rows = explain([tmp_path / "run"], QUICK)
+        assert {row["images"] for row in rows} == {3}
+        chance = find(rows, method="grad_cam")["figures"]["mass_inside"]["chance"]
+        assert chance == pytest.approx(400 / (60 * 48), abs=0.02)
+
+
+@pytest.mark.usefixtures("without_pictures")
+class TestWhatIsKept:
+    def test_a_command_that_was_stopped_goes_on(self, project, monkeypatch):
+        with pytest.raises(Stopped):
+            explain(["runs/kd/0"], QUICK, samples=2, show=StopsAt("explaining"))
+        before = json.loads((project / "runs/kd/0/explanations.json").read_text())["rows"]
+        assert len(before) == 2
+        computed = []
+        monkeypatch.setattr(
+            explaining.Explainer,
+            "_row",
+            lambda *args, real=explaining.Explainer._row: computed.append(args) or real(*args),
+        )
+        rows = explain(["runs/kd/0"], QUICK, samples=2)
+        assert len(rows) == 4
+        assert len(computed) == 2
+        kept = json.loads((project / "runs/kd/0/explanations.json").read_text())["rows"]
+        assert kept[:2] == before
+        assert [{"run": "runs/kd/0", **row} for row in kept] == rows
+
+    def test_the_agreement_is_added_once_the_teacher_is_there(self, project):
+        alone = explain(["runs/kd/0"], QUICK[:1], roles=["student"], samples=2)
+        both = explain(["runs/kd/0"], QUICK[:1], samples=2)
+        row = find(both, model="student")
+        compared = row["figures"].pop("agreement")
+        assert compared["n"] == 2
+        assert row == alone[0]
+
+    def test_the_agreement_with_another_teacher_is_made_anew(self, project):
+        explain(["runs/kd/0"], QUICK[:1], samples=2)
+        file = project / "runs/kd/0/explanations.json"
+        content = json.loads(file.read_text())
+        known = find(content["rows"], model="student")["figures"]["agreement"]
+        expected = dict(known)
+        known |= {"teacher": "another", "mean": 2.0}
+        file.write_text(json.dumps(content))
+        again = find(explain(["runs/kd/0"], QUICK[:1], samples=2), model="student")
+        assert again["figures"]["agreement"] == expected
+
+    def test_figures_of_other_definitions_are_made_anew(self, project):
+        explain(["runs/ce/0"], QUICK[:1], samples=2)
+        file = project / "runs/ce/0/explanations.json"
+        content = json.loads(file.read_text())
+        content["about"]["mass_inside"] = "something else"
+        content["rows"][0]["figures"]["mass_inside"]["mean"] = 2.0
+        file.write_text(json.dumps(content))
+        (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
+        assert row["figures"]["mass_inside"]["mean"] <= 1
+
+    def test_figures_of_other_weights_are_made_anew(self, project):
+        explain(["runs/ce/0"], QUICK[:1], samples=2)
+        file = project / "runs/ce/0/explanations.json"
+        content = json.loads(file.read_text())
+        content["rows"][0]["weights"] = "others"
+        content["rows"][0]["figures"] = {}
+        file.write_text(json.dumps(content))
+        (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
+        assert "mass_inside" in row["figures"]
+        assert len(json.loads(file.read_text())["rows"]) == 1
+
+    def test_runs_that_share_a_teacher_share_its_figures(self, project, monkeypatch):
+        shutil.copytree("runs/kd/0", "runs/kd/1")
+        asked = []
+        monkeypatch.setattr(
+            explaining,
+            "randomisation",
+            lambda model, *args, real=randomisation.randomisation, **options: (
+                asked.append(model) or real(model, *args, **options)
+            ),
+        )
+        rows = explain(["runs/kd/0", "runs/kd/1"], QUICK[:1], roles=["teacher"], samples=2)
+        assert len(asked) == 1
+        assert rows[0] == {**rows[1], "run": "0"}
+
+
+class TestSeveralRuns:
+    def test_stand_side_by_side(self, project):
+        rows = explain(["runs/kd/0", "runs/ce/0"], QUICK[:1], samples=2, out="compared")
+        assert {row["run"] for row in rows} == {"kd", "ce"}
+        with open("compared/explanations.csv", newline="") as file:
+            lines = list(csv.DictReader(file))
+        assert len(lines) == sum(len(row["figures"]) for row in rows)
+        for row in rows:
+            key = {name: row[name] for name in ("run", "model", "method", "layer")}
+            line = find(lines, **key, figure="insertion")
+            mean = row["figures"]["insertion"]["mean"]
+            assert line["mean"] == ("" if mean is None else str(mean))
+        for file in ("compared/maps.png", "runs/kd/0/explanations.png"):
+            assert Path(file).read_bytes().startswith(b"\x89PNG")
+
+    def test_have_one_column_per_model_and_one_for_a_shared_teacher(self, project):
+        shutil.copytree("runs/kd/0", "runs/kd/1")
+        folders = ["runs/kd/0", "runs/kd/1", "runs/ce/0"]
+        opened = [
+            explain_inputs.open_run(
+                folder, name, QUICK, (), ("student", "teacher"), "cpu", False, NullProgress()
+            )
+            for folder, name in zip(
+                folders, explain_inputs.name_folders([*map(Path, folders)]), strict=True
+            )
+        ]
+        shown = explain_inputs.choose_images(opened[0], 2)
+        work = explaining.Explainer(NullProgress())
+        figure = work.figure_of_all(opened, [shown(run) for run in opened], QUICK)
+        titles = [ax.get_title() for ax in figure.get_axes()]
+        assert titles[:5] == ["image", "teacher", "kd\n0", "kd\n1", "ce\n0"]
+        assert len(figure.get_axes()) == 5 * 2 * len(QUICK) + 1  # and the colour bar
+
+    def test_of_a_study_are_its_finished_runs(self, tmp_path):
+        states = [("CE", "finished"), ("KD", "epoch 3 of 8"), ("KD", "finished")]
+        rows = [
+            {"configuration": name, "point": {"n": 5}, "seed": seed, "state": state}
+            | {"folder": f"runs/{seed}"}
+            for seed, (name, state) in enumerate(states)
+        ]
+        (tmp_path / "study.json").write_text(json.dumps({"runs": rows}))
+        found = explain_inputs.list_runs([tmp_path, Path("runs/one")])
+        assert found == [
+            (Path("runs/0"), "CE, n 5, seed 0"),
+            (Path("runs/2"), "KD, n 5, seed 2"),
+            (Path("runs/one"), "runs/one"),
+        ]
+        with pytest.raises(ValueError, match="each run once"):
+            explain_inputs.list_runs([tmp_path, Path("runs/2")])
+        (tmp_path / "study.json").write_text(json.dumps({"runs": rows[1:2]}))
+        with pytest.raises(ValueError, match="a study with a finished run"):
+            explain_inputs.list_runs([tmp_path])
+
+    def test_that_lie_within_each_other_have_names(self):
+        found = explain_inputs.name_folders([Path("runs/x"), Path("runs/x/0"), Path("runs/x/1")])
+        assert found == [".", "0", "1"]
+
+    def test_of_other_weights_are_refused_whatever_image_shows_it(self, project):
+        """The first images are of one class, which most models know."""
+        file = project / "runs/ce/0/predictions.csv"
+        *lines, last = file.read_text().splitlines()
+        values = last.split(",")
+        values[2:] = [str(1 - float(value)) if "." in value else value for value in values[2:]]
+        file.write_text("\n".join([*lines, ",".join(values)]) + "\n")
+        with pytest.raises(ValueError, match=r"the predictions in predictions\.csv"):
+            explain(["runs/ce/0"], QUICK[:1])
+
+    def test_of_other_test_images_are_refused(self, project):
+        config = project / "runs/ce/0/config.yaml"
+        predictions = project / "runs/ce/0/predictions.csv"
+        text = config.read_text().replace("size: 8,", "size: 4,")
+        assert text != config.read_text()
+        config.write_text(text)
+        predictions.write_text("".join(predictions.read_text().splitlines(True)[:5]))
+        with pytest.raises(ValueError, match=r"same test images, got \{'kd': 8, 'ce': 4\}"):
+            explain(["runs/kd/0", "runs/ce/0"], QUICK, samples=2)
+        assert not (project / "runs/kd/0/explanations.json").exists()
+
+
+@pytest.mark.usefixtures("without_pictures")
+class TestTheTeacher:
+    def test_is_found_from_elsewhere(self, project, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        models = loading.load_models(project / "runs/kd/0")
+        saved = torch.load(project / "teacher/best.pt", weights_only=True)["model"]
+        assert torch.equal(models["teacher"].fc.weight, saved["fc.weight"])
+        assert not any(model.training for model in models.values())
+
+    def test_whose_file_is_gone_is_named_and_can_be_left_out(self, project):
+        shutil.rmtree("teacher")
+        with pytest.raises(FileNotFoundError, match=r"teacher/best\.pt.*--model student"):
+            explain(["runs/kd/0"], QUICK)
+        rows = explain(["runs/kd/0"], QUICK, roles=["student"], samples=2)
+        assert {row["model"] for row in rows} == {"student"}
+
+    def test_that_never_had_a_file_is_said_to_be_lost(self, project):
+        config = project / "runs/kd/0/config.yaml"
+        config.write_text(config.read_text().replace("src_ckpt: teacher/best.pt", "src_ckpt:"))
+        with pytest.raises(
+            ValueError, match=r"a src_ckpt in the config, got none.*--model student"
+        ):
+            explain(["runs/kd/0"], QUICK)
+
+    def test_with_other_weights_than_in_the_run_is_refused(self, project):
+        torch.manual_seed(1)
+        other = timm.create_model("test_resnet", num_classes=4)
+        other.fc.weight.data *= 20
+        torch.save(other.state_dict(), "teacher/best.pt")
+        with pytest.raises(ValueError, match=r"^teacher of runs/kd/0: expected the predictions"):
+            explain(["runs/kd/0"], QUICK)
+
+    def test_of_a_run_without_one_cannot_be_asked_for(self, project):
+        with pytest.raises(ValueError, match="a run with a teacher"):
+            explain(["runs/ce/0"], QUICK, roles=["teacher"])
+
+
+@pytest.mark.usefixtures("without_pictures")
+class TestWhatIsRefused:
+    def test_data_that_have_changed(self, project):
+        config = project / "runs/ce/0/config.yaml"
+        config.write_text(config.read_text().replace("size: 8,", "size: 7,"))
+        with pytest.raises(ValueError, match="expected the 8 test images, got 7 images"):
+            explain(["runs/ce/0"], QUICK)
+
+    def test_unknown_names_with_the_nearest(self, project):
+        with pytest.raises(ValueError, match="Did you mean 'grad_cam'"):
+            explain(["runs/ce/0"], ["gradcam"])
+        with pytest.raises(ValueError, match="layer: expected one of"):
+            explain(["runs/ce/0"], layers=["layer9"])
+        with pytest.raises(ValueError, match="'fc'"):  # has no maps
+            explain(["runs/ce/0"], QUICK, layers=["fc"])
+        with pytest.raises(ValueError, match="model: expected one of"):
+            explain(["runs/ce/0"], roles=["students"])
+
+    def test_a_method_that_cannot_handle_a_model_unless_it_was_not_asked_for(
+        self, project, monkeypatch
+    ):
+        def never(*_: object) -> torch.Tensor:
+            raise ValueError("never: expected another model, got this one.")
+
+        quick = {"grad_cam": ATTRIBUTIONS["grad_cam"], "never": Attribution(never)}
+        monkeypatch.setattr(ATTRIBUTIONS, "_entries", quick)
+        heard = []
+        show = NullProgress()
+        show.note = heard.append
+        rows = explain(["runs/ce/0"], samples=2, show=show)
+        assert [row["method"] for row in rows] == ["grad_cam"]
+        assert "without never: never: expected another model" in heard[0]
+        with pytest.raises(ValueError, match="expected another model"):
+            explain(["runs/ce/0"], ["never"])
+
+    def test_one_run_twice(self, project):
+        with pytest.raises(ValueError, match="each run once"):
+            explain(["runs/ce/0", "runs/../runs/ce/0"], QUICK)
+
+
+class TestPictures:
+    def test_of_files_come_without_figures(self, project):
+        Phantom("test", size=1, image_size=300).image(0).save("one.png")
+        assert explain(["runs/kd/0"], QUICK, images=["one.png"], out="maps") == []
+        made = {path.name for path in (project / "runs/kd/0").glob("explanations*")}
+        assert made == {"explanations-images.png"}
+        assert {path.name for path in Path("maps").iterdir()} == {"maps.png", "maps.json"}
+        with pytest.raises(FileNotFoundError, match=r"none at two\.png"):
+            explain(["runs/kd/0"], QUICK, images=["two.png"])
+
+    def test_show_every_class_and_what_is_wrong(self, monkeypatch):
+        monkeypatch.setattr(explain_inputs, "_get_test_images", lambda _, place: place)
+        labels = np.repeat([0, 1, 2], 20)
+        wrong = np.arange(60) % 5 == 0
+        predicted = np.where(wrong, (labels + 1) % 3, labels)
+        run = SimpleNamespace(labels=labels, probabilities={"student": np.eye(3)[predicted]})
+        for n in (3, 6, 9):
+            places = explain_inputs.choose_images(run, n)(run)
+            assert len(set(places)) == n
+            assert np.bincount(labels[places]).tolist() == [n // 3] * 3
+            assert n // 3 <= wrong[places].sum() <= n // 2 + 1
+
+    def test_a_caption_can_stand_under_the_image_and_not_know_the_class(self):
+        image, maps = np.zeros((8, 8)), {"m": np.eye(2)}
+        for known, expected in ((True, "cat 0.90 ✗"), (False, "cat 0.90")):
+            row = MapRow("dog", image, maps, {"image": ("cat", 0.9)}, known=known)
+            axes = map_figure([row]).get_axes()
+            assert axes[0].get_xlabel() == expected
+            assert axes[1].get_xlabel() == ""
+
+
+class TestTheCommand:
+    def test_prints_tables_and_writes_files(self, project):
+        words = ["explain", "runs/kd/0", "--method", "grad_cam", "--samples", "2", "--n", "1"]
+        words += ["--model", "teacher", "--layer", "layer2", "--layer", "layer3", "--out", "out"]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        assert "inside by chance" in result.output
+        assert "| layer2 | layer3 |" in result.output
+        made = {path.name for path in Path("out").iterdir()}
+        assert made == {"maps.png", "maps.json", "explanations.csv"}
+        again = shlex.split(json.loads(Path("out/maps.json").read_text())["command"])
+        assert CliRunner().invoke(app, again[1:]).output == result.output
+
+    def test_says_what_is_wrong_in_a_line(self, project):
+        result = CliRunner().invoke(app, ["explain", "runs", "--method", "grad_cam"])
+        assert result.exit_code == 1
+        assert "a finished run, got none at runs" in result.output

@@ -1,0 +1,463 @@
+"""The report page: one file that loads nothing, says what is missing, and reads well anywhere."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_runs import BASELINE, KD, NO_TEACHER, SMALL
+from typer.testing import CliRunner
+
+from kd_lrp_plugin.cli.console import parse_seeds
+from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.report import content, page
+from kd_lrp_plugin.studies.comparison import compare, summarise
+from kd_lrp_plugin.training import trainer
+from kd_lrp_plugin.utils.progress import NullProgress
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+VOID = {"meta", "link", "img", "br"}
+INJECTION = "<script>alert(1)</script>"
+
+
+class Reader(HTMLParser):
+    """Tags, ids, headings, texts; fails where tags do not close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.headings: list[int] = []
+        self.links: list[tuple[str, str]] = []
+        self.images: list[dict[str, str | None]] = []
+        self.tags: set[str] = set()
+        self.texts: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        assert len(found) == len(attributes), f"{tag} has an attribute twice"
+        self.tags.add(tag)
+        self.ids += [found["id"]] if "id" in found else []
+        self.headings += [int(tag[1])] if re.fullmatch(r"h\d", tag) else []
+        self.links += [(k, v) for k, v in found.items() if k in ("src", "href", "srcset", "action")]
+        self.images += [found] if tag == "img" else []
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """A student beside a teacher of random weights, and the same student alone."""
+    root = tmp_path_factory.mktemp("runs")
+    trainer.distill(KD, [*SMALL, *NO_TEACHER], root / "kd/0", device="cpu")
+    trainer.distill(BASELINE, SMALL, root / "ce/0", device="cpu")
+    for name in ("kd/0", "ce/0"):
+        evaluate.evaluate(root / name, 200)
+    return [root / "kd/0", root / "ce/0"]
+
+
+@pytest.fixture
+def kd(runs, tmp_path) -> Path:
+    """A copy of the first run, to add to."""
+    return Path(shutil.copytree(runs[0], tmp_path / "own/kd/0"))
+
+
+@pytest.fixture(scope="module")
+def study(runs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("studies") / "core"
+    folder.mkdir()
+    rows = [
+        {
+            "configuration": name,
+            "point": {},
+            "seed": seed,
+            "state": "finished",
+            "folder": str(runs[0]) if (name, seed) == ("KD", 0) else "gone",
+            "measures": {"test_accuracy": base + seed / 100},
+        }
+        for name, base in (("CE", 0.7), (f"KD {INJECTION}", 0.75), ("KD", 0.8))
+        for seed in range(3)
+    ]
+    rows[4]["measures"]["test_accuracy"] += 0.005  # differences that differ
+    content = {
+        **{"file": "core.yaml", "question": "does it help?", "final": True, "failed": {}},
+        **{"state": "All 9 runs are finished.", "overrides": ["a=1"], "seeds": [0, 1, 2]},
+        **{
+            "root": "runs",
+            "only": [],
+            "axes": {},
+            "compare_to": "CE",
+            "measures": ["test_accuracy"],
+        },
+        **{"prepared": [], "runs": rows, "table": summarise(rows, ["test_accuracy"])},
+        "comparisons": compare(rows, ["test_accuracy"], "CE"),
+    }
+    (folder / "study.json").write_text(json.dumps(content))
+    Image.new("RGB", (300, 200), "white").save(folder / "study.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checks") / "check"
+    folder.mkdir()
+    summary = {
+        "question": {
+            "root": "/data/mri",
+            **{"group_by": "patient", "manifest": "who.csv", "test_share": 0.3},
+        },
+        "verdict": "LEAK: 3 of 533 test images have a twin in Training.\nA second line.",
+        "leaks": {
+            "Testing": {"images": 533, "against": ["Training"], "twin": 3, "exact": 1, "near": 2}
+        },
+        "pairs": {"within": {"exact": 4, "hash": 5}, "across": {"exact": 1, "hash": 2}},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "pairs.csv").write_text("file_a,file_b\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def choice(tmp_path_factory) -> Path:
+    ranked = [
+        {
+            **{"candidate": name, "score": place, "spread": 0.1, "parameters": 10.0**place},
+            **{"macs": 5.0, "rank by score": place, "front": place == 1, "problem": None},
+        }
+        for place, name in enumerate(("small", "middle", INJECTION), start=1)
+    ]
+    question = {"score": "diswot", "seeds": [0, 1]}
+    file = tmp_path_factory.mktemp("choices") / "choice.json"
+    file.write_text(json.dumps({"candidate": "small", "question": question, "ranking": ranked}))
+    return file
+
+
+def written(folders, out, **options) -> Reader:
+    page.write(folders, out, **options)
+    return Reader(out.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs, study, check, choice, tmp_path_factory) -> Path:
+    """A page with a part of everything."""
+    out = tmp_path_factory.mktemp("pages") / "page.html"
+    Image.new("RGB", (900, 600), "navy").save(check / "maps.png")
+    size = page.write([*runs, study], out, check, choice, check)
+    assert size == out.stat().st_size < 5_000_000
+    return out
+
+
+class TestWhatIsSaid:
+    def test_teacher_and_student_stand_side_by_side_with_their_reduction(self, runs, whole):
+        found = Reader(whole.read_text(encoding="utf-8"))
+        evaluation = json.loads((runs[0] / "evaluation.json").read_text())
+        for role in ("student", "teacher"):
+            assert f"{100 * evaluation[role]['accuracy']:.1f} %" in found.text
+            assert f"{evaluation[role]['cost']['macs']:,}" in found.text
+        assert "13.2 times fewer (-92.4 %)" in found.text  # 4,924,540 and 373,076
+        low, high = evaluation["student"]["accuracy_interval"]
+        assert f"{100 * low:.1f}–{100 * high:.1f} %" in found.text  # noqa: RUF001
+        assert "single run" in found.text
+        assert "not for clinical use" in found.text
+
+    def test_runs_are_evaluated_once_and_their_commands_repeat_them(self, kd, tmp_path):
+        (kd / "evaluation.json").unlink()
+        found = written([kd], tmp_path / "page.html")
+        assert (kd / "evaluation.json").is_file()
+        before = (kd / "evaluation.json").stat().st_mtime_ns
+        written([kd], tmp_path / "page.html")
+        assert (kd / "evaluation.json").stat().st_mtime_ns == before
+        assert "kd-lrp distill" in found.text
+        assert "--set image_size=48 --set batch_size=8" in found.text
+        assert f"--out {kd}" in found.text
+        assert "what do the teacher's softened predictions add?" in found.text
+        session = json.loads((kd / "environment.json").read_text())["sessions"][0]
+        assert session["versions"]["torch"] in found.text
+        assert str(session["commit"] or "not under git") in found.text
+
+    def test_every_loss_term_has_its_curve(self, runs, whole):
+        found = Reader(whole.read_text(encoding="utf-8"))
+        alts = " ".join(image["alt"] or "" for image in found.images)
+        lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
+        terms = {k.partition("_")[2] for k in json.loads(lines[0]) if k.startswith("train_")}
+        assert {"loss", "kd", "accuracy"} <= terms
+        for term in terms:
+            assert f"{term} of kd over the epochs: training ends at" in alts
+
+    def test_what_is_missing_is_said_with_its_command(self, runs, kd, tmp_path):
+        found = written([kd], tmp_path / "page.html")
+        assert "kd-lrp explain" in found.text
+        assert "phantom draws the images" in found.text  # nothing on disk that could leak
+        text = (kd / "config.yaml").read_text()
+        (kd / "config.yaml").write_text(
+            text.replace("kd_lrp_plugin.torchdistill.phantom", "my.phantom")
+        )
+        found = written([kd], tmp_path / "page.html")
+        assert "No leak check was made" in found.text
+        assert "kd-lrp check-data" in found.text
+
+    def test_a_run_that_cannot_be_evaluated_is_shown_as_such(self, kd, tmp_path):
+        (kd / "evaluation.json").unlink()
+        text = (kd / "config.yaml").read_text()
+        (kd / "config.yaml").write_text(text.replace("name: test_resnet", "name: gone_net"))
+        found = written([kd], tmp_path / "page.html")
+        assert "could not be evaluated" in found.text
+        assert "gone_net" in found.text
+        summary = json.loads((kd / "summary.json").read_text())
+        assert f"{100 * summary['test_accuracy']:.1f} %" in found.text
+
+    def test_safe_runs_no_code_of_a_config(self, kd, tmp_path):
+        (kd / "evaluation.json").unlink()
+        text = (kd / "config.yaml").read_text()
+        made = f"made: !import_call {{key: pathlib.Path.touch, init: {{args: [{tmp_path}/ran]}}}}\n"
+        (kd / "config.yaml").write_text(text + made)
+        found = written([kd], tmp_path / "page.html", safe=True)
+        assert "calls known as harmless" in found.text
+        assert not (tmp_path / "ran").exists()
+
+    def test_leak_check_ranking_and_study_are_taken_in(self, study, whole):
+        found = Reader(whole.read_text(encoding="utf-8"))
+        assert "LEAK: 3 of 533" in found.text
+        assert "A second line." in found.text
+        assert "on record: small ." in found.text
+        assert "does it help?" in found.text
+        comparison = json.loads((study / "study.json").read_text())["comparisons"][0]
+        assert f"{comparison['p']:.4f}" in found.text
+        assert f"{comparison['low']:.4f} to {comparison['high']:.4f}" in found.text
+
+    def test_maps_are_shown_with_their_figures(self, kd, tmp_path):
+        Image.new("RGB", (900, 600), "navy").save(kd / "explanations.png")
+        figures = {"mass_inside": {"mean": 0.123, "n": 7, "chance": 0.05}}
+        figures |= {
+            name: {"mean": 0.5, "n": 7, "chance": 0.4} for name in ("insertion", "deletion")
+        }
+        row = {"model": "student", "method": "grad_cam", "layer": "layer2", "samples": 7}
+        row |= {"weights": "abc", "figures": figures}
+        (kd / "explanations.json").write_text(json.dumps({"rows": [row]}))
+        found = written([kd], tmp_path / "page.html")
+        assert "0.123" in found.text
+        assert "inside by chance" in found.text
+        assert sum("relevance maps" in image["alt"] for image in found.images) == 1
+        assert "No figures of maps were made" not in found.text
+
+    def test_a_study_alone_shows_a_run_of_each_configuration(self, study, tmp_path):
+        found = written([study], tmp_path / "page.html")
+        assert "KD, seed 0" in found.text
+        assert "Confusion matrices" in found.text
+        assert "0.8100" in found.text
+
+    def test_the_commands_make_again_what_is_shown(self, study, check, tmp_path, monkeypatch):
+        """Options that were not the defaults, seeds one by one, every run with figures of maps."""
+        monkeypatch.chdir(tmp_path)
+        written = json.loads((study / "study.json").read_text())
+        folder = tmp_path / "once"
+        shutil.copytree(study, folder)
+        rows = [{"method": "grad_cam", "layer": "layer2", "samples": 7, "figures": {}}]
+        for seed in (3, 4):
+            run = tmp_path / f"runs/{seed}"
+            run.mkdir(parents=True)
+            (run / "explanations.json").write_text(json.dumps({"rows": rows}))
+        runs = [{**written["runs"][0], "folder": str(tmp_path / f"runs/{n}")} for n in (3, 4)]
+        once = {**written, "seeds": [3], "root": "elsewhere", "runs": runs}
+        (folder / "study.json").write_text(json.dumps(once))
+        (tmp_path / "maps").mkdir()
+        Image.new("RGB", (30, 20)).save(tmp_path / "maps/maps.png")
+        (tmp_path / "maps/maps.json").write_text('{"command": "kd-lrp explain a b --out maps"}')
+        options = {"data_check": check, "maps": "maps"}
+        found = content.gather([folder], selection=None, show=NullProgress(), safe=False, **options)
+        steps = {step["name"]: step["commands"] for step in found["steps"]}
+        (line,) = steps["Study"]
+        assert "--seeds 3, --runs elsewhere --set a=1" in line
+        assert parse_seeds(line.partition("--seeds ")[2].split()[0]) == [3]
+        assert steps["Explain"] == [
+            "kd-lrp explain runs/3 runs/4 --method grad_cam --layer layer2 --samples 7",
+            "kd-lrp explain a b --out maps",
+        ]
+        assert steps["Look for leaks"][0].startswith(
+            "kd-lrp check-data /data/mri --group-by patient --manifest who.csv --test-share 0.3"
+        )
+
+    def test_of_a_large_grid_every_configuration_is_shown_before_its_second_place(self, tmp_path):
+        rows = [
+            {
+                "configuration": name,
+                "point": {"n": n},
+                "seed": 0,
+                "folder": str(tmp_path / name / str(n)),
+            }
+            for name in ("CE", "KD", "LRP")
+            for n in range(4)
+        ]
+        teacher = {
+            "configuration": "teacher",
+            "point": {},
+            "seed": 0,
+            "folder": str(tmp_path / "t"),
+        }
+        for row in (*rows, teacher):
+            Path(row["folder"]).mkdir(parents=True)
+            for file in content.RUN_FILES:
+                Path(row["folder"], file).touch()
+        prepared = [teacher]
+        study = {"name": "a", "prepared": prepared, "runs": rows}
+        other = {"name": "b", "prepared": [], "runs": rows[:1]}
+        found = [name for _, name in content._first_seeds([study, other])]
+        assert found[:5] == [
+            *("a: teacher, seed 0", "a: CE, n 0, seed 0", "a: KD, n 0, seed 0"),
+            *("a: LRP, n 0, seed 0", "a: CE, n 1, seed 0"),
+        ]
+        assert len(found) == 13
+
+    def test_runs_of_different_test_images_are_not_compared(self, runs, kd, tmp_path):
+        rows = (kd / "predictions.csv").read_text().splitlines()
+        (kd / "predictions.csv").write_text("\n".join(rows[:-1]) + "\n")
+        found = written([kd, runs[1]], tmp_path / "page.html")
+        assert "cannot be compared" in found.text
+
+    @pytest.mark.parametrize(
+        ("before", "after", "words"),
+        [
+            (200, 100, "2 times fewer (-50.0 %)"),
+            (100, 300, "3.00 times as many (+200.0 %)"),
+            (7, 7, "the same"),
+            (None, 7, None),
+        ],
+    )
+    def test_a_reduction_is_a_factor_and_a_share(self, before, after, words):
+        assert content.reduction(before, after) == words
+
+
+class TestTheFile:
+    def test_is_valid_and_accessible_and_loads_nothing(self, whole):
+        text = whole.read_text(encoding="utf-8")
+        found = Reader(text)
+        assert len(found.ids) == len(set(found.ids))
+        for name, target in found.links:
+            inside = target.startswith("data:") if name == "src" else target[1:] in found.ids
+            assert inside or target == "data:,", target
+        assert not re.search(r"https?://", text)
+        assert not re.search(r"url\(|@import", text)
+        assert found.tags.isdisjoint({"script", "iframe", "object", "form"})
+        assert '<html lang="en">' in text
+        assert found.headings[0] == 1
+        assert found.headings.count(1) == 1
+        assert all(b <= a + 1 for a, b in zip(found.headings, found.headings[1:], strict=False))
+        assert all(image.get("alt") for image in found.images)
+
+    def test_names_cannot_become_markup(self, kd, study, choice, tmp_path):
+        text = (kd / "config.yaml").read_text()
+        (kd / "config.yaml").write_text(f"{text}note: '{INJECTION}'\n")
+        about = json.loads((kd / "environment.json").read_text())
+        about["sessions"][0]["overrides"].append(f"a={INJECTION}")
+        (kd / "environment.json").write_text(json.dumps(about))
+        own = kd.rename(kd.parent / "<b>run&amp;")
+        found = written([own, study], tmp_path / "page.html", selection=choice)
+        assert INJECTION not in (tmp_path / "page.html").read_text()
+        assert found.tags.isdisjoint({"script"})
+        assert found.text.count(INJECTION) >= 4
+        assert "<b>run&amp;" in found.text
+
+    def test_large_pictures_are_made_smaller_until_the_page_fits(self, kd, tmp_path, monkeypatch):
+        noise = Image.effect_noise((900, 900), 90).convert("RGB")
+        noise.save(kd / "explanations.png")
+        size = page.write([kd], tmp_path / "page.html")
+        monkeypatch.setattr(page, "LIMIT", size - 100_000)
+        assert page.write([kd], tmp_path / "page.html") < size - 100_000
+        monkeypatch.setattr(page, "LIMIT", 10_000)
+        with pytest.raises(ValueError, match="a page below 10,000 bytes"):
+            page.write([kd], tmp_path / "other.html")
+        assert not (tmp_path / "other.html").exists()
+
+    def test_replaces_a_page_of_ours_and_nothing_else(self, runs, tmp_path):
+        out = tmp_path / "new/page.html"
+        page.write(runs[1:], out)
+        page.write(runs[1:], out)
+        assert [file.name for file in out.parent.iterdir()] == ["page.html"]
+        other = tmp_path / "mine.html"
+        other.write_text("<!DOCTYPE html><p>mine</p>")
+        with pytest.raises(FileExistsError, match=r"mine\.html, which is something else"):
+            page.write(runs, other)
+        assert other.read_text() == "<!DOCTYPE html><p>mine</p>"
+        with pytest.raises(FileExistsError, match="a new file or a page"):
+            page.write(runs, tmp_path)
+
+
+class TestRefusals:
+    def test_folders_that_are_neither_run_nor_study_are_named(self, runs, check, kd, tmp_path):
+        for folder, words in (
+            (tmp_path, "a finished run or a study"),
+            (tmp_path / "nowhere", "nothing at"),
+            (check, "--data-check"),
+        ):
+            with pytest.raises(FileNotFoundError, match=words):
+                page.write([*runs, folder], tmp_path / "page.html")
+        (kd / "summary.json").unlink()
+        with pytest.raises(FileNotFoundError, match="which is not finished"):
+            page.write([kd], tmp_path / "page.html")
+        assert not (tmp_path / "page.html").exists()
+
+    def test_wrong_options_are_named(self, kd, tmp_path):
+        for options, words in (
+            ({"data_check": kd}, "a leak check"),
+            ({"maps": tmp_path}, "maps of several runs"),
+            ({"selection": kd / "summary.json"}, "record of a choice"),
+        ):
+            with pytest.raises((FileNotFoundError, ValueError), match=words):
+                page.write([kd], tmp_path / "page.html", **options)
+
+    def test_a_damaged_file_is_named(self, kd, tmp_path):
+        (kd / "evaluation.json").write_text("{")
+        with pytest.raises(ValueError, match=r"evaluation\.json: expected JSON"):
+            page.write([kd], tmp_path / "page.html")
+
+    def test_the_command_says_where_the_page_is_and_names_errors(self, runs, tmp_path):
+        out = tmp_path / "page.html"
+        result = CliRunner().invoke(app, ["report", str(runs[1]), "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        assert "written" in result.output
+        assert f"kd-lrp report {runs[1]}" in Reader(out.read_text(encoding="utf-8")).text
+        result = CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(out)])
+        assert result.exit_code == 1
+        assert "a finished run or a study" in result.output
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+def test_a_browser_has_nothing_to_complain_of_on_a_phone(whole, tmp_path):
+    """Framed in 360 pixels, the page is as wide as its frame, and the console stays empty."""
+    shutil.copy(whole, tmp_path / "page.html")
+    frame = """<iframe src="page.html" style="width:360px;height:640px;border:0"></iframe><script>
+    onload = () => {
+      const inner = document.querySelector("iframe").contentDocument;
+      const images = [...inner.images].filter(image => !image.naturalWidth).length;
+      const { scrollWidth, clientWidth } = inner.documentElement;
+      document.title = `too wide by ${scrollWidth - clientWidth}, broken ${images}`;
+    }</script>"""
+    (tmp_path / "frame.html").write_text(frame)
+    command = [
+        *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
+        *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
+        *("--disable-sync", "--allow-file-access-from-files", "--enable-logging=stderr"),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
+    ]
+    address = (tmp_path / "frame.html").as_uri()
+    ran = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
+    assert "<title>too wide by 0, broken 0</title>" in ran.stdout
+    assert "CONSOLE" not in ran.stderr

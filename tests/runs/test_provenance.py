@@ -1,0 +1,126 @@
+"""Which files a run was made with: told apart by content, known again wherever they lie."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.runs.provenance import list_files
+
+CONFIG = """
+datasets:
+  a: !import_call
+    key: kd_lrp_plugin.torchdistill.folder_images
+    init: {kwargs: {root: ROOT, split: Training}}
+models:
+  model: {key: timm_model, src_ckpt: ROOT/teacher.pt, kwargs: {weights: $DATA/w.pt}}
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    return filled(tmp_path / "data")
+
+
+def filled(root: Path) -> Path:
+    for name in "ab":
+        (root / "Training" / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(root / "Training" / name / "1.png")
+    (root / "teacher.pt").write_bytes(b"teacher")
+    (root / "w.pt").write_bytes(b"weights")
+    return root
+
+
+def found(root: Path) -> dict:
+    return list_files(CONFIG.replace("ROOT/", f"{root}/").replace("ROOT,", f"{root},"))
+
+
+class TestFiles:
+    def test_they_are_known_again_elsewhere(self, root, tmp_path, monkeypatch):
+        before = found(root)
+        assert None not in before.values()
+        monkeypatch.setenv("DATA", str(tmp_path / "moved"))
+        assert found(filled(tmp_path / "moved")) == before
+
+    @pytest.mark.parametrize(
+        ("change", "place"),
+        [
+            (lambda root: (root / "teacher.pt").write_bytes(b"another"), "models.model.src_ckpt"),
+            (lambda root: (root / "w.pt").write_bytes(b"weight?"), "models.model.weights"),
+            (lambda root: (root / "Training/a/2.png").write_bytes(b"image"), "datasets.a"),
+            (lambda root: (root / "manifest.csv").write_text("file,group\n"), "datasets.a"),
+        ],
+    )
+    def test_another_content_is_another_file(self, root, change, place):
+        before = found(root)
+        change(root)
+        after = found(root)
+        assert {key for key in before if before[key] != after[key]} == {place}
+
+    def test_other_files_in_the_folder_do_not_count(self, root):
+        before = found(root)
+        (root / "Training/a/notes.txt").write_text("x")
+        assert found(root) == before
+
+    def test_what_is_not_there_is_not_known(self, tmp_path):
+        assert found(tmp_path / "nowhere") == {
+            **{"datasets.a": None, "models.model.src_ckpt": None, "models.model.weights": None}
+        }
+
+    @pytest.mark.parametrize(
+        "text", ["a", "datasets: 3\nmodels: [1]", "models: {a: 1, b: {kwargs: 2}}"]
+    )
+    def test_a_config_need_not_be_right(self, text):
+        assert set(list_files(text).values()) <= {"none"}
+
+
+class TestFolder:
+    """A run that has begun at one place of its teacher goes on at another, with that teacher."""
+
+    CONFIG = "models:\n  teacher_model:\n    src_ckpt: %s\n"
+
+    @pytest.fixture
+    def run(self, tmp_path) -> RunFolder:
+        run = RunFolder(tmp_path / "run")
+        with run.claimed(self.CONFIG % "runs/t.pt", self.about("one")):
+            (run / "last.pt").touch()
+        return run
+
+    def about(self, teacher: str | None) -> dict:
+        return {"seed": 0, "files": {"models.teacher_model.src_ckpt": teacher}}
+
+    def test_the_same_file_elsewhere(self, run):
+        with run.claimed(self.CONFIG % "/moved/runs/t.pt", self.about("one")):
+            assert "/moved/runs/t.pt" in (run / "config.yaml").read_text()
+
+    @pytest.mark.parametrize("key", ["root", "weights", "manifest"])
+    def test_another_path_of_what_may_not_be_known_by_content(self, run, key):
+        config = self.CONFIG % "runs/t.pt"
+        (run / "config.yaml").write_text(f"{config}{key}: one\n")
+        with (
+            pytest.raises(FileExistsError, match=f"was '{key}: one'; now '{key}: two'"),
+            run.claimed(f"{config}{key}: two\n", self.about("one")),
+        ):
+            pass
+
+    @pytest.mark.parametrize("now", ["two", "none"])
+    def test_another_file_at_the_same_place(self, run, now):
+        words = f"src_ckpt 'one', now '{now}'"
+        with (
+            pytest.raises(FileExistsError, match=words),
+            run.claimed(self.CONFIG % "runs/t.pt", self.about(now)),
+        ):
+            pass
+
+    def test_what_was_not_noted_counts_as_the_same_at_the_same_place_only(self, run):
+        (run / "environment.json").write_text(json.dumps({"seed": 0, "sessions": []}))
+        with run.claimed(self.CONFIG % "runs/t.pt", self.about("two")):
+            pass
+        with (
+            pytest.raises(FileExistsError, match=r"was 'src_ckpt: runs/t\.pt'; now"),
+            run.claimed(self.CONFIG % "/moved/runs/t.pt", self.about("two")),
+        ):
+            pass

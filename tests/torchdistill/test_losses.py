@@ -1,0 +1,257 @@
+"""The rim, inside torchdistill's own boxes and stock losses."""
+
+import copy
+
+import pytest
+import torch
+from recorded_batch import LAYERS, batch, io, method_for, models
+from torch import nn
+from torch.utils.data import RandomSampler, SequentialSampler
+from torchdistill.core.distillation import get_distillation_box
+from torchdistill.datasets.registry import DATASET_DICT
+from torchdistill.losses.registry import HIGH_LEVEL_LOSS_DICT, MIDDLE_LEVEL_LOSS_DICT
+from torchdistill.models.registry import MODEL_DICT
+
+from kd_lrp_plugin import losses, record
+from kd_lrp_plugin import torchdistill as rim
+from kd_lrp_plugin.data.phantom.dataset import Phantom
+
+SEMANTIC = ("LRPSemanticCosineLoss", "LRPSemanticL2Loss", "GradCAML2Loss", "GradCAMCosineLoss")
+
+
+def test_every_key_is_registered():
+    assert set(rim.COMPARISONS) <= set(MIDDLE_LEVEL_LOSS_DICT)
+    assert "DisWOTPlusLoss" in HIGH_LEVEL_LOSS_DICT
+    assert "timm_model" in MODEL_DICT
+    assert {"phantom", "folder_images"} <= set(DATASET_DICT)
+
+
+@pytest.mark.parametrize("key", sorted(rim.COMPARISONS))
+def test_a_mid_level_loss_is_the_mean_of_its_distance_over_the_layers(key):
+    teacher, student = models()
+    images, targets = batch()
+    procedure = rim.recorder(LAYERS, method_for(key))
+    value = MIDDLE_LEVEL_LOSS_DICT[key]()(
+        io(student, procedure, images), io(teacher, procedure, images), targets
+    )
+    comparison = rim.COMPARISONS[key]
+    recorded = []
+    for model in (student, teacher.eval()):
+        with record(model, LAYERS, method_for(key)) as recording:
+            logits = model(images)
+        if comparison.methods is None:
+            recorded.append(recording.activations)
+        else:
+            recorded.append(recording.maps(logits, targets, signed=comparison.signed))
+    expected = sum(comparison.distance(s, t) for s, t in zip(*recorded, strict=True)) / 2
+    torch.testing.assert_close(value.detach(), expected.detach(), rtol=1e-4, atol=1e-5)
+    value.backward()
+    assert student.conv1[0].weight.grad.norm() > 0
+
+
+def test_maps_of_another_size_are_resized_to_the_students():
+    teacher, student = models()
+    images, targets = batch()
+    of_teacher = io(teacher, rim.recorder(["layer1"], "lrp_zplus"), images)
+    of_student = io(student, rim.recorder(["layer3"], "lrp_zplus"), images)
+    assert 0 <= rim.RecordedLoss("LRPSemanticCosineLoss")(of_student, of_teacher, targets) <= 2
+
+
+def test_target_teacher_explains_its_first_choice():
+    teacher, student = models()
+    images, _ = batch()
+    procedure = rim.recorder(LAYERS, "lrp_zplus")
+    of_student, of_teacher = io(student, procedure, images), io(teacher, procedure, images)
+    choice = of_teacher["."]["output"].argmax(1)
+    loss = rim.RecordedLoss("LRPSemanticCosineLoss", target="teacher")
+    by_label = rim.RecordedLoss("LRPSemanticCosineLoss")
+    wrong = (choice + 1) % 4
+    torch.testing.assert_close(
+        loss(of_student, of_teacher, wrong), by_label(of_student, of_teacher, choice)
+    )
+
+
+def test_a_frozen_teacher_does_not_drift_under_stock_losses():
+    teacher, student = models()
+    data = Phantom("train", size=16, image_size=48)
+
+    key = rim.recorder(LAYERS)
+    loader = {"dataset_id": "phantom", "sampler": {"class_or_func": RandomSampler}}
+    path = {"student_module_path": ".", "student_module_io": "output"}
+    path |= {"teacher_module_path": ".", "teacher_module_io": "output"}
+    config = {
+        "num_epochs": 1,
+        "train_data_loader": loader | {"kwargs": {"batch_size": 8}},
+        "val_data_loader": {
+            "dataset_id": "phantom",
+            "sampler": {"class_or_func": SequentialSampler},
+            "kwargs": {"batch_size": 8},
+        },
+        "teacher": {"forward_proc": key, "requires_grad": False},
+        "student": {"forward_proc": key},
+        "optimizer": {"key": "Adam", "kwargs": {"lr": 0.001}},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    "kd": {
+                        "criterion": {
+                            "key": "KDLoss",
+                            "kwargs": path | {"temperature": 4.0, "alpha": 0.5},
+                        },
+                        "weight": 1.0,
+                    },
+                    "semantic": {
+                        "criterion": {"key": "LRPSemanticCosineLoss", "kwargs": {}},
+                        "weight": 1.0,
+                    },
+                }
+            },
+        },
+    }
+    teacher.train()
+    before = copy.deepcopy(teacher.state_dict())
+    weights = student.conv1[0].weight.detach().clone()
+    box = get_distillation_box(
+        teacher, student, {"phantom": data}, config, torch.device("cpu"), None, False, 1
+    )
+    box.pre_epoch_process(epoch=0)
+    for images, targets, supplement in box.train_data_loader:
+        box.post_forward_process(loss=box.forward_process(images, targets, supplement))
+    after = teacher.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not torch.equal(student.conv1[0].weight, weights)
+    assert not any(module._forward_hooks for module in student.modules())
+
+
+class TestDisWOTPlus:
+    def io(self, method: str = "lrp_zplus") -> tuple[dict, torch.Tensor]:
+        teacher, student = models()
+        images, targets = batch()
+        key = rim.recorder(LAYERS, method)
+        return {"student": io(student, key, images), "teacher": io(teacher, key, images)}, targets
+
+    def test_is_the_weighted_sum_of_its_terms(self):
+        io_dict, targets = self.io()
+        loss = rim.DisWOTPlusLoss(0.3, 0.3, 0.25, 0.15, temperature=3.0)
+        total = loss(io_dict, {}, targets)
+        student, teacher = (io_dict[role]["."]["output"] for role in ("student", "teacher"))
+        semantic = rim.RecordedLoss("LRPSemanticCosineLoss")
+        relation = rim.RecordedLoss("RelationCosineLoss")
+        parts = io_dict["student"], io_dict["teacher"], targets
+        expected = (
+            0.3 * nn.functional.cross_entropy(student, targets)
+            + 0.3 * losses.kl_divergence(student, teacher, 3.0)
+            + 0.25 * semantic(*parts)
+            + 0.15 * relation(*parts)
+        )
+        torch.testing.assert_close(total, expected)
+        assert set(loss.terms) == {"ce", "kl", "semantic", "relation"}
+        assert not any(value.requires_grad for value in loss.terms.values())
+
+    def test_keeps_its_terms_in_validation_too(self):
+        io_dict, targets = self.io()
+        loss = rim.DisWOTPlusLoss()
+        trained = loss(io_dict, {}, targets).detach()
+        with torch.no_grad():
+            validated = loss(io_dict, {}, targets)
+        torch.testing.assert_close(validated, trained)
+        assert len(loss.terms) == 4
+
+    def test_leaves_out_a_term_of_weight_zero(self):
+        io_dict, targets = self.io()
+        loss = rim.DisWOTPlusLoss(0.5, 0.5, 0.0, 0.0)
+        loss(io_dict, {}, targets)
+        assert set(loss.terms) == {"ce", "kl"}
+
+    @pytest.mark.parametrize("weights", [(0.4, 0.4, 0.1, 0.2), (1.2, -0.2, 0.0, 0.0)])
+    def test_refuses_weights_that_are_not_shares_of_one(self, weights):
+        with pytest.raises(ValueError, match="sum 1"):
+            rim.DisWOTPlusLoss(*weights)
+
+    def test_names_the_term_that_is_not_finite(self):
+        io_dict, targets = self.io()
+        io_dict["teacher"]["."]["output"].data[0, 0] = torch.nan
+        with pytest.raises(FloatingPointError, match=r"\['kl'\] not finite"):
+            rim.DisWOTPlusLoss()(io_dict, {}, targets)
+
+    def test_names_labels_outside_the_head(self):
+        io_dict, _ = self.io()
+        with pytest.raises(ValueError, match=r"labels in \[0, 4\)"):
+            rim.DisWOTPlusLoss()(io_dict, {}, torch.tensor([0, 1, 2, 4]))
+
+    def test_names_an_unknown_loss(self):
+        with pytest.raises(ValueError, match="Did you mean 'GradCAML2Loss'"):
+            rim.DisWOTPlusLoss(semantic={"key": "GradCamL2Loss"})
+
+    def test_asks_for_a_teacher(self):
+        io_dict, targets = self.io()
+        with pytest.raises(ValueError, match="teacher_model"):
+            rim.DisWOTPlusLoss()({"student": io_dict["student"], "teacher": {}}, {}, targets)
+
+
+class TestErrors:
+    def test_logits_without_a_recording_name_the_key_to_set(self):
+        teacher, student = models()
+        images, targets = batch()
+        of_student = io(student, rim.recorder(LAYERS), images)
+        with pytest.raises(ValueError, match=r"train\.teacher\.forward_proc"):
+            rim.RecordedLoss("LRPSemanticCosineLoss")(
+                of_student, {".": {"output": teacher(images)}}, targets
+            )
+
+    @pytest.mark.parametrize("key", SEMANTIC)
+    def test_the_wrong_method_is_named(self, key):
+        teacher, student = models()
+        images, targets = batch()
+        other = "lrp_zplus" if key.startswith("GradCAM") else "grad_cam"
+        procedure = rim.recorder(LAYERS, other)
+        parts = io(student, procedure, images), io(teacher, procedure, images), targets
+        with pytest.raises(ValueError, match=f"{key}.*{other}"):
+            rim.RecordedLoss(key)(*parts)
+
+    def test_a_different_number_of_layers_is_named(self):
+        teacher, student = models()
+        images, targets = batch()
+        parts = (
+            io(student, rim.recorder(LAYERS), images),
+            io(teacher, rim.recorder(["layer2"]), images),
+        )
+        with pytest.raises(ValueError, match="same number of layers"):
+            rim.RecordedLoss("RelationCosineLoss")(*parts, targets)
+
+    @pytest.mark.parametrize(
+        ("call", "near"),
+        [
+            (lambda: rim.recorder(layer=["x"]), "layers"),
+            (lambda: rim.recorder(["x"], "lrp_zplos"), "lrp_zplus"),
+            (lambda: MIDDLE_LEVEL_LOSS_DICT["GradCAML2Loss"](taget="label"), "target"),
+            (lambda: HIGH_LEVEL_LOSS_DICT["DisWOTPlusLoss"](aplha=1.0), "alpha"),
+            (lambda: MODEL_DICT["timm_model"](nam="resnet18", num_classes=2), "name"),
+            (lambda: DATASET_DICT["phantom"](imagesize=32), "image_size"),
+            (lambda: DATASET_DICT["folder_images"](rot="x"), "root"),
+        ],
+    )
+    def test_a_misspelled_word_is_answered_with_the_near_one(self, call, near):
+        with pytest.raises(ValueError, match=f"Did you mean .*{near}"):
+            call()
+
+
+def test_zero_maps_are_counted():
+    teacher, student = models()
+    images, targets = batch()
+    with torch.no_grad():
+        student.fc.weight.zero_()
+    procedure = rim.recorder(LAYERS)
+    of_student, of_teacher = io(student, procedure, images), io(teacher, procedure, images)
+    loss = rim.RecordedLoss("LRPSemanticCosineLoss")
+    value = loss(of_student, of_teacher, targets)
+    with record(teacher.eval(), LAYERS) as recording:
+        logits = teacher(images)
+    maps = recording.maps(logits, targets)
+    of_the_teacher = sum(int(losses.zero_maps(m).sum()) for m in maps)
+    assert float(loss.zero_maps) == 8 + of_the_teacher  # two layers of four images
+    assert float(value) == pytest.approx(1.0)
+    loss.reset()
+    assert loss.zero_maps == 0
