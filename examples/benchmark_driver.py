@@ -31,7 +31,6 @@ from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.training.trainer import Trainer
 from kd_lrp_plugin.utils.distributed import DistributedContext
-from kd_lrp_plugin.utils.progress import NullProgress
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
 METHODS = ("kd", "lrp_cosine")
@@ -63,7 +62,7 @@ def main() -> None:
 
 
 def measure(experiment: Experiment, folder: str, rounds: int) -> dict[str, float]:
-    run = Trainer(experiment, RunFolder(folder), 0, NullProgress())
+    run = Trainer(experiment, RunFolder(folder), 0)
     loops = {"bare": lambda: bare(experiment), "driver": lambda: run._train_batches(1)}
     times: dict[str, list[float]] = {name: [] for name in loops}
     for turn in track(range(rounds + 1), "rounds", console=Console(stderr=True), transient=True):

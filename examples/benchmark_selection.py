@@ -63,7 +63,8 @@ def main() -> None:
     rows = []
     for score in ("diswot", "diswot_reference"):
         memory, started = Memory(), time.perf_counter()
-        score_candidates(candidates, teacher, [batch], [score], jobs=args.jobs, show=memory)
+        with memory:
+            score_candidates(candidates, teacher, [batch], [score], jobs=args.jobs)
         seconds = time.perf_counter() - started
         rows.append(row(score, seconds, len(candidates), memory.seen))
     step = max(1, len(candidates) // args.afresh)

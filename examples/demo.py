@@ -54,12 +54,12 @@ def main() -> None:
         folders[name] = args.out / "runs" / name.replace(" + ", "_").lower()
         print(f"\n{name}: {config}")
         extra = [] if name == "teacher" else [of_teacher]
-        with console.RichProgress() as show:
-            distill(CONFIGS / config, changes + extra, folders[name], args.seed, show=show)
+        with console.RichProgress():
+            distill(CONFIGS / config, changes + extra, folders[name], args.seed)
         if name == "teacher":
             choice = rank([*changes, of_teacher], args.out / "selection.json", args.short)
 
-    with console.RichProgress() as show:
+    with console.RichProgress():
         evaluations = {name: evaluate.evaluate(folder) for name, folder in folders.items()}
         explained = explain(
             list(folders.values()),
@@ -68,10 +68,9 @@ def main() -> None:
             n=4,
             samples=8 if args.short else None,
             out=args.out,
-            show=show,
         )
         page_file = args.out / "report.html"
-        page.write(list(folders.values()), page_file, selection=choice, maps=args.out, show=show)
+        page.write(list(folders.values()), page_file, selection=choice, maps=args.out)
 
     figures = {row["run"]: row["figures"] for row in explained if row["model"] == "student"}
     rows = []
@@ -108,8 +107,8 @@ def rank(changes: list[str], record: Path, short: bool) -> Path:
     models = construct(config.only("dependencies", "datasets", "models"))["models"]
     question = spec.spec_from_kwargs(**models["student_model"]["kwargs"])
     if not record.exists():
-        with console.RichProgress() as show:
-            select.save_choice(question, select.select(question, make_builder, show=show))
+        with console.RichProgress():
+            select.save_choice(question, select.select(question, make_builder))
     first = select.load_choice(question)["kwargs"]["name"]
     print(f"\nof the untrained students, DisWOT puts {first} first")
     return record

@@ -91,9 +91,9 @@ def train(
         changes = [*args.overrides, f"models.student_model={model}", *overrides]
         print(f"{student}, seed {seed}", flush=True)
         try:
-            with RichProgress() as show:
+            with RichProgress():
                 out = folder / "runs" / str(student) / str(seed)
-                summary = distill(args.config, changes, out, seed, show=show)
+                summary = distill(args.config, changes, out, seed)
         except BlockingIOError:
             missing += 1
             continue

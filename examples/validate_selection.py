@@ -179,10 +179,10 @@ def score_networks(args: argparse.Namespace, all_kinds: bool = True) -> Judge:
         for name, teacher in teachers.items():
             record = args.out / f"scores-{images}-{name}.jsonl"
             print(f"{len(candidates)} networks, {images}, {name} teacher", flush=True)
-            with RichProgress() as show:
+            with RichProgress():
                 found = score_candidates(
                     *(candidates, teacher, [batch], args.scores),
-                    *(range(args.seeds), record, args.jobs, show),
+                    *(range(args.seeds), record, args.jobs),
                 )
             for score in args.scores:
                 values = [row["scores"][score][0] for row in found]  # there is one batch
@@ -297,8 +297,8 @@ def train_teacher(
     optimizer = torch.optim.Adam(model.parameters())
     steps = epochs * len(parts["fit"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, steps)
-    with RichProgress() as show:
-        for _ in show.track(range(epochs), "teacher", epochs):
+    with RichProgress() as progress:
+        for _ in progress.track(range(epochs), "teacher", epochs):
             for images, targets in parts["fit"]:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model.train()(images), targets).backward()

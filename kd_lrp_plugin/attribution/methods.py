@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.recording import relevance_maps
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.registry import Registry
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -49,7 +49,6 @@ def attribute(
     targets: Int[Tensor, " n"],
     method: str,
     layer: str = INPUT,
-    show: NullProgress | None = None,
 ) -> Float[Tensor, "n h2 w2"]:
     """Maps of why the model sees ``targets`` in ``images``, by any method.
 
@@ -59,7 +58,6 @@ def attribute(
         targets: one class index per image.
         method: a name of :data:`ATTRIBUTIONS`.
         layer: name of a module with output (n, c, h, w).
-        show: told how far it is.
 
     Returns:
         Maps on the CPU, of the layer's size or, for methods without one, the images'.
@@ -85,7 +83,7 @@ def attribute(
         raise ValueError(message("attribute", "images (n, c, h, w) and targets (n,)", got, fix))
     batch = BATCH // 8 if ATTRIBUTIONS[method].slow else BATCH  # so that progress shows
     parts = list(zip(images.split(batch), targets.split(batch), strict=True))
-    tracked = (show or NullProgress()).track(parts, method, len(parts))
+    tracked = current_progress().track(parts, method, len(parts))
     maps = ATTRIBUTIONS[method].maps
     return torch.cat([maps(model, x, target, layer).detach().cpu() for x, target in tracked])
 

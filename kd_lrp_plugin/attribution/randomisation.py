@@ -14,7 +14,6 @@ from kd_lrp_plugin.attribution.localisation import rank_correlation
 from kd_lrp_plugin.attribution.methods import BATCH, INPUT, attribute
 from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.recording import relevance_maps
-from kd_lrp_plugin.utils.progress import NullProgress
 from kd_lrp_plugin.utils.validation import check_same_shape
 
 
@@ -25,7 +24,6 @@ def randomisation(
     method: str,
     layer: str = INPUT,
     points: int = 4,
-    show: NullProgress | None = None,
 ) -> dict[str, Float[Tensor, " n"]]:
     """How like its maps are to those of the model once its layers have forgotten what they learnt.
 
@@ -41,7 +39,6 @@ def randomisation(
         method: a name of :data:`ATTRIBUTIONS`.
         layer: as for :func:`attribute`.
         points: how often to compare, from the classifier alone to all layers.
-        show: told how far it is.
 
     Returns:
         From the name of the lowest layer that is new to Spearman's correlation of each pair of
@@ -68,7 +65,7 @@ def randomisation(
             maps_of = (relevance_maps(changed, x, sign, [layer], method) for x, sign in parts)
             again = torch.cat([found[0].detach().cpu() for found in maps_of])
         else:
-            again = attribute(changed, images, predicted, method, layer, show)
+            again = attribute(changed, images, predicted, method, layer)
         check_same_shape("randomisation", "Give this method's maps.", maps=maps, again=again)
         found[name] = rank_correlation(again, maps)
     return found

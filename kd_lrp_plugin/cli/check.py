@@ -33,12 +33,12 @@ def check(
 
         kd-lrp check my.yaml --set batch_size=64
     """
-    with RichProgress() as show, errors_in_words():
+    with RichProgress(), errors_in_words():
         read = resolve_config(config, overrides or [])
         problems, remarks = unsafe_tags(read) if safe else [], []
         if not problems:
             with init_distributed(device) as here, select.preview():
-                findings = dry_run.check(read, here, show)
+                findings = dry_run.check(read, here)
             problems, remarks = findings.problems, findings.remarks
     for remark in remarks:
         console.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)

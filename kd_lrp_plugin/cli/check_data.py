@@ -40,8 +40,8 @@ def check_data(
     from kd_lrp_plugin.data.leakage import check
 
     last = "What was read is kept; the same command goes on from there."
-    with RichProgress() as show, errors_in_words(last):
-        found = check.check_data(root, out, test_share, group_by, manifest, show)
+    with RichProgress(), errors_in_words(last):
+        found = check.check_data(root, out, test_share, group_by, manifest)
     for name in ("splits", "clean"):
         print(f"\n{'given' if name == 'splits' else 'clean split'}\n")
         rows = [

@@ -41,8 +41,8 @@ def distill(
     """
     folder = out or trainer.default_run_folder(config, seed)
     last = f"Finished epochs are kept in {folder}; the same command goes on after the last of them."
-    with RichProgress() as show, errors_in_words(last):
-        summary = trainer.distill(config, overrides or [], folder, seed, device, show, safe)
+    with RichProgress(), errors_in_words(last):
+        summary = trainer.distill(config, overrides or [], folder, seed, device, safe)
     console.print(
         f"test accuracy {summary['test_accuracy']:.4f} with the weights of epoch "
         f"{summary['best_epoch']} (validation {summary['val_accuracy']:.4f}); written to {folder}",

@@ -28,10 +28,10 @@ def evaluate(
     from kd_lrp_plugin.evaluation.evaluate import evaluate
 
     rows, details = [], []
-    with RichProgress() as show, errors_in_words():
+    with RichProgress() as progress, errors_in_words():
         for run in runs:
             RunFolder(run).summary()  # all are finished, or none is evaluated
-        for run in show.track(runs, "evaluating", len(runs)):
+        for run in progress.track(runs, "evaluating", len(runs)):
             found = evaluate(run, resamples, safe)
             roles = [role for role in ("student", "teacher") if role in found]
             rows += [_row(str(run), role, found[role]) for role in roles]

@@ -39,6 +39,6 @@ def report(
     """
     from kd_lrp_plugin.report import page
 
-    with RichProgress() as show, errors_in_words():
-        size = page.write(folders, out, data_check, selection, maps, show, safe)
+    with RichProgress(), errors_in_words():
+        size = page.write(folders, out, data_check, selection, maps, safe)
     console.print(f"written: {out} ({size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)

@@ -39,14 +39,14 @@ def select(
 
         kd-lrp select torchdistill_configs/phantom/diswot/chosen_from_resnet10t.yaml --jobs 2
     """
-    with RichProgress() as show, errors_in_words():
+    with RichProgress(), errors_in_words():
         question = _question_of(resolve_config(config, overrides or []))
         file = question.file
         if budget is not None:
             question, file = replace(question, budget=budget), file.with_suffix(".look.json")
         elif file.exists():
             selecting.load_choice(question)  # that of another question is refused
-        records = selecting.select(question, make_builder, jobs, show, latency=True)
+        records = selecting.select(question, make_builder, jobs, latency=True)
         if budget is not None or not file.exists():
             selecting.save_choice(question, records, file)
         text = "\n".join([tables.table(_in_units(records)), *_failures(records)])

@@ -70,9 +70,9 @@ def study(
             print(tables.table(status.list_status(planned)))
             return
         folder = out or runner.default_output_folder(file)
-        with RichProgress() as show:
+        with RichProgress():
             found = runner.run_study(
-                *(file, overrides or [], chosen, folder, runs, jobs, device, show, safe, only or [])
+                *(file, overrides or [], chosen, folder, runs, jobs, device, safe, only or [])
             )
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"written: {folder}/study.json, study.csv, table.md, study.png")

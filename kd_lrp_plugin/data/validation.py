@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -24,13 +24,12 @@ def check_same_classes(**datasets: Any) -> None:
         raise ValueError(message("datasets", "sets with the same classes", classes, fix))
 
 
-def unreadable_images(dataset: Any, show: NullProgress | None = None) -> dict[str, str]:
+def unreadable_images(dataset: Any) -> dict[str, str]:
     """The files of a data set that cannot be read to the end, and why.
 
     Args:
         dataset: with ``samples`` (file, label), as torchvision's folders have; of others nothing
             is known, and nothing returned.
-        show: told how far the reading is.
 
     Example:
         >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
@@ -41,7 +40,7 @@ def unreadable_images(dataset: Any, show: NullProgress | None = None) -> dict[st
     stamps = [os.stat(f).st_mtime_ns if os.path.exists(f) else 0 for f in files]
     with ThreadPoolExecutor() as pool:
         reasons = pool.map(_why_unreadable, files, stamps)
-        tracked = (show or NullProgress()).track(reasons, "reading images", len(files))
+        tracked = current_progress().track(reasons, "reading images", len(files))
         return {file: why for file, why in zip(files, tracked, strict=True) if why}
 
 

@@ -43,7 +43,7 @@ from kd_lrp_plugin.evaluation.explain_inputs import (
 )
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 
 MOST = 1000  # images for the figures of quick methods, without --samples
@@ -65,7 +65,6 @@ def explain(
     out: str | Path | None = None,
     device: torch.device | str = "cpu",
     safe: bool = False,
-    show: NullProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Explain the models of finished runs, in pictures and in numbers.
 
@@ -91,7 +90,6 @@ def explain(
             ``maps.json``, the command that makes them.
         device: to compute on.
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
-        show: told how far it is.
 
     Returns:
         The rows of all runs, each with "run".
@@ -102,17 +100,16 @@ def explain(
             or images that are not those of the run's predictions, or a preprocessing of its own
             with ``images``.
     """
-    show = show or NullProgress()
     _check(folders, methods, roles, n, samples)
     runs = [
-        open_run(folder, name, methods, layers, roles, device, safe, show)
+        open_run(folder, name, methods, layers, roles, device, safe)
         for folder, name in list_runs([Path(folder) for folder in folders])
     ]
     if len({run.test_print for run in runs}) > 1:
         counts = {run.name: len(run.labels) for run in runs}
         fix = "Compare runs of one data set; explain the others by themselves."
         raise ValueError(message("explain", "runs with the same test images", counts, fix))
-    work = Explainer(show)
+    work = Explainer()
     shown = read_images(runs, images) if images else choose_images(runs[0], n)
     found = [] if images else [row for run in runs for row in work.rows(run, samples)]
     for run in runs:
@@ -156,8 +153,7 @@ def _check(
 class Explainer:
     """Maps and rows, each made once for all runs of a command: they may share a teacher."""
 
-    def __init__(self, show: NullProgress) -> None:
-        self._show = show
+    def __init__(self) -> None:
         self._maps: dict[tuple, Tensor] = {}
         self._made: dict[tuple, dict[str, Any]] = {}
         self._by_chance: dict[tuple, Tensor] = {}
@@ -176,7 +172,7 @@ class Explainer:
         ]
         sample: Sample | None = None
         found = []
-        for role, method, place in self._show.track(jobs, "explaining", len(jobs)):
+        for role, method, place in current_progress().track(jobs, "explaining", len(jobs)):
             layer = _layer(run, role, method, place)
             key = {"model": role, "method": method, "layer": layer, "samples": samples}
             row = next((r for r in content["rows"] if key.items() <= r.items()), None)
@@ -222,7 +218,7 @@ class Explainer:
         curve = []
         if len(part.labels) > 1:  # the statistics of a batch norm need two
             arguments = (part.images, maps[: len(part.labels)], method, layer)
-            again = randomisation(model, *arguments, points=2 if slow else 4, show=self._show)
+            again = randomisation(model, *arguments, points=2 if slow else 4)
             curve = [{"down_to": name} | summary(values) for name, values in again.items()]
             figures["randomised"] = summary(list(again.values())[-1])
         made = {
@@ -269,9 +265,7 @@ class Explainer:
         seen = hash_contents(images.cpu().numpy().tobytes(), targets.tolist())
         key = (run.prints[role], method, layer, seen)
         if key not in self._maps:
-            self._maps[key] = attribute(
-                run.models[role], images, targets, method, layer, self._show
-            )
+            self._maps[key] = attribute(run.models[role], images, targets, method, layer)
         return self._maps[key]
 
     # --- pictures -----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import load_models, load_test_set
 from kd_lrp_plugin.runs.predictions import read_predictions
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 SIDE = 256  # of pictures, in pixels at most
@@ -100,7 +100,6 @@ def open_run(
     roles: Sequence[str],
     device: torch.device | str,
     safe: bool,
-    show: NullProgress,
 ) -> LoadedRun:
     """A finished run with its models, checked against its predictions.
 
@@ -112,7 +111,6 @@ def open_run(
         roles: of the models to open.
         device: for the models.
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
-        show: told which methods are left out.
 
     Raises:
         FileNotFoundError: if there is no finished run, or no file of a teacher's weights.
@@ -154,7 +152,7 @@ def open_run(
         weights = [tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()]
         opened.prints[role] = hash_contents(summary["image_shape"], *weights)
         opened.layers[role] = _layers(model, layers)
-        opened.methods[role] = _able(opened, role, methods, tried, show)
+        opened.methods[role] = _able(opened, role, methods, tried)
     return opened
 
 
@@ -177,9 +175,7 @@ def _layers(model: nn.Module, asked: Sequence[str]) -> list[str]:
         return recording.layers if asked else recording.layers[-1:]
 
 
-def _able(
-    run: LoadedRun, role: str, methods: Sequence[str], tried: Sample, show: NullProgress
-) -> list[str]:
+def _able(run: LoadedRun, role: str, methods: Sequence[str], tried: Sample) -> list[str]:
     """The methods asked for, each of which must work; of all methods, those that do."""
     refused: dict[str, ValueError] = {}
     for method in methods or ATTRIBUTIONS:
@@ -192,7 +188,7 @@ def _able(
     if refused and (methods or not able):
         raise next(iter(refused.values()))
     for method, why in refused.items():
-        show.note(f"{role} of {run.folder.path}, without {method}: {why}")
+        current_progress().note(f"{role} of {run.folder.path}, without {method}: {why}")
     return able
 
 

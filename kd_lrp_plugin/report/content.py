@@ -25,7 +25,7 @@ from kd_lrp_plugin.report.sections import (
     short,
 )
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 RUN_FILES = ("config.yaml", "environment.json", "summary.json", "predictions.csv")
@@ -38,7 +38,6 @@ def gather(
     data_check: str | Path | None,
     selection: str | Path | None,
     maps: str | Path | None,
-    show: NullProgress,
     safe: bool,
 ) -> dict[str, Any]:
     """Everything that a page shows, from plain files; see :func:`page.write`."""
@@ -47,8 +46,8 @@ def gather(
     studies = [read_study(*named) for named in _named(of_studies)]
     first = [] if of_runs else _first_seeds(studies)
     named = _named(of_runs) + first[:DETAILED]
-    tracked = show.track(named, "reading", len(named))
-    runs = [_run(path, name, show, safe) for path, name in tracked]
+    tracked = current_progress().track(named, "reading", len(named))
+    runs = [_run(path, name, safe) for path, name in tracked]
     sheets = list_map_sheets(runs, maps)
     models, data = _models(runs), _data(runs)
     shapes = dict.fromkeys(tuple(run["summary"]["image_shape"][1:]) for run in runs)
@@ -146,7 +145,7 @@ def _first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def _run(path: Path, name: str, show: NullProgress, safe: bool) -> dict[str, Any]:
+def _run(path: Path, name: str, safe: bool) -> dict[str, Any]:
     folder = RunFolder(path)
     summary, about = folder.summary(), read_json(path / "environment.json")
     problem = None
@@ -155,7 +154,7 @@ def _run(path: Path, name: str, show: NullProgress, safe: bool) -> dict[str, Any
             evaluate.evaluate(path, safe=safe)
         except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
             problem = str(error)  # the page has its other figures all the same
-            show.note(f"{path}: not evaluated: {problem}")
+            current_progress().note(f"{path}: not evaluated: {problem}")
     text = (path / "config.yaml").read_text(encoding="utf-8")
     sessions = about["sessions"] or [{}]
     session = sessions[-1]

@@ -14,7 +14,6 @@ from kd_lrp_plugin.report.content import gather, kind
 from kd_lrp_plugin.report.images import picture
 from kd_lrp_plugin.report.sections import command, short
 from kd_lrp_plugin.utils.files import DRAFT
-from kd_lrp_plugin.utils.progress import NullProgress
 from kd_lrp_plugin.utils.validation import message
 
 MARK = "<!-- made by kd-lrp report -->"
@@ -28,7 +27,6 @@ def write(
     data_check: str | Path | None = None,
     selection: str | Path | None = None,
     maps: str | Path | None = None,
-    show: NullProgress | None = None,
     safe: bool = False,
 ) -> int:
     """One page about runs and studies, with all that lies in their folders.
@@ -42,7 +40,6 @@ def write(
         data_check: folder that ``kd-lrp check-data`` has written.
         selection: record of a chosen student; by default that of the first run which has one.
         maps: folder that ``kd-lrp explain`` has written for several runs.
-        show: told how the work goes.
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
 
     Returns:
@@ -59,7 +56,7 @@ def write(
     for path in paths:
         kind(path)
     _refuse_others(out)
-    content = gather(paths, data_check, selection, maps, show or NullProgress(), safe)
+    content = gather(paths, data_check, selection, maps, safe)
     options = {"--data-check": data_check, "--selection": selection, "--maps": maps}
     words = [word for option, value in options.items() if value for word in (option, short(value))]
     words += ["--safe"] if safe else []

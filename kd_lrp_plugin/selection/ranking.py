@@ -9,7 +9,7 @@ from scipy.stats import kendalltau, rankdata
 
 from kd_lrp_plugin.metrics.efficiency import count_macs, count_parameters, measure_latency
 from kd_lrp_plugin.selection.candidates import Candidate, reason, seeded
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 
 COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
@@ -132,7 +132,6 @@ def measure_costs(
     image_size: int,
     channels: int = 3,
     latency: bool = True,
-    show: NullProgress | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """What each candidate costs, by name.
 
@@ -141,7 +140,7 @@ def measure_costs(
         batch 1); and why the others cannot be built, or not run on images of this size.
     """
     costs, problems = {}, {}
-    for candidate in (show or NullProgress()).track(candidates, "counting", len(candidates)):
+    for candidate in current_progress().track(candidates, "counting", len(candidates)):
         try:
             model = seeded(candidate.build, 0)
             cost = {

@@ -12,7 +12,7 @@ from kd_lrp_plugin.selection.cache import ScoreCache
 from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher, reason, seeded
 from kd_lrp_plugin.selection.scores.observation import Observation
 from kd_lrp_plugin.selection.scores.registry import SCORES
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 from kd_lrp_plugin.utils.workers import workers
 
@@ -27,7 +27,6 @@ def score_candidates(
     seeds: Sequence[int] = (0,),
     record: Path | None = None,
     jobs: int = 1,
-    show: NullProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Score every candidate with every seed and batch.
 
@@ -43,7 +42,6 @@ def score_candidates(
         record: a file of JSON lines to which rows are added as they come; what it holds already
             is not computed again.
         jobs: processes to share the work.
-        show: told how far it is.
 
     Returns:
         A row per candidate and seed, in their order: {"candidate", "seed", "scores": {name: [one
@@ -69,9 +67,8 @@ def score_candidates(
         if kept.row(candidate, seed) is None
     ]
     task = Scorer(teacher, batches, scores)
-    show = show or NullProgress()
     for (candidate, _), row in zip(
-        work, show.track(_spread(task, work, jobs), "scoring", len(work)), strict=True
+        work, current_progress().track(_spread(task, work, jobs), "scoring", len(work)), strict=True
     ):
         kept.add(candidate, row)
     return [row for c in candidates for seed in seeds if (row := kept.row(c, seed)) is not None]

@@ -21,7 +21,7 @@ from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher
 from kd_lrp_plugin.selection.ranking import filter_by_budget, measure_costs
 from kd_lrp_plugin.selection.scoring import Scorer
 from kd_lrp_plugin.selection.spaces import Space
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.workers import workers
 
 try:
@@ -59,7 +59,6 @@ def search(
     budget: Mapping[str, float] | None = None,
     seeds: tuple[int, ...] = (0,),
     jobs: int = 1,
-    show: NullProgress | None = None,
 ) -> SearchResult:
     """Look at ``trials`` students of a space, more of those that no other one beats.
 
@@ -80,7 +79,6 @@ def search(
         budget: of :func:`kd_lrp_plugin.selection.ranking.parse_budget`.
         seeds: of the initialisations.
         jobs: processes to share the work.
-        show: told how far it is.
 
     Returns:
         What it has seen, earlier calls included.
@@ -97,7 +95,7 @@ def search(
     question = (score, trials, folder.resolve(), budget or {}, seeds)
     here = SearchWorker(space, candidate_of, teacher, batches, *question)
     missing = max(0, trials - len(here.finished()))
-    for _ in (show or NullProgress()).track(_looks(here, missing, jobs), "searching", missing):
+    for _ in current_progress().track(_looks(here, missing, jobs), "searching", missing):
         pass
     seen = {trial.user_attrs["candidate"]: trial for trial in here.finished()}
     costs = {name: dict(t.user_attrs["costs"]) for name, t in seen.items() if t.user_attrs["costs"]}

@@ -31,7 +31,7 @@ from kd_lrp_plugin.selection.spec import (
     list_entries,
     make_entry,
 )
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,6 @@ def select(
     question: SelectionSpec,
     builder: Builder,
     jobs: int = 1,
-    show: NullProgress | None = None,
     latency: bool = False,
 ) -> list[dict[str, Any]]:
     """The ranking of the candidates that keep the budget, best first.
@@ -75,7 +74,6 @@ def select(
         question: what is asked.
         builder: makes, of an entry of ``models`` and a checkpoint or none, what builds the model.
         jobs: processes to share the work.
-        show: told how far it is.
         latency: measure it even if the budget does not name it; of a search, that of the first
             :data:`LISTED`.
 
@@ -89,11 +87,11 @@ def select(
     batches = draw_batches(question)
     question.file.parent.mkdir(parents=True, exist_ok=True)
     if question.search and question.space:
-        return _searched(question, builder, question.space, batches, jobs, show, latency)
-    candidates, costs, problems = list_affordable(question, builder, batches, latency, show)
+        return _searched(question, builder, question.space, batches, jobs, latency)
+    candidates, costs, problems = list_affordable(question, builder, batches, latency)
     rows = score_candidates(
         *(candidates, get_teacher(question, builder), batches, [question.score], question.seeds),
-        *(question.file.with_suffix(".scores.jsonl"), jobs, show),
+        *(question.file.with_suffix(".scores.jsonl"), jobs),
     )
     records = _ranked(question, rows, costs, problems)
     entries = list_entries(question)
@@ -105,16 +103,17 @@ def list_affordable(
     builder: Builder,
     batches: list[Batch],
     latency: bool = False,
-    show: NullProgress | None = None,
 ) -> tuple[list[Candidate], Costs, dict[str, str]]:
     """The candidates that keep the budget, what all cost, and why some cannot be built or run."""
     budget, candidates = parse_budget(question.budget), list_candidates(question, builder)
     latency = latency or "latency" in budget
-    costs, problems = measure_costs(candidates, *_shape(batches), latency, show)
+    costs, problems = measure_costs(candidates, *_shape(batches), latency)
     _refuse(question, problems, len(candidates))
     kept = filter_by_budget(budget, costs)
-    if show and len(kept) < len(costs):
-        show.note(f"{len(costs) - len(kept)} of {len(candidates)} students are over budget")
+    if len(kept) < len(costs):
+        current_progress().note(
+            f"{len(costs) - len(kept)} of {len(candidates)} students are over budget"
+        )
     return [candidate for candidate in candidates if candidate.name in kept], costs, problems
 
 
@@ -153,7 +152,6 @@ def _searched(
     space: Space,
     batches: list[Batch],
     jobs: int,
-    show: NullProgress | None,
     latency: bool,
 ) -> list[dict[str, Any]]:
     from kd_lrp_plugin.selection.search import search  # Optuna takes a second to import
@@ -175,12 +173,11 @@ def _searched(
         budget=budget,
         seeds=tuple(question.seeds),
         jobs=jobs,
-        show=show,
     )
     records = _ranked(question, rows, costs, problems)
     if latency and "latency" not in budget:
         first = [candidate_of(students[record["candidate"]]) for record in records[:LISTED]]
-        timed, _ = measure_costs(first, *_shape(batches), True, show)
+        timed, _ = measure_costs(first, *_shape(batches), True)
         known: Costs = {
             name: {**cost, "latency": timed[name]["latency"] if name in timed else None}
             for name, cost in costs.items()

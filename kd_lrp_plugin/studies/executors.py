@@ -20,7 +20,7 @@ from kd_lrp_plugin.runs.folder import LOCK, Busy, RunFolder
 from kd_lrp_plugin.studies.plan import StudyRun
 from kd_lrp_plugin.studies.status import count_epochs_left, get_log, is_finished, is_running
 from kd_lrp_plugin.training.trainer import distill
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 
 logger = logging.getLogger(__name__)
 BUSY = 75  # exit code of a process that found another one at work (EX_TEMPFAIL)
@@ -36,7 +36,6 @@ class StudyExecutor:
         jobs: processes at the same time.
         device: theirs.
         safe: see :func:`run_study`.
-        show: told what ends.
         failed: filled with the words of what fails, by folder.
         after: called after each run.
     """
@@ -47,12 +46,11 @@ class StudyExecutor:
         jobs: int,
         device: str | None,
         safe: bool,
-        show: NullProgress,
         failed: dict[Path, str],
         after: Callable[[], object],
     ) -> None:
         self.waiting, self.jobs, self.device, self.safe = list(todo), jobs, device, safe
-        self.show, self.failed, self.after = show, failed, after
+        self.failed, self.after = failed, after
         self.active: dict[Path, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
         self._told: set[Path] = set()
 
@@ -77,7 +75,7 @@ class StudyExecutor:
                 self.waiting.remove(run)
                 if lost:
                     self.failed[run.folder] = f"not begun, for {lost[0]} has failed"
-                    self.show.note(f"{run.label}: {self.failed[run.folder]}")
+                    current_progress().note(f"{run.label}: {self.failed[run.folder]}")
                 self.after()
             elif len(self.active) < self.jobs and all(RunFolder(n).finished for n in run.needs):
                 if not is_running(run.folder):
@@ -85,7 +83,9 @@ class StudyExecutor:
                     self.active[run.folder] = run, self._started(run)
                 elif run.folder not in self._told:
                     self._told.add(run.folder)
-                    self.show.note(f"{run.label}: another process is at work on it; waiting")
+                    current_progress().note(
+                        f"{run.label}: another process is at work on it; waiting"
+                    )
 
     def _started(self, run: StudyRun) -> subprocess.Popen[bytes]:
         job = {
@@ -124,7 +124,7 @@ class StudyExecutor:
                 self.failed[folder] = _read_failure(get_log(run), code)
                 words = f"failed: {self.failed[folder]} (log: {get_log(run)})"
             self.after()
-            self.show.note(f"{run.label}: {words}")
+            current_progress().note(f"{run.label}: {words}")
 
     def _stop(self) -> None:
         for _, process in self.active.values():

@@ -27,7 +27,7 @@ from kd_lrp_plugin.studies.results import write_results
 from kd_lrp_plugin.studies.status import check_output_folder, count_epochs_left, is_finished
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.utils.distributed import init_distributed
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -39,7 +39,6 @@ def run_study(
     root: str | Path = "runs",
     jobs: int = 1,
     device: str | None = None,
-    show: NullProgress | None = None,
     safe: bool = False,
     only: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -54,7 +53,6 @@ def run_study(
         root: folder of the runs, which other studies may share.
         jobs: runs at the same time.
         device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
-        show: told how the work goes.
         safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
         only: a part of it, see :func:`kd_lrp_plugin.studies.parser.read_plan`.
 
@@ -67,12 +65,11 @@ def run_study(
         FileNotFoundError: if there is no such file, or none that a config names.
         ValueError: for a study or a config that cannot be run.
     """
-    show = show or NullProgress()
     plan = read_plan(file, overrides, seeds, root, only)
     folder = Path(out) if out is not None else default_output_folder(file)
     check_output_folder(folder, plan)
     _refuse_other_files(plan)
-    _refuse_problems(plan, device, show, safe)
+    _refuse_problems(plan, device, safe)
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Path, str] = {}
 
@@ -81,7 +78,7 @@ def run_study(
             check_output_folder(folder, plan)
             write_results(plan, folder, failed)
         except FileExistsError as error:  # another process has begun to write there since
-            show.note(f"results are not written: {error}")
+            current_progress().note(f"results are not written: {error}")
 
     keep()
     rounds = {seed: place for place, seed in enumerate(plan.seeds)}
@@ -89,9 +86,9 @@ def run_study(
     in_turn = sorted(plan.trainings(), key=lambda run: rounds.get(run.seed, 0))
     todo = [run for run in in_turn if not is_finished(run)]
     if not todo:
-        show.note(f"all {len(plan.trainings())} runs are finished already")
-    work = StudyExecutor(todo, jobs, device, safe, show, failed, keep)
-    for _ in show.track(work.off(), "epochs", sum(map(count_epochs_left, todo))):
+        current_progress().note(f"all {len(plan.trainings())} runs are finished already")
+    work = StudyExecutor(todo, jobs, device, safe, failed, keep)
+    for _ in current_progress().track(work.off(), "epochs", sum(map(count_epochs_left, todo))):
         pass
     check_output_folder(folder, plan)
     return write_results(plan, folder, failed)
@@ -114,7 +111,7 @@ def _refuse_other_files(plan: Plan) -> None:
             raise FileExistsError(message(where, "the files that the run began with", got, fix))
 
 
-def _refuse_problems(plan: Plan, device: str | None, show: NullProgress, safe: bool) -> None:
+def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
     """Check every config that has not begun; for a model still to prepare an untrained one stands.
 
     So a teacher that does not fit is found before it is trained; no student is chosen by it.
@@ -135,7 +132,7 @@ def _refuse_problems(plan: Plan, device: str | None, show: NullProgress, safe: b
         preview(),
     ):
         untrained = {folder: Path(place, folder.parent.name, folder.name) for folder in prepare}
-        for run in show.track(new, "checking", len(new)):
+        for run in current_progress().track(new, "checking", len(new)):
             changes, missing = run.overrides, [need for need in run.needs if need in prepare]
             for need in missing:
                 changes = tuple(c.replace(str(need), str(untrained[need])) for c in changes)

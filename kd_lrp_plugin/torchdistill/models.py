@@ -31,7 +31,6 @@ from kd_lrp_plugin.selection.spec import (
     spec_from_kwargs,
 )
 from kd_lrp_plugin.utils.distributed import rank_and_world_size
-from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, strict
 
 timm_model = register_model(strict("timm_model")(factory.build_model), key="timm_model")
@@ -87,7 +86,7 @@ def _chosen(question: SelectionSpec) -> Entry:
         time.sleep(0.2)
     if not question.file.exists():
         with torch.random.fork_rng(devices=[]):  # a run is the same with the record and without
-            found = select(question, make_builder, show=current_progress())
+            found = select(question, make_builder)
         save_choice(question, found)
         for record in found:
             if record["score"] is None:

@@ -41,7 +41,7 @@ from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import NullProgress, current_progress
 from kd_lrp_plugin.utils.validation import message
 
 FORMAT = 2  # of the checkpoints: goes up when what they hold changes
@@ -59,7 +59,6 @@ def distill(
     out: str | Path | None = None,
     seed: int = 0,
     device: str | None = None,
-    show: NullProgress | None = None,
     safe: bool = False,
 ) -> dict[str, Any]:
     """Train the student of a config, with its teacher if it has one, and test it.
@@ -74,7 +73,6 @@ def distill(
         out: the run folder (:mod:`kd_lrp_plugin.runs.folder`), :func:`default_run_folder` if None.
         seed: of every random number generator, anew in each epoch.
         device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
-        show: told how the work goes.
         safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
 
     Returns:
@@ -92,7 +90,8 @@ def distill(
         raise ValueError(message("seed", "a number of 0 or more", seed, ""))
     config = resolve_config(path, overrides)
     with init_distributed(device) as here, ExitStack() as stack:
-        show = show if show is not None and here.rank == 0 else NullProgress()
+        if here.rank > 0:  # the first process speaks for all
+            stack.enter_context(NullProgress())
         folder = RunFolder(out if out is not None else default_run_folder(path, seed))
 
         def claim() -> None:
@@ -101,26 +100,24 @@ def distill(
 
         here.first(claim)
         if here.first(lambda: folder.finished):
-            show.note(f"{folder.path} is finished already")
+            current_progress().note(f"{folder.path} is finished already")
             return here.first(folder.summary)
-        here.first(lambda: _refuse_problems(config, here, show, safe))
+        here.first(lambda: _refuse_problems(config, here, safe))
         main_util.set_seed(seed)
-        run = Trainer(Experiment(construct(config), here, seed), folder, seed, show)
+        run = Trainer(Experiment(construct(config), here, seed), folder, seed)
         state = here.first(folder.load)
         if here.rank == 0:
             folder.add_session(_session(config, overrides, here))
         if state is not None:
             run.restore(state)
-            show.note(f"{folder.path}: going on after epoch {run.epoch}")
+            current_progress().note(f"{folder.path}: going on after epoch {run.epoch}")
         run.train()
         return run.test()
 
 
-def _refuse_problems(
-    config: Config, here: DistributedContext, show: NullProgress, safe: bool
-) -> None:
+def _refuse_problems(config: Config, here: DistributedContext, safe: bool) -> None:
     problems = unsafe_tags(config) if safe else []
-    problems = problems or check(config, here, show).problems
+    problems = problems or check(config, here).problems
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -128,10 +125,8 @@ def _refuse_problems(
 class Trainer:
     """The epochs of one experiment, and what they leave in the folder."""
 
-    def __init__(
-        self, experiment: Experiment, folder: RunFolder, seed: int, show: NullProgress
-    ) -> None:
-        self.experiment, self.folder, self.seed, self.show = experiment, folder, seed, show
+    def __init__(self, experiment: Experiment, folder: RunFolder, seed: int) -> None:
+        self.experiment, self.folder, self.seed = experiment, folder, seed
         self.here = experiment.here
         self.records: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}  # content of best.pt
@@ -169,7 +164,7 @@ class Trainer:
                 metrics = self._train_epoch()
                 if board is not None:
                     _show_on(board, metrics)
-                self.show.epoch(metrics)
+                current_progress().epoch(metrics)
 
     def _train_epoch(self) -> dict[str, float]:
         experiment, started = self.experiment, time.time()
@@ -199,7 +194,7 @@ class Trainer:
         loader = box.train_data_loader
         classifies = experiment.student is experiment.original
         with Meter(box.criterion, classifies=classifies) as meter:
-            for images, targets, supplement in self.show.track(
+            for images, targets, supplement in current_progress().track(
                 loader, f"epoch {number}", len(loader)
             ):
                 images, targets = images.to(self.here.device), targets.to(self.here.device)
@@ -280,7 +275,7 @@ class Trainer:
         with experiment.evaluating(), Meter(experiment.box.criterion, keep) as meter:
             experiment.original.eval()
             least = 2 if meter.compares else 1
-            for images, targets, *_ in self.show.track(loader, what, len(loader)):
+            for images, targets, *_ in current_progress().track(loader, what, len(loader)):
                 images, targets = images.to(self.here.device), targets.to(self.here.device)
                 if len(targets) >= least:
                     logits = experiment.original(images) if redesigned else None

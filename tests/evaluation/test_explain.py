@@ -179,8 +179,8 @@ class TestFigures:
 @pytest.mark.usefixtures("without_pictures")
 class TestWhatIsKept:
     def test_a_command_that_was_stopped_goes_on(self, project, monkeypatch):
-        with pytest.raises(Stopped):
-            explain(["runs/kd/0"], QUICK, samples=2, show=StopsAt("explaining"))
+        with pytest.raises(Stopped), StopsAt("explaining"):
+            explain(["runs/kd/0"], QUICK, samples=2)
         before = json.loads((project / "runs/kd/0/explanations.json").read_text())["rows"]
         assert len(before) == 2
         computed = []
@@ -270,15 +270,13 @@ class TestSeveralRuns:
         shutil.copytree("runs/kd/0", "runs/kd/1")
         folders = ["runs/kd/0", "runs/kd/1", "runs/ce/0"]
         opened = [
-            explain_inputs.open_run(
-                folder, name, QUICK, (), ("student", "teacher"), "cpu", False, NullProgress()
-            )
+            explain_inputs.open_run(folder, name, QUICK, (), ("student", "teacher"), "cpu", False)
             for folder, name in zip(
                 folders, explain_inputs.name_folders([*map(Path, folders)]), strict=True
             )
         ]
         shown = explain_inputs.choose_images(opened[0], 2)
-        work = explaining.Explainer(NullProgress())
+        work = explaining.Explainer()
         figure = work.figure_of_all(opened, [shown(run) for run in opened], QUICK)
         titles = [ax.get_title() for ax in figure.get_axes()]
         assert titles[:5] == ["image", "teacher", "kd\n0", "kd\n1", "ce\n0"]
@@ -394,9 +392,10 @@ class TestWhatIsRefused:
         quick = {"grad_cam": ATTRIBUTIONS["grad_cam"], "never": Attribution(never)}
         monkeypatch.setattr(ATTRIBUTIONS, "_entries", quick)
         heard = []
-        show = NullProgress()
-        show.note = heard.append
-        rows = explain(["runs/ce/0"], samples=2, show=show)
+        progress = NullProgress()
+        progress.note = heard.append
+        with progress:
+            rows = explain(["runs/ce/0"], samples=2)
         assert [row["method"] for row in rows] == ["grad_cam"]
         assert "without never: never: expected another model" in heard[0]
         with pytest.raises(ValueError, match="expected another model"):

@@ -18,7 +18,6 @@ from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.report import content, page
 from kd_lrp_plugin.studies.comparison import compare, summarise
 from kd_lrp_plugin.training import trainer
-from kd_lrp_plugin.utils.progress import NullProgress
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 VOID = {"meta", "link", "img", "br"}
@@ -282,7 +281,7 @@ class TestWhatIsSaid:
         Image.new("RGB", (30, 20)).save(tmp_path / "maps/maps.png")
         (tmp_path / "maps/maps.json").write_text('{"command": "kd-lrp explain a b --out maps"}')
         options = {"data_check": check, "maps": "maps"}
-        found = content.gather([folder], selection=None, show=NullProgress(), safe=False, **options)
+        found = content.gather([folder], selection=None, safe=False, **options)
         steps = {step["name"]: step["commands"] for step in found["steps"]}
         (line,) = steps["Study"]
         assert "--seeds 3, --runs elsewhere --set a=1" in line

@@ -450,7 +450,8 @@ class TestRunning:
         before, notes = starts(tmp_path), Notes()
         assert set(before.values()) == {1}
         assert len(before) == 5
-        runner.run_study(written(), out="out", show=notes)
+        with notes:
+            runner.run_study(written(), out="out")
         assert notes.notes == ["all 5 runs are finished already"]
         runner.run_study(written(**{**ALONE, "seeds": 3}), out="other")
         after = starts(tmp_path)
@@ -459,14 +460,16 @@ class TestRunning:
 
     def test_every_configuration_has_a_seed_before_one_has_two(self, written):
         notes = Notes()
-        runner.run_study(written(configurations=noted("well"), prepare={}), out="out", show=notes)
+        with notes:
+            runner.run_study(written(configurations=noted("well"), prepare={}), out="out")
         ended = [note.partition(":")[0] for note in notes.notes]
         assert ended == ["CE, seed 0", "other, seed 0", "CE, seed 1", "other, seed 1"]
 
     def test_a_failing_run_is_named_with_its_words_and_the_others_go_on(self, written):
         notes = Notes()
         file = written(configurations=noted("fails"), prepare={})
-        content = runner.run_study(file, out="out", show=notes)
+        with notes:
+            content = runner.run_study(file, out="out")
         assert list(content["failed"]) == ["other, seed 0", "other, seed 1"]
         assert content["failed"]["other, seed 0"] == "Error: it is broken"
         assert content["state"] == "Not final: 2 of 4 runs are finished."
@@ -513,8 +516,8 @@ class TestRunning:
         file = written(configurations=noted("hangs"), prepare={}, seeds=1)
         quick, hangs = (run.folder for run in read_plan(file).runs)
         hanging, results = hangs.with_name("0.starts"), Path("out/study.json")
-        with pytest.raises(KeyboardInterrupt):
-            runner.run_study(file, out="out", jobs=2, show=Stops())
+        with pytest.raises(KeyboardInterrupt), Stops():
+            runner.run_study(file, out="out", jobs=2)
         assert not hanging.exists() or not alive(int(hanging.read_text() or -1))
         found = {
             row["folder"]: row["state"] for row in json.loads(until(results.read_text))["runs"]
@@ -537,7 +540,8 @@ class TestRunning:
         timer = threading.Timer(0.6, other)
         timer.start()
         assert list_status(read_plan(file))[0]["state"] == "not begun, at work"
-        content = runner.run_study(file, out="out", show=notes)
+        with notes:
+            content = runner.run_study(file, out="out")
         assert notes.notes == ["CE, seed 0: another process is at work on it; waiting"]
         assert content["runs"][0]["measures"]["test_accuracy"] == 0.9
         assert starts(tmp_path) == {}
@@ -575,9 +579,8 @@ class TestRunning:
                     runner.run_study(file, out="out")
 
         file = written(configurations=noted("well"), prepare={}, seeds=1)
-        show = Meanwhile()
-        with pytest.raises(FileExistsError, match="the whole study"):
-            runner.run_study(file, out="out", only=["configuration=CE"], show=show)
+        with pytest.raises(FileExistsError, match="the whole study"), Meanwhile():
+            runner.run_study(file, out="out", only=["configuration=CE"])
         assert json.loads(Path("out/study.json").read_text())["only"] == []
 
     def test_a_process_that_cannot_be_started_is_no_busy_one(self, monkeypatch):
@@ -669,9 +672,7 @@ class TestRealRuns:
         (teacher,), (student,) = plan.prepared, plan.runs
         distill(teacher.config, teacher.overrides, teacher.folder, teacher.seed, "cpu")
         evaluate(teacher.folder, resamples=100)
-        process = executors.StudyExecutor([], 1, "cpu", True, NullProgress(), {}, print)._started(
-            student
-        )
+        process = executors.StudyExecutor([], 1, "cpu", True, {}, print)._started(student)
         begun = student.folder / "metrics.jsonl"
         until(lambda: begun.exists() or process.poll() is not None, 200)
         process.stdin.close()

@@ -12,7 +12,6 @@ from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.training.experiment import Experiment
-from kd_lrp_plugin.utils.progress import NullProgress
 
 STAGES = CONFIGS / "phantom/lrp_cosine/test_resnet_from_resnet10t-stages.yaml"
 MANY = [s for s in SMALL if "num_epochs" not in s]
@@ -21,7 +20,7 @@ MANY = [s for s in SMALL if "num_epochs" not in s]
 def run_of(config: Path, overrides: list[str], out: Path) -> trainer.Trainer:
     out.mkdir(exist_ok=True)
     experiment = Experiment(construct(resolve_config(config, overrides)), CPU)
-    return trainer.Trainer(experiment, RunFolder(out), 0, NullProgress())
+    return trainer.Trainer(experiment, RunFolder(out), 0)
 
 
 def metrics(config: Path, overrides: list[str], out: Path) -> list[dict]:

@@ -13,13 +13,15 @@ from torchdistill.losses.registry import register_mid_level_loss
 from kd_lrp_plugin.runs import checkpoints, folder
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.utils import files
+from kd_lrp_plugin.utils.progress import NullProgress
 
 THREE_EPOCHS = [*SMALL, "train.num_epochs=3"]
 RELEVANCE = [*THREE_EPOCHS, *NO_TEACHER, "num_workers=2"]
 
 
-def distill(out, show=None, config=BASELINE, overrides=THREE_EPOCHS, seed=0):
-    return trainer.distill(config, overrides, out, seed, "cpu", show)
+def distill(out, progress=None, config=BASELINE, overrides=THREE_EPOCHS, seed=0):
+    with progress or NullProgress():
+        return trainer.distill(config, overrides, out, seed, "cpu")
 
 
 def validates_as(monkeypatch, values: list[float]) -> None:

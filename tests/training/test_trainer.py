@@ -41,12 +41,12 @@ def teacher(workplace) -> Path:
     return file
 
 
-def run_of(config: Path, show: NullProgress | None = None) -> trainer.Trainer:
+def run_of(config: Path) -> trainer.Trainer:
     """A run as :func:`training.distill` would begin it."""
     experiment = Experiment(construct(resolve_config(config, SMALL)), CPU)
     folder = RunFolder("out")
     folder.path.mkdir()
-    return trainer.Trainer(experiment, folder, 0, show or NullProgress())
+    return trainer.Trainer(experiment, folder, 0)
 
 
 class TestConfig:
@@ -198,8 +198,8 @@ class TestRun:
             def track(self, items, what, total):
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            trainer.distill(BASELINE, SMALL, "out", show=Dies())
+        with pytest.raises(KeyboardInterrupt), Dies():
+            trainer.distill(BASELINE, SMALL, "out")
         assert list(workplace.iterdir()) == []
 
     def test_the_frozen_teacher_is_in_evaluation_mode_with_stock_procedures(self, teacher):
@@ -211,8 +211,9 @@ class TestRun:
                     yield item
                     modes.append(run.experiment.box.teacher_model.training)
 
-        run = run_of(KD, Watches())
-        run._train_epoch()
+        run = run_of(KD)
+        with Watches():
+            run._train_epoch()
         assert modes
         assert not any(modes)
 

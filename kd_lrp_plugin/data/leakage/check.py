@@ -48,7 +48,7 @@ from kd_lrp_plugin.data.leakage.images import (
 from kd_lrp_plugin.data.leakage.summary import count_leaks, summarise_leaks
 from kd_lrp_plugin.data.splits import read_groups
 from kd_lrp_plugin.utils.files import put, write_text
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 SPLIT_COLUMNS = ("file", "split", "class", "group", "kept", "why")
@@ -61,7 +61,6 @@ def check_data(
     test_share: float = 0.2,
     group_by: str | None = None,
     manifest: str | Path | None = None,
-    show: NullProgress | None = None,
 ) -> dict[str, Any]:
     """Look for twins and faulty files in ``root``; write summary, pairs and clean split to ``out``.
 
@@ -76,7 +75,6 @@ def check_data(
         group_by: column of ``manifest`` whose groups, such as patients, must not be divided.
         manifest: CSV as :func:`kd_lrp_plugin.data.splits.read_groups` takes it; default
             ``<root>/manifest.csv``.
-        show: told how far it is.
 
     Returns:
         The content of summary.json.
@@ -89,7 +87,7 @@ def check_data(
             of the images, or a set in which nearly all images are alike.
         OSError: if something cannot be written.
     """
-    root, out, show = Path(root).expanduser(), Path(out).expanduser(), show or NullProgress()
+    root, out = Path(root).expanduser(), Path(out).expanduser()
     if not 0 < test_share < 1:
         raise ValueError(message("check-data", "test_share in (0, 1)", test_share, "Use 0.2."))
     if out.resolve().is_relative_to(root.resolve()):
@@ -105,11 +103,11 @@ def check_data(
         "manifest": str(table.resolve()) if group_by else None,
     }
     with claimed(out, question, OUTPUTS) as cache:
-        prints = fingerprints(root, images, cache, show)
+        prints = fingerprints(root, images, cache)
         state = _state(images, prints, aside, patients)
         if before := _answered(out, state):
             return before
-        checked = group_images(images, prints, find_duplicates(prints, show), patients)
+        checked = group_images(images, prints, find_duplicates(prints), patients)
         rows = clean_split(checked, test_share)
         summary = {"question": question, "state": state, **count_properties(images, prints, aside)}
         summary |= count_leaks(checked, rows)
@@ -118,7 +116,7 @@ def check_data(
         text = _csv(SPLIT_COLUMNS, rows)
         split = out / "clean_split.csv"
         if split.exists() and split.read_text(encoding="utf-8") != text:
-            show.note(f"{split} changes, since the images have changed")
+            current_progress().note(f"{split} changes, since the images have changed")
         for stale in ("summary.json", "pairs.png"):  # until the summary is written, nothing is said
             (out / stale).unlink(missing_ok=True)
         write_text(split, text)

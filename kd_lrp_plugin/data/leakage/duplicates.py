@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from kd_lrp_plugin.data.leakage.images import SIDE, Fingerprint
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 ALIKE = 0.98
@@ -36,7 +36,7 @@ class Duplicates(NamedTuple):
     mirrored: Bool[np.ndarray, " pairs"]
 
 
-def find_duplicates(prints: Sequence[Fingerprint], show: NullProgress | None = None) -> Duplicates:
+def find_duplicates(prints: Sequence[Fingerprint]) -> Duplicates:
     """All pairs of twins; unreadable images have none, even ones only such with the same pixels.
 
     Raises:
@@ -57,7 +57,7 @@ def find_duplicates(prints: Sequence[Fingerprint], show: NullProgress | None = N
         parts.append(Duplicates(a, b, 0 * a, np.ones(len(a), np.float32), np.zeros(len(a), bool)))
     exact, codes = len(parts), np.unique([p.digest for p in prints], return_inverse=True)[1]
     blocks = [(top, left) for top in range(0, n, _BLOCK) for left in range(top, n, _BLOCK)]
-    for top, left in (show or NullProgress()).track(blocks, "comparing", len(blocks)):
+    for top, left in current_progress().track(blocks, "comparing", len(blocks)):
         rows, columns = (_normal(thumbnails[k : k + _BLOCK]) for k in (top, left))
         for mirrored in (False, True):
             if mirrored:

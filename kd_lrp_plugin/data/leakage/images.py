@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 SIDE = 56  # of the thumbnails
@@ -276,7 +276,7 @@ def claimed(
 
 
 def fingerprints(
-    root: Path, images: Sequence[ImageFile], base: sqlite3.Connection, show: NullProgress
+    root: Path, images: Sequence[ImageFile], base: sqlite3.Connection
 ) -> list[Fingerprint]:
     """Fingerprints of the images: those of unchanged files from the database, else made now.
 
@@ -293,7 +293,7 @@ def fingerprints(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(fingerprint, [root / file for file in missing])
         try:
-            tracked = show.track(made, "reading images", len(missing))
+            tracked = current_progress().track(made, "reading images", len(missing))
             for count, (file, found) in enumerate(zip(missing, tracked, strict=True), 1):
                 known[file] = found
                 row = (file, stamp_of[file], json.dumps(found[:-1]), found.thumbnail)

@@ -17,19 +17,15 @@ from kd_lrp_plugin.training.check.sections import SEE, check_sections, share
 from kd_lrp_plugin.training.experiment import MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext
-from kd_lrp_plugin.utils.progress import NullProgress
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
-def check(
-    config: Config, here: DistributedContext, show: NullProgress | None = None
-) -> CheckReport:
+def check(config: Config, here: DistributedContext) -> CheckReport:
     """Build everything that a config names, take one step in each stage, and list what is wrong.
 
     Args:
         config: see :func:`kd_lrp_plugin.config.document.resolve_config`.
         here: where to compute, and how many will; the other processes are left alone.
-        show: told how far the reading of the images is.
 
     Returns:
         Every problem and remark, each with its place in the file.
@@ -54,13 +50,13 @@ def check(
         if not findings.problems or findings.failed:
             check_sections(findings, content, here)
         if not findings.problems:
-            _check_images(findings, content, show or NullProgress())
+            _check_images(findings, content)
         if not findings.problems:
             _check_steps(findings, content, here)
     return findings
 
 
-def _check_images(findings: CheckReport, content: Mapping[str, Any], show: NullProgress) -> None:
+def _check_images(findings: CheckReport, content: Mapping[str, Any]) -> None:
     places: dict[str, str] = {}
     for dotted, stage in get_stages(content["train"]).items():
         for name in ("train_data_loader", "val_data_loader"):
@@ -71,7 +67,7 @@ def _check_images(findings: CheckReport, content: Mapping[str, Any], show: NullP
     )
     for name, dotted in places.items():
         with findings.at(dotted):
-            broken = unreadable_images(content["datasets"][name], show)
+            broken = unreadable_images(content["datasets"][name])
             if broken:
                 shown = "; ".join(f"{file} ({why})" for file, why in list(broken.items())[:5])
                 fix = "Mend or remove them, or set skip_corrupt: True to leave them out."

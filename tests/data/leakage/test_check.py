@@ -449,7 +449,8 @@ class TestOutput:
         }
         read.clear()
         listener = Listener()
-        assert check_data(root, tmp_path / "out", show=listener) == first
+        with listener:
+            assert check_data(root, tmp_path / "out") == first
         assert (read, listener.tracked) == ([], {"reading images": 0})
         for name in ("pairs.csv", "pairs.png"):
             (tmp_path / "out" / name).unlink()
@@ -465,8 +466,8 @@ class TestOutput:
 
     def test_after_a_stop_the_work_goes_on_from_what_was_read(self, tmp_path, read):
         root = draw_set(tmp_path / "set", {f"cat/{n:02}.png": n for n in range(30)})
-        with pytest.raises(KeyboardInterrupt):
-            check_data(root, tmp_path / "out", show=Killed(after=25))
+        with pytest.raises(KeyboardInterrupt), Killed(after=25):
+            check_data(root, tmp_path / "out")
         assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["fingerprints.sqlite"]
         read.clear()
         check_data(root, tmp_path / "out")
@@ -480,7 +481,8 @@ class TestOutput:
             assert min(picture.size) > 200
         listener = Listener()
         save(drawing(2), root / "cat/2.png")
-        check_data(root, out, show=listener)
+        with listener:
+            check_data(root, out)
         assert not (out / "pairs.png").exists()
         assert "clean_split.csv changes" in listener.notes[0]
 
