@@ -1,0 +1,78 @@
+"""What tells the files that a config names from others, wherever they lie."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from kd_lrp_plugin.config.document import read_untagged
+from kd_lrp_plugin.data.folder import find_folder
+
+
+def list_files(config: str) -> dict[str, str | None]:
+    """A hash for each image folder, checkpoint and file of weights that a config names.
+
+    Images count by name and size, weights and tables by their bytes.
+
+    Args:
+        config: its text; nothing in it is called, and nothing need be right.
+
+    Returns:
+        By place in the config; "none" where it names no file, None where none lies there.
+
+    Example:
+        >>> list_files("models: {model: {key: timm_model, kwargs: {weights: gone.pt}}}")
+        {'models.model.src_ckpt': 'none', 'models.model.weights': None}
+    """
+    content = read_untagged(config)
+    found: dict[str, str | None] = {}
+    for name, entry in _mapping(content.get("datasets")).items():
+        if str(_mapping(entry).get("key")).endswith("folder_images"):
+            kwargs = _mapping(_mapping(entry.get("init")).get("kwargs"))
+            found[f"datasets.{name}"] = _of_images(kwargs)
+    for role, entry in _mapping(content.get("models")).items():
+        weights = _mapping(_mapping(entry).get("kwargs")).get("weights")
+        for key, file in (("src_ckpt", _mapping(entry).get("src_ckpt")), ("weights", weights)):
+            found[f"models.{role}.{key}"] = _of_file(str(file)) if file else "none"
+    return found
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _of_images(kwargs: Mapping[str, Any]) -> str | None:
+    try:
+        folder = find_folder(kwargs.get("root"), str(kwargs.get("name", "")))
+    except (FileNotFoundError, TypeError):
+        return None
+    manifest = kwargs.get("manifest")
+    where = folder if manifest else folder / str(kwargs.get("split", "Training"))
+    if not where.is_dir():
+        return None
+    images = sorted(
+        (Path(at, name).relative_to(folder).as_posix(), os.path.getsize(Path(at, name)))
+        for at, _, names in os.walk(where)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS) and Path(at, name).exists()
+    )
+    table = _of_file(str(manifest or folder / "manifest.csv"))
+    return hashlib.sha256(repr([images, table]).encode()).hexdigest()[:16]
+
+
+def _of_file(name: str) -> str | None:
+    file = Path(os.path.expandvars(name)).expanduser()
+    if not file.is_file():
+        return None
+    about = file.stat()
+    return _of_bytes(file, about.st_size, about.st_mtime_ns)
+
+
+@cache
+def _of_bytes(file: Path, *_: int) -> str:
+    """Asked again for an unchanged file, the answer is remembered."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
