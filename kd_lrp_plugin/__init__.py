@@ -13,6 +13,7 @@ from kd_lrp_plugin.losses import (
     resize_maps,
     semantic_cosine,
     semantic_l2,
+    semantic_relative_l2,
     zero_maps,
 )
 from kd_lrp_plugin.models.factory import build_model, thesis_student, thesis_teacher
@@ -40,6 +41,7 @@ __all__ = [
     "resize_maps",
     "semantic_cosine",
     "semantic_l2",
+    "semantic_relative_l2",
     "thesis_student",
     "thesis_teacher",
     "zero_maps",

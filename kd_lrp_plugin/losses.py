@@ -4,9 +4,10 @@ Every loss is a pure function ``f(student, teacher) -> scalar`` for any PyTorch 
 side is a constant, the gradient reaches the student alone. [T] in the references is the thesis
 this package implements.
 
-The correlation and relation losses compare the samples of a batch with each other. Under several
-processes each sees its own process's part of the batch, not the gathered one, so that their value
-depends on the number of processes; the other losses are means over samples, and theirs does not.
+The correlation and relation losses compare the samples of a batch with each other, and
+``semantic_relative_l2`` sets them off against the whole batch. Under several processes each sees
+its own process's part of the batch, not the gathered one, so that their value depends on the
+number of processes; the other losses are means over samples, and theirs does not.
 
 Zero maps, and matrices of norm zero, are defined rather than NaN: their cosine similarity with
 anything is 0 (so the distance is 1) and they pass no gradient. :func:`zero_maps` finds them.
@@ -90,6 +91,50 @@ def semantic_l2(
     """
     _check_same_maps("semantic_l2", student, teacher)
     return (student - teacher.detach()).flatten(1).square().sum(1).mean()
+
+
+@LOSSES.register
+def semantic_relative_l2(
+    student: Float[Tensor, "n h w"], teacher: Float[Tensor, "n h w"]
+) -> Float[Tensor, ""]:
+    r"""Squared L2 distance between relevance maps, in shares of the teacher's.
+
+    .. math:: L = \frac{\sum_i \|t_i - s_i\|_2^2}{\sum_i \|t_i\|_2^2}
+
+    Unlike a cosine it sees the sign and the size of the relevance, and unlike ``semantic_l2`` it
+    has no unit: a weight carries over between models, layers and methods.
+
+    Under several processes the sum below the line is that of one process's part of the batch.
+
+    Args:
+        student: maps that carry gradient.
+        teacher: maps of the same shape, treated as constant.
+
+    Returns:
+        Scalar >= 0; 1 for a student whose maps are zero. Where all maps of the teacher are zero
+        there is nothing to compare with: it is 1 and passes no gradient.
+
+    Raises:
+        ValueError: if the shapes differ or are not (n, h, w) with n >= 1.
+
+    Example:
+        >>> m = torch.eye(2)[None]
+        >>> semantic_relative_l2(m, 2 * m).item()
+        0.25
+        >>> semantic_relative_l2(-m, m).item()
+        4.0
+
+    Reference:
+        Ours: [T], eq. 2.19, over its value for a student without relevance.
+    """
+    _check_same_maps("semantic_relative_l2", student, teacher)
+    teacher = teacher.detach()
+    largest = teacher.abs().amax()  # before squaring: squares of 1e-20 vanish in float32
+    is_zero = largest < torch.finfo(teacher.dtype).tiny
+    scale = torch.where(is_zero, 1, largest)
+    error = (student / scale - teacher / scale).square().sum()
+    energy = torch.where(is_zero, 1, (teacher / scale).square().sum())
+    return torch.where(is_zero, 1 + (student * 0).sum(), error / energy)
 
 
 @LOSSES.register

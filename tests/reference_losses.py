@@ -45,6 +45,11 @@ def semantic_l2(student: Tensor, teacher: Tensor) -> float:
     return sum((a - b) ** 2 for s, t in pairs for a, b in zip(s, t, strict=True)) / len(pairs)
 
 
+def semantic_relative_l2(student: Tensor, teacher: Tensor) -> float:
+    energy = math.fsum(dot(t, t) for t in rows(teacher)) / len(teacher)
+    return semantic_l2(student, teacher) / energy
+
+
 def matrix_l2(student: Tensor, teacher: Tensor) -> float:
     pairs = zip(matrix(student), matrix(teacher), strict=True)
     return math.sqrt(math.fsum((a - b) ** 2 for a, b in pairs))
@@ -65,6 +70,7 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 4.0) ->
 REFERENCE = {
     "semantic_cosine": semantic_cosine,
     "semantic_l2": semantic_l2,
+    "semantic_relative_l2": semantic_relative_l2,
     "correlation_l2": matrix_l2,
     "correlation_cosine": matrix_cosine,
     "relation_l2": matrix_l2,

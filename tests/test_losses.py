@@ -10,7 +10,9 @@ from torch import Tensor
 from kd_lrp_plugin import losses
 from kd_lrp_plugin.losses import LOSSES
 
-DIRECTIONS = sorted(set(LOSSES) - {"semantic_l2", "kl_divergence"})  # blind to scale
+SIZED = {"semantic_l2", "semantic_relative_l2", "kl_divergence"}  # they see more than directions
+DIRECTIONS = sorted(set(LOSSES) - SIZED)
+SCALE_FREE = [*DIRECTIONS, "semantic_relative_l2"]  # blind to the scale of both sides
 MATRICES = ["correlation_cosine", "correlation_l2", "relation_cosine", "relation_l2"]
 SHAPES = {"semantic": (3, 4, 5), "correlation": (3, 4, 5), "relation": (3, 2, 4, 5), "kl": (3, 5)}
 HIGHEST = {"semantic_cosine": 2, "correlation_l2": math.sqrt(2), "relation_l2": math.sqrt(2)}
@@ -117,20 +119,22 @@ class TestLossContract:
         assert LOSSES[name](student, teacher).isnan()
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-3, 1e20])
+@pytest.mark.parametrize("name", SCALE_FREE)
+def test_scale_does_not_matter_in_float32(name, scale):
+    student, teacher = pair(name, dtype=torch.float32)
+    expected = LOSSES[name](student, teacher)
+    (slope,) = torch.autograd.grad(expected, student)
+    small = (student.detach() * scale).requires_grad_()
+    value = LOSSES[name](small, teacher * scale)
+    (gradient,) = torch.autograd.grad(value, small)
+    # 1e-5: a few roundings of float32. The derivative grows as the maps shrink.
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(gradient.double() * scale, slope.double(), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", DIRECTIONS)
 class TestLossesOfDirection:
-    @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-3, 1e20])
-    def test_scale_does_not_matter_in_float32(self, name, scale):
-        student, teacher = pair(name, dtype=torch.float32)
-        expected = LOSSES[name](student, teacher)
-        (slope,) = torch.autograd.grad(expected, student)
-        small = (student.detach() * scale).requires_grad_()
-        value = LOSSES[name](small, teacher * scale)
-        (gradient,) = torch.autograd.grad(value, small)
-        # 1e-5: a few roundings of float32. The derivative grows as the maps shrink.
-        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-        assert torch.allclose(gradient.double() * scale, slope.double(), atol=1e-5)
-
     def test_entries_below_the_normal_numbers_count_as_zero(self, name):
         student, teacher = pair(name, dtype=torch.float32)
         subnormal = (student.detach() * 1e-40).requires_grad_()
@@ -182,7 +186,32 @@ def test_a_zero_map_counts_as_one_and_leaves_the_other_samples_alone():
     assert torch.allclose(gradient[1:], slope[1:] * 2 / 3)
 
 
-@pytest.mark.parametrize("name", ["semantic_cosine", "semantic_l2"])
+class TestRelativeL2:
+    def test_it_sees_sign_and_size_unlike_the_cosine(self):
+        student, _ = pair("semantic_relative_l2")
+        for factor in (-1, 0, 0.5, 1, 3):
+            value = losses.semantic_relative_l2(factor * student, student)
+            assert value.item() == pytest.approx((factor - 1) ** 2)
+
+    def test_the_batch_is_the_unit_so_that_a_zero_map_of_the_teacher_is_compared_too(self):
+        student, teacher = pair("semantic_relative_l2")
+        teacher[0] = 0
+        value = losses.semantic_relative_l2(student, teacher)
+        (gradient,) = torch.autograd.grad(value, student)
+        expected = ((student - teacher) ** 2).sum() / (teacher**2).sum()
+        assert value.item() == pytest.approx(expected.item(), rel=1e-12)
+        assert gradient[0].abs().min() > 0
+
+    @pytest.mark.parametrize("entry", [0.0, 1e-40])
+    def test_without_any_relevance_of_the_teacher_it_is_one_without_gradient(self, entry):
+        student, teacher = pair("semantic_relative_l2", dtype=torch.float32)
+        value = losses.semantic_relative_l2(student, torch.full_like(teacher, entry))
+        (gradient,) = torch.autograd.grad(value, student)
+        assert value.item() == 1
+        assert gradient.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("name", ["semantic_cosine", "semantic_l2", "semantic_relative_l2"])
 def test_maps_of_another_size_are_refused_with_the_way_out(name):
     student, teacher = pair(name)
     with pytest.raises(ValueError, match=r"\(3, 4, 5\).*\(3, 2, 5\).*Use losses.resize_maps"):

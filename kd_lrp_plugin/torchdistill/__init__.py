@@ -23,12 +23,18 @@ from kd_lrp_plugin.torchdistill.collate import mixup
 from kd_lrp_plugin.torchdistill.datasets import class_weights, folder_images, phantom
 from kd_lrp_plugin.torchdistill.forward_proc import recorded, recorder
 from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss, check_finite
-from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS, RecordedLoss
+from kd_lrp_plugin.torchdistill.mid_level import (
+    COMPARISONS,
+    Comparison,
+    RecordedLoss,
+    register_recorded_loss,
+)
 from kd_lrp_plugin.torchdistill.models import diswot_student, timm_mobilenetv2, timm_model
 from kd_lrp_plugin.torchdistill.pre_epoch_proc import weight_schedule
 
 __all__ = [
     "COMPARISONS",
+    "Comparison",
     "DisWOTPlusLoss",
     "RecordedLoss",
     "check_finite",
@@ -39,6 +45,7 @@ __all__ = [
     "phantom",
     "recorded",
     "recorder",
+    "register_recorded_loss",
     "timm_mobilenetv2",
     "timm_model",
     "weight_schedule",

@@ -48,7 +48,34 @@ def recorder(layers: Sequence[str] | str = "auto", method: str = "gradient_activ
     return key
 
 
-def recorded(where: str, role: str, io_dict: Mapping[str, Any]) -> tuple[Tensor, Recording]:
+def recorded(
+    io_dict: Mapping[str, Any], role: str, where: str = "recorded"
+) -> tuple[Tensor, Recording]:
+    """Logits of a model and what was recorded on the way to them: all that a loss of yours needs.
+
+    Args:
+        io_dict: what torchdistill gives a loss of this model: ``student_io_dict`` or
+            ``teacher_io_dict`` of a mid-level loss, ``io_dict["student"]`` of a high-level one.
+        role: "student" or "teacher", for the messages.
+        where: name of the loss, for the messages.
+
+    Returns:
+        The logits (n, classes) and the :class:`~kd_lrp_plugin.relevance.recording.Recording`
+        whose ``maps(logits, targets, create_graph=...)`` and ``activations`` belong to them.
+
+    Raises:
+        ValueError: if there is no such model, or its forward procedure is no :func:`recorder`.
+
+    Example:
+        .. code-block:: python
+
+            @register_mid_level_loss
+            class MapsOfTheFirstClass(nn.Module):
+                def forward(self, student_io_dict, teacher_io_dict, targets):
+                    logits, recording = recorded(student_io_dict, "student", "MapsOfTheFirstClass")
+                    maps = recording.maps(logits, torch.zeros_like(targets), create_graph=True)
+                    return torch.stack([m.mean() for m in maps]).mean()
+    """
     logits = get_logits(where, role, io_dict)
     recording = getattr(logits, "_kd_lrp_recording", None)
     if recording is None:

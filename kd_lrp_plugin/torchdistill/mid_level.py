@@ -5,35 +5,55 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torchdistill.losses.registry import register_mid_level_loss
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 
 from kd_lrp_plugin import losses
 from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.recording import Recording
 from kd_lrp_plugin.torchdistill.forward_proc import recorded
-from kd_lrp_plugin.utils.validation import check_known, message, strict
+from kd_lrp_plugin.utils.registry import Registry
+from kd_lrp_plugin.utils.validation import check_known, check_targets, message, strict
+
+KINDS = ("relevance", "grad_cam", "features")
+TARGETS = ("label", "teacher", "contrast")
 
 
 @dataclass(frozen=True)
-class _Comparison:
-    """What a mid-level loss compares: maps of some methods, or features."""
+class Comparison:
+    """What a mid-level loss compares, and how.
+
+    Attributes:
+        distance: ``f(student, teacher) -> scalar`` of one layer's maps (n, h, w) or features
+            (n, c, h, w).
+        kind: "relevance" for maps of any method but the pooled ones, "grad_cam" for maps of the
+            pooled ones, "features" for the outputs of the layers.
+        has_size: whether the distance sees the size of the maps, so that a teacher's map that is
+            resized has to keep its total.
+    """
 
     distance: Callable[[Tensor, Tensor], Tensor]
-    methods: frozenset[str] | None = None  # None: features, for which any recording will do
-    signed: bool = True
+    kind: str = "relevance"
+    has_size: bool = False
+
+    @property
+    def methods(self) -> list[str] | None:
+        """Names of the methods whose maps it takes; None where it compares features.
+
+        Asked for anew each time, since a user's module may register methods at any time.
+        """
+        if self.kind == "features":
+            return None
+        pooled = self.kind == "grad_cam"
+        return sorted(name for name, method in METHODS.items() if method.pooled == pooled)
+
+    @property
+    def signed(self) -> bool:
+        """Whether maps keep their sign unless the config says otherwise."""
+        return self.kind != "relevance"
 
 
-_LRP = frozenset(METHODS) - {"grad_cam"}
-_GRAD_CAM = frozenset({"grad_cam"})
-COMPARISONS = {
-    "LRPSemanticCosineLoss": _Comparison(losses.semantic_cosine, _LRP, signed=False),
-    "LRPSemanticL2Loss": _Comparison(losses.semantic_l2, _LRP, signed=False),
-    "GradCAML2Loss": _Comparison(losses.correlation_l2, _GRAD_CAM),
-    "GradCAMCosineLoss": _Comparison(losses.correlation_cosine, _GRAD_CAM),
-    "RelationCosineLoss": _Comparison(losses.relation_cosine),
-    "RelationL2Loss": _Comparison(losses.relation_l2),
-}
-"""The mid-level losses by key.
+COMPARISONS: Registry[Comparison] = Registry("mid-level loss")
+"""The mid-level losses by key; :func:`register_recorded_loss` adds one.
 
 Under several processes each compares its own process's part of the batch, not the gathered one.
 For Grad-CAM and relation losses, which relate the samples of a batch to each other, that is
@@ -45,47 +65,64 @@ class RecordedLoss(nn.Module):
     """Distance between what was recorded of student and teacher, averaged over the layers.
 
     Of maps that differ in size, the teacher's is resized to the student's by
-    :func:`kd_lrp_plugin.losses.resize_maps`. With gradients disabled, as in validation, the
-    value is the same and nothing is kept for a derivative.
+    :func:`kd_lrp_plugin.losses.resize_maps`; for ``LRPRelativeL2Loss`` its total is kept, so that
+    signed maps still add up to the logit. With gradients disabled, as in validation, the value is
+    the same and nothing is kept for a derivative.
 
     Args:
         key: the name it is registered under, one of :data:`COMPARISONS`.
-        target: which class's relevance is compared: the "label", or the "teacher"'s first choice.
+        target: which relevance is compared: that of the "label", of the "teacher"'s top-1
+            prediction, or the "contrast", the label minus the mean of the other classes.
         every: in training, compare every n-th batch only, beginning with the first after
-            :meth:`reset`, which the driver calls as an epoch begins; the other batches cost no
+            :meth:`reset`, which the trainer calls as an epoch begins; the other batches cost no
             maps and count as 0. The weight is not rescaled: on average the term weighs an n-th.
             With gradients disabled every batch is compared.
+        signed: compare maps with their sign, instead of their positive part. Of losses of
+            relevance only; Grad-CAM losses compare signed maps always.
 
     Attributes:
         computed: whether the latest batch was compared.
         zero_maps: maps without any relevance seen so far, of student and teacher together; None
             for a loss that compares features.
+
+    Raises:
+        ValueError: for an unknown target, ``every`` below 1, or ``signed`` where it says nothing.
     """
 
-    def __init__(self, key: str, target: str = "label", every: int = 1) -> None:
+    def __init__(
+        self, key: str, target: str = "label", every: int = 1, signed: bool | None = None
+    ) -> None:
         super().__init__()
-        check_known(f"{key}: target", target, ("label", "teacher"))
+        check_known("mid-level loss", key, COMPARISONS)
+        check_known(f"{key}: target", target, TARGETS)
         if type(every) is not int or every < 1:
             fix = "Use 1 to compare every batch."
             raise ValueError(message(f"{key}: every", "an integer of 1 or more", every, fix))
         self.key = key
+        self.comparison = COMPARISONS[key]
         self.target = target
         self.every = every
+        self.signed = self.comparison.signed if signed is None else signed
+        if type(self.signed) is not bool:
+            raise ValueError(message(f"{key}: signed", "True or False", signed, "Use True."))
+        if signed is not None and self.comparison.kind != "relevance":
+            expected = "no signed, which is a choice for maps of relevance"
+            raise ValueError(message(key, expected, signed, "Leave it out."))
         self.computed = False
         self.zero_maps: Tensor | int | None = None
         self._batches = 0
         self.reset()
 
     def reset(self) -> None:
-        """Start counting batches and zero maps anew."""
+        """Start counting batches and zero maps from 0."""
         self._batches = 0
-        self.zero_maps = None if COMPARISONS[self.key].methods is None else 0
+        self.zero_maps = None if self.comparison.kind == "features" else 0
 
     def forward(
         self, student_io_dict: Mapping, teacher_io_dict: Mapping, targets: Tensor
     ) -> Tensor:
-        student_logits, student = recorded(self.key, "student", student_io_dict)
-        teacher_logits, teacher = recorded(self.key, "teacher", teacher_io_dict)
+        student_logits, student = recorded(student_io_dict, "student", self.key)
+        teacher_logits, teacher = recorded(teacher_io_dict, "teacher", self.key)
         if len(student.layers) != len(teacher.layers):
             got = {"student": student.layers, "teacher": teacher.layers}
             fix = "Give both recorders the same number of layers."
@@ -94,57 +131,126 @@ class RecordedLoss(nn.Module):
         self._batches += torch.is_grad_enabled()
         if not self.computed:
             return (student_logits * 0).sum()  # has a graph, in case that there is no other term
-        classes = targets if self.target == "label" else teacher_logits.argmax(1)
-        with torch.autocast(student_logits.device.type, enabled=False):
-            return self._distance((student_logits, student), (teacher_logits, teacher), classes)
-
-    def _distance(
-        self,
-        of_student: tuple[Tensor, Recording],
-        of_teacher: tuple[Tensor, Recording],
-        classes: Tensor,
-    ) -> Tensor:
-        comparison = COMPARISONS[self.key]
-        if comparison.methods is None:
-            pairs = zip(of_student[1].activations, of_teacher[1].activations, strict=True)
+        if self.comparison.kind == "features":
+            pairs = zip(student.activations, teacher.activations, strict=True)
         else:
+            classes = targets if self.target != "teacher" else teacher_logits.argmax(1)
             create_graph = torch.is_grad_enabled()
-            pairs = zip(
-                self._maps("student", *of_student, classes, create_graph),
-                self._maps("teacher", *of_teacher, classes, False),
-                strict=True,
-            )
-        distances = []
-        for student, teacher in pairs:
-            if comparison.methods is not None:
-                height, width = student.shape[-2:]
-                teacher = losses.resize_maps(teacher, (height, width))
-                zeros = losses.zero_maps(student).sum() + losses.zero_maps(teacher).sum()
-                self.zero_maps = zeros + (self.zero_maps or 0)
-            distances.append(comparison.distance(student, teacher))
-        return torch.stack(distances).mean()
+            with torch.autocast(student_logits.device.type, enabled=False):
+                pairs = zip(
+                    self._maps("student", student_logits, student, classes, create_graph),
+                    self._maps("teacher", teacher_logits, teacher, classes, False),
+                    strict=True,
+                )
+        with torch.autocast(student_logits.device.type, enabled=False):
+            return torch.stack([self._distance(one, other) for one, other in pairs]).mean()
+
+    def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.comparison.kind != "features":
+            pixels = teacher.shape[-2] * teacher.shape[-1]
+            teacher = losses.resize_maps(teacher, (student.shape[-2], student.shape[-1]))
+            zeros = losses.zero_maps(student).sum() + losses.zero_maps(teacher).sum()
+            self.zero_maps = zeros + (self.zero_maps or 0)
+            if self.comparison.has_size:
+                teacher = teacher * (pixels / (student.shape[-2] * student.shape[-1]))
+        return self.comparison.distance(student, teacher)
 
     def _maps(
         self, role: str, logits: Tensor, recording: Recording, classes: Tensor, create_graph: bool
     ) -> list[Tensor]:
-        comparison = COMPARISONS[self.key]
-        if comparison.methods is not None and recording.method not in comparison.methods:
+        methods = self.comparison.methods
+        if methods is not None and recording.method not in methods:
             fix = f"Set method in train.{role}.forward_proc, or take a loss for this method."
-            expected = f"the {role} recorded with one of {sorted(comparison.methods)}"
+            expected = f"the {role} recorded with one of {methods}"
             raise ValueError(message(self.key, expected, repr(recording.method), fix))
-        return recording.maps(logits, classes, create_graph, comparison.signed)
+        if self.target == "contrast":
+            classes = _contrast(self.key, classes, logits)
+        return recording.maps(logits, classes, create_graph, self.signed)
 
     def extra_repr(self) -> str:
-        return f"{self.key}, target={self.target}, every={self.every}"
+        return f"{self.key}, target={self.target}, every={self.every}, signed={self.signed}"
+
+
+def _contrast(where: str, targets: Tensor, logits: Tensor) -> Tensor:
+    """Weights of the logits (n, classes) for the label minus the mean of the other classes."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        fix = "Use target: label."
+        got = tuple(logits.shape)
+        raise ValueError(message(f"{where}: target: contrast", "two logits or more", got, fix))
+    check_targets(where, targets, logits)
+    classes = logits.shape[1]
+    if not targets.is_floating_point():
+        targets = nn.functional.one_hot(targets.long(), classes)
+    targets = targets.to(logits)
+    return targets - (targets.sum(1, keepdim=True) - targets) / (classes - 1)
 
 
 def make_mid_level(key: str) -> Callable[..., RecordedLoss]:
+    """What torchdistill calls for ``key``: a :class:`RecordedLoss` that refuses other keywords."""
+    comparison = COMPARISONS[key]
+    if comparison.kind != "relevance":
+
+        @strict(key)
+        def make(target: str = "label", every: int = 1) -> RecordedLoss:
+            return RecordedLoss(key, target, every)
+
+        return make
+
     @strict(key)
-    def make(target: str = "label", every: int = 1) -> RecordedLoss:
-        return RecordedLoss(key, target, every)
+    def make_signed(target: str = "label", every: int = 1, signed: bool = False) -> RecordedLoss:
+        return RecordedLoss(key, target, every, signed)
 
-    return make
+    return make_signed
 
 
-for _key in COMPARISONS:
-    register_mid_level_loss(make_mid_level(_key), key=_key)
+def register_recorded_loss(
+    key: str,
+    distance: Callable[[Tensor, Tensor], Tensor],
+    kind: str = "relevance",
+    has_size: bool = False,
+) -> None:
+    """Make a mid-level loss of your own out of a distance, and register it.
+
+    From then on YAML can name it: as a term of torchdistill's ``WeightedSumLoss``, or as
+    ``semantic`` or ``relation`` of ``DisWOTPlusLoss``, with the keywords of
+    :class:`RecordedLoss`.
+
+    Args:
+        key: name for YAML, such as "ManhattanLoss"; none that torchdistill or we have.
+        distance: ``f(student, teacher) -> scalar``, of maps (n, h, w) of one size or of features
+            (n, c, h, w) as they are; differentiable in the student's. See
+            :mod:`kd_lrp_plugin.losses` for what a good one does about zero maps.
+        kind: what is compared: maps of "relevance", maps of "grad_cam", or "features".
+        has_size: whether the distance sees the size of maps, not their direction alone: then a
+            resized map of the teacher keeps its total.
+
+    Raises:
+        ValueError: if the key is taken or the kind unknown.
+
+    Example:
+        .. code-block:: python
+
+            def manhattan(student, teacher):
+                return (student - teacher).abs().mean()
+
+            register_recorded_loss("ManhattanLoss", manhattan, has_size=True)
+
+        .. code-block:: yaml
+
+            semantic: {key: ManhattanLoss, kwargs: {signed: True, target: contrast}}
+    """
+    check_known(f"{key}: kind", kind, KINDS)
+    if key in MIDDLE_LEVEL_LOSS_DICT and key not in COMPARISONS:  # torchdistill would overwrite
+        fix = "Choose another name; torchdistill has this one."
+        raise ValueError(message("mid-level loss", "a new name", repr(key), fix))
+    COMPARISONS.register(Comparison(distance, kind, has_size), key)
+    register_mid_level_loss(make_mid_level(key), key=key)
+
+
+register_recorded_loss("LRPSemanticCosineLoss", losses.semantic_cosine)
+register_recorded_loss("LRPSemanticL2Loss", losses.semantic_l2)
+register_recorded_loss("LRPRelativeL2Loss", losses.semantic_relative_l2, has_size=True)
+register_recorded_loss("GradCAML2Loss", losses.correlation_l2, "grad_cam")
+register_recorded_loss("GradCAMCosineLoss", losses.correlation_cosine, "grad_cam")
+register_recorded_loss("RelationCosineLoss", losses.relation_cosine, "features")
+register_recorded_loss("RelationL2Loss", losses.relation_l2, "features")

@@ -16,7 +16,8 @@ from kd_lrp_plugin import losses, record
 from kd_lrp_plugin import torchdistill as rim
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 
-SEMANTIC = ("LRPSemanticCosineLoss", "LRPSemanticL2Loss", "GradCAML2Loss", "GradCAMCosineLoss")
+LRP = ("LRPSemanticCosineLoss", "LRPSemanticL2Loss", "LRPRelativeL2Loss")
+SEMANTIC = (*LRP, "GradCAML2Loss", "GradCAMCosineLoss")
 
 
 def test_every_key_is_registered():
@@ -69,6 +70,116 @@ def test_target_teacher_explains_its_first_choice():
     torch.testing.assert_close(
         loss(of_student, of_teacher, wrong), by_label(of_student, of_teacher, choice)
     )
+
+
+def test_target_contrast_explains_the_label_minus_the_mean_of_the_others():
+    teacher, student = models()
+    images, targets = batch()
+    of_student, of_teacher = (io(m, rim.recorder(LAYERS), images) for m in (student, teacher))
+    loss = rim.RecordedLoss("LRPRelativeL2Loss", target="contrast", signed=True)
+    value = loss(of_student, of_teacher, targets).detach()
+    maps = []
+    for parts in (of_student, of_teacher):
+        logits, recording = rim.recorded(parts, "student")
+        per_class = [recording.maps(logits, torch.full((4,), c), signed=True) for c in range(4)]
+        maps.append([])
+        for layer in range(2):
+            stacked = torch.stack([maps_of_class[layer] for maps_of_class in per_class], 1)
+            for_label = [
+                stacked[i, label] - stacked[i, [c for c in range(4) if c != label]].mean(0)
+                for i, label in enumerate(targets.tolist())
+            ]
+            maps[-1].append(torch.stack(for_label).detach())
+    expected = [(s - t).square().sum() / t.square().sum() for s, t in zip(*maps, strict=True)]
+    torch.testing.assert_close(value, sum(expected) / 2, rtol=1e-4, atol=1e-5)
+    soft = nn.functional.one_hot(targets, 4).float()
+    torch.testing.assert_close(loss(of_student, of_teacher, soft).detach(), value)
+
+
+@pytest.mark.parametrize("key", LRP)
+@pytest.mark.parametrize("signed", [False, True])
+def test_signed_is_a_choice_of_the_losses_of_relevance(key, signed):
+    teacher, student = models()
+    images, targets = batch()
+    parts = [io(model, rim.recorder(LAYERS), images) for model in (student, teacher)]
+    value = MIDDLE_LEVEL_LOSS_DICT[key](signed=signed)(*parts, targets).detach()
+    maps = []
+    for role in parts:
+        logits, recording = rim.recorded(role, "student")
+        maps.append(recording.maps(logits, targets, signed=signed))
+    distance = rim.COMPARISONS[key].distance
+    expected = sum(distance(s, t) for s, t in zip(*maps, strict=True)) / 2
+    torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-5)
+    if not signed:
+        assert MIDDLE_LEVEL_LOSS_DICT[key]()(*parts, targets) == value
+
+
+@pytest.mark.parametrize("method", ["gradient_activation", "grad_cam"])
+def test_signed_maps_of_a_net_without_biases_sum_to_what_they_explain(method):
+    """So a distance between them with sign and size distils logits, position by position."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Conv2d(6, 5, 3, 2, bias=False), nn.ReLU()),
+        *(nn.MaxPool2d(2), nn.Conv2d(5, 8, 3, bias=False), nn.LeakyReLU(0.2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4, bias=False)),
+    ).double()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    # Grad-CAM averages a channel's factor, which is exact only where it is constant: at the end.
+    layers = ["6"] if method == "grad_cam" else ["0", "1", "2", "5", "6"]
+    with record(net, layers, method) as recording:
+        logits = net(images)
+    labels = torch.tensor([0, 1, 2, 3])
+    weights = torch.full((4, 4), -1 / 3, dtype=torch.float64).fill_diagonal_(1)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    contrast = own - (logits.sum(1) - own) / 3
+    for targets, explained in ((labels, own), (weights, contrast)):
+        for map_ in recording.maps(logits, targets, signed=True):
+            torch.testing.assert_close(map_.sum((1, 2)), explained, rtol=1e-9, atol=1e-12)
+
+
+def test_a_resized_map_keeps_its_total_where_the_distance_sees_it():
+    """A teacher whose maps have twice the size spreads its relevance over four times the pixels."""
+    small = torch.rand(4, 3, 3)
+    loss = rim.RecordedLoss("LRPRelativeL2Loss", signed=True)
+    large = torch.nn.functional.interpolate(small[:, None], scale_factor=2)[:, 0] / 4
+    # 2 x 2 pixels of one value each, brought back to one: antialiasing mixes in the neighbours.
+    flat = torch.full((4, 6, 6), 1 / 36)
+    assert loss._distance(torch.full((4, 3, 3), 1 / 9), flat) == pytest.approx(0, abs=1e-12)
+    assert loss._distance(small, large) < 0.1
+
+
+class TestOptionsOfRelevance:
+    @pytest.mark.parametrize("key", sorted(set(rim.COMPARISONS) - set(LRP)))
+    def test_signed_says_nothing_elsewhere_and_is_refused(self, key):
+        with pytest.raises(ValueError, match=f"{key}: keyword: expected .*'signed'"):
+            MIDDLE_LEVEL_LOSS_DICT[key](signed=True)
+        with pytest.raises(ValueError, match=f"{key}: expected no signed"):
+            rim.RecordedLoss(key, signed=True)
+
+    @pytest.mark.parametrize("signed", [1, "True", 0.0])
+    def test_signed_is_true_or_false(self, signed):
+        with pytest.raises(ValueError, match="signed: expected True or False"):
+            MIDDLE_LEVEL_LOSS_DICT["LRPRelativeL2Loss"](signed=signed)
+
+    def test_an_unknown_target_is_named(self):
+        with pytest.raises(ValueError, match="Did you mean 'contrast'"):
+            MIDDLE_LEVEL_LOSS_DICT["LRPRelativeL2Loss"](target="contrasts")
+
+    def test_contrast_of_labels_outside_the_head_is_refused(self):
+        teacher, student = models()
+        images, _ = batch()
+        parts = [io(model, rim.recorder(LAYERS), images) for model in (student, teacher)]
+        loss = rim.RecordedLoss("LRPSemanticL2Loss", target="contrast")
+        with pytest.raises(ValueError, match=r"labels in \[0, 4\)"):
+            loss(*parts, torch.tensor([0, 1, 2, 4]))
+
+    def test_contrast_of_one_output_is_refused(self):
+        images, _ = batch()
+        nets = [nn.Sequential(nn.Conv2d(3, 2, 3), nn.AvgPool2d(46), nn.Flatten(), nn.Linear(2, 1))]
+        parts = [io(net, rim.recorder(["0"]), images) for net in nets * 2]
+        loss = rim.RecordedLoss("LRPSemanticL2Loss", target="contrast")
+        with pytest.raises(ValueError, match=r"two logits or more, got \(4, 1\)"):
+            loss(*parts, torch.zeros(4, dtype=torch.long))
 
 
 def test_a_frozen_teacher_does_not_drift_under_stock_losses():

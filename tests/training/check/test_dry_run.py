@@ -61,8 +61,9 @@ WRONG = {
         "key: LRPSemanticCosineLoss",
         "key: LRPSemanticCosinLoss",
         "64  train.criterion: DisWOTPlusLoss: semantic: key: expected one of ['GradCAMCosineLoss', "
-        "'GradCAML2Loss', 'LRPSemanticCosineLoss', 'LRPSemanticL2Loss', 'RelationCosineLoss', "
-        "'RelationL2Loss'], got 'LRPSemanticCosinLoss'. Did you mean 'LRPSemanticCosineLoss' or "
+        "'GradCAML2Loss', 'LRPRelativeL2Loss', 'LRPSemanticCosineLoss', 'LRPSemanticL2Loss', "
+        "'RelationCosineLoss', 'RelationL2Loss'], got 'LRPSemanticCosinLoss'. Did you mean "
+        "'LRPSemanticCosineLoss' or "
         "'LRPSemanticL2Loss' or 'RelationCosineLoss'?",
     ),
     "weights of another sum": (
