@@ -52,10 +52,10 @@ def main() -> None:
         overrides = [*SMALL, "models.teacher_model.src_ckpt=null", *overrides]
     if args.device == "cpu":
         torch.set_num_threads(1)
-    here = DistributedContext(torch.device(args.device))
+    context = DistributedContext(torch.device(args.device))
     rows = []
     for config in configs:
-        experiment = Experiment(construct(resolve_config(config, overrides)), here)
+        experiment = Experiment(construct(resolve_config(config, overrides)), context)
         with tempfile.TemporaryDirectory() as folder:
             rows.append({"config": config.parent.name} | measure(experiment, folder, args.rounds))
     print(table(rows))
@@ -69,10 +69,10 @@ def measure(experiment: Experiment, folder: str, rounds: int) -> dict[str, float
         for name in sorted(loops, reverse=turn % 2 == 0):
             torch.manual_seed(turn)
             experiment.begin_epoch()
-            started = now(experiment.here.device)
+            started = now(experiment.context.device)
             loops[name]()
             if turn > 0:
-                times[name].append(now(experiment.here.device) - started)
+                times[name].append(now(experiment.context.device) - started)
     run._keep_best({run.monitor: 0.0})
     started = time.perf_counter()
     run._save(improved=True)
@@ -91,7 +91,7 @@ def measure(experiment: Experiment, folder: str, rounds: int) -> dict[str, float
 
 
 def bare(experiment: Experiment) -> None:
-    box, device = experiment.box, experiment.here.device
+    box, device = experiment.box, experiment.context.device
     for images, targets, supplement in box.train_data_loader:
         loss = box.forward_process(images.to(device), targets.to(device), supplement)
         if not torch.isfinite(loss):

@@ -29,29 +29,29 @@ def torchrun(*words: Any, cwd: Path | None = None) -> subprocess.CompletedProces
 
 def main(config: str, out: str, *overrides: str) -> None:
     torch.set_num_threads(1)
-    with init_distributed("cpu") as here:
+    with init_distributed("cpu") as context:
         torch.manual_seed(0)
-        experiment = Experiment(construct(resolve_config(config, overrides)), here)
+        experiment = Experiment(construct(resolve_config(config, overrides)), context)
         box = experiment.box
         data = box.train_data_loader.dataset
         images, targets = zip(*(data[place][:2] for place in range(16)), strict=True)
         before = {name: p.detach().clone() for name, p in experiment.student.named_parameters()}
         experiment.begin_epoch()
-        share = 16 // here.world // box.grad_accum_step
+        share = 16 // context.world_size // box.grad_accum_step
         with Meter(box.criterion) as meter:
             for part in range(box.grad_accum_step):
-                start = (part * here.world + here.rank) * share
+                start = (part * context.world_size + context.rank) * share
                 batch = torch.stack(images[start : start + share])
                 labels = torch.tensor(targets[start : start + share])
                 loss = experiment.training_loss(batch, labels, None)
                 meter.update(loss, labels)
                 box.post_forward_process(loss=loss)
             own = {name: float(value) for name, value in meter.latest.items()}
-        shared = here.gather(own)
-        means = meter.summary("train", here)
+        shared = context.gather(own)
+        means = meter.summary("train", context)
         seen = [place for batch in box.train_data_loader.batch_sampler for place in batch]
-        shares = here.gather(seen)
-        if here.rank == 0:
+        shares = context.gather(seen)
+        if context.rank == 0:
             student = dict(experiment.student.named_parameters())
             change = {name: student[name].detach() - value for name, value in before.items()}
             found = {"change": change, "terms": shared, "means": means, "shares": shares}

@@ -37,8 +37,8 @@ def check(
         read = resolve_config(config, overrides or [])
         problems, remarks = unsafe_tags(read) if safe else [], []
         if not problems:
-            with init_distributed(device) as here, select.preview():
-                findings = dry_run.check(read, here)
+            with init_distributed(device) as context, select.preview():
+                findings = dry_run.check(read, context)
             problems, remarks = findings.problems, findings.remarks
     for remark in remarks:
         console.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)

@@ -73,9 +73,9 @@ def explain(
 
     roles = tuple(model or ("student", "teacher"))
     last = "What is finished stays; the same command goes on from there."
-    with RichProgress(), errors_in_words(last), init_distributed(device) as here:
+    with RichProgress(), errors_in_words(last), init_distributed(device) as context:
         options = (method or (), layer or (), roles, images or (), n, samples, out)
-        rows = explain.explain(runs, *options, here.device, safe)
+        rows = explain.explain(runs, *options, context.device, safe)
     if rows:
         print(tables.table(summary.records(rows)))
     if len({row["layer"] for row in rows} - {"input"}) > 1:

@@ -127,7 +127,7 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
     problems: list[str] = []
     with (
         tempfile.TemporaryDirectory() as place,
-        init_distributed(device) as here,
+        init_distributed(device) as context,
         _quiet(),
         preview(),
     ):
@@ -139,7 +139,7 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
             config = resolve_config(run.config, changes)
             found = unsafe_tags(config) if safe else []
             if not found and all(untrained[need].exists() for need in missing):
-                found = check(config, here).problems
+                found = check(config, context).problems
                 if run.folder in prepare and not found:
                     _save_untrained(config, untrained[run.folder])
             problems += [f"{plan.file}: {run.cell}: {problem}" for problem in found]

@@ -49,7 +49,7 @@ class Experiment:
 
     Args:
         content: the config, from :func:`construct`.
-        here: this process; under torchrun the student is wrapped for it.
+        context: this process; under torchrun the student is wrapped for it.
         seed: of the order of the images under torchrun.
 
     Attributes:
@@ -59,8 +59,8 @@ class Experiment:
         test_set: the data set of the test.
     """
 
-    def __init__(self, content: dict[str, Any], here: DistributedContext, seed: int = 0) -> None:
-        self.here = here
+    def __init__(self, content: dict[str, Any], context: DistributedContext, seed: int = 0) -> None:
+        self.context = context
         self.train = content["train"]
         self._seed = seed
         self._datasets = content["datasets"]
@@ -85,13 +85,13 @@ class Experiment:
             built[role] = build_model_entry(entry, f"models.{role}")
             fill_model(built[role], entry, f"models.{role}", self.classes)
             # Depthwise convolutions take less time so, on CPUs too.
-            built[role].to(here.device).to(memory_format=torch.channels_last)
+            built[role].to(context.device).to(memory_format=torch.channels_last)
             self._check_head(role, built[role], parts["val"])
         student = built["student_model"] if "student_model" in built else built["model"]
         if how := self.train.get("compile"):
             student.compile(**(how if isinstance(how, Mapping) else {}))
-        device_ids = [here.device.index] if here.device.type == "cuda" else None
-        rest = (self._datasets, self.train, here.device, device_ids, here.world > 1, 1)
+        device_ids = [context.device.index] if context.device.type == "cuda" else None
+        rest = (self._datasets, self.train, context.device, device_ids, context.world_size > 1, 1)
         if self.train.get("precision") == "float16":
             for stage in get_stages(self.train).values():
                 stage["post_forward_process"] = scaled_step.__name__
@@ -104,7 +104,7 @@ class Experiment:
             self.box = get_training_box(student, *rest)
         self.box.save_stage_ckpt = lambda *_: None  # the run folder holds what a stage has made
         if self.train.get("precision") == "float16":
-            self.box.grad_scaler = torch.amp.GradScaler(here.device.type)
+            self.box.grad_scaler = torch.amp.GradScaler(context.device.type)
         self._enter_stage()
 
     # --- models -------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ class Experiment:
         image = dataset[0][0]
         was_training = model.training
         with torch.no_grad():
-            outputs = model.eval()(image[None].to(self.here.device)).shape[-1]
+            outputs = model.eval()(image[None].to(self.context.device)).shape[-1]
         model.train(was_training)
         needed = len(self.classes) or max(getattr(dataset, "targets", [0])) + 1
         if outputs < needed:
@@ -145,7 +145,7 @@ class Experiment:
     def loss(self, images: Tensor, targets: Tensor, supplement: Any = None) -> Tensor:
         """Forward passes and criterion, in the precision of ``train.precision``."""
         kind = PRECISIONS[self.train.get("precision") or "float32"]
-        with torch.autocast(self.here.device.type, kind, enabled=kind != torch.float32):
+        with torch.autocast(self.context.device.type, kind, enabled=kind != torch.float32):
             return self.box.forward_process(images, targets, supplement)
 
     def training_loss(self, images: Tensor, targets: Tensor, supplement: Any) -> Tensor:
@@ -163,7 +163,7 @@ class Experiment:
         shared = getattr(self.box, self.student_name)
         setattr(self.box, self.student_name, self.student)
         for buffer in self.student.buffers():
-            self.here.send(buffer)  # of the first process, whose weights are kept
+            self.context.broadcast(buffer)  # of the first process, whose weights are kept
         self.student.eval()
         try:
             with torch.no_grad():
@@ -272,7 +272,9 @@ class Experiment:
             for model in self._models().values():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
-                        self.here.average(parameter.grad)  # as the checkpoint holds one of each
+                        self.context.all_reduce_mean(
+                            parameter.grad
+                        )  # as the checkpoint holds one of each
         end = getattr(box, "stage_end_epoch", box.num_epochs)
         if stop:
             box.current_epoch = end - 1
@@ -299,10 +301,10 @@ class Experiment:
         if not hasattr(box, "current_epoch"):
             box.current_epoch = 0
         for loss in self._losses().values():
-            loss.to(self.here.device)  # torchdistill leaves the weights of a loss behind
+            loss.to(self.context.device)  # torchdistill leaves the weights of a loss behind
         self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
         self.test_loader = self._loader(self._test_loader, "test_loader")
-        if self.here.world > 1:
+        if self.context.world_size > 1:
             sampler = box.train_data_loader.batch_sampler.sampler
             if isinstance(sampler, DistributedSampler):
                 sampler.seed = self._seed
@@ -311,7 +313,7 @@ class Experiment:
     def _share_student(self) -> None:
         trained = [parameter.requires_grad for parameter in self.student.parameters()]
         if any(trained) and getattr(self.box, self.student_name) is self.student:
-            ids = [self.here.device.index] if self.here.device.type == "cuda" else None
+            ids = [self.context.device.index] if self.context.device.type == "cuda" else None
             shared = DistributedDataParallel(
                 self.student, device_ids=ids, find_unused_parameters=not all(trained)
             )
@@ -322,6 +324,8 @@ class Experiment:
         if not config:  # a later stage goes on with the loader of the one before
             return getattr(self, name)
         dataset = self._datasets[config["dataset_id"]]
-        if self.here.world > 1:
-            dataset = Subset(dataset, range(self.here.rank, len(dataset), self.here.world))
+        if self.context.world_size > 1:
+            dataset = Subset(
+                dataset, range(self.context.rank, len(dataset), self.context.world_size)
+            )
         return build_data_loader(dataset, config, False)

@@ -97,9 +97,9 @@ class Meter:
         total, count = self._sums.get(name, (torch.zeros_like(mean), 0))
         self._sums[name] = total + mean * n, count + n
 
-    def summary(self, prefix: str, here: DistributedContext) -> dict[str, float]:
+    def summary(self, prefix: str, context: DistributedContext) -> dict[str, float]:
         """The means over all processes, under names that begin with ``prefix``."""
-        parts = here.gather({name: (float(total), n) for name, (total, n) in self._sums.items()})
+        parts = context.gather({name: (float(total), n) for name, (total, n) in self._sums.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         means = {}
         for name in names:
@@ -109,10 +109,10 @@ class Meter:
             if name not in names:  # its weight is zero for now
                 continue
             if isinstance(term, RecordedLoss) and term.zero_maps is not None:
-                means[f"{prefix}_{name}_zero_maps"] = sum(here.gather(float(term.zero_maps)))
+                means[f"{prefix}_{name}_zero_maps"] = sum(context.gather(float(term.zero_maps)))
         return means
 
-    def predictions(self, here: DistributedContext) -> list[Mapping[str, Any]]:
+    def predictions(self, context: DistributedContext) -> list[Mapping[str, Any]]:
         """Per image, in the order of the data set: label and probabilities of both models.
 
         The processes must have taken turns through the data set.
@@ -124,6 +124,6 @@ class Meter:
                 rows.append(
                     {"label": label, "student": student[place].tolist(), "teacher": of_teacher}
                 )
-        shares = here.gather(rows)
+        shares = context.gather(rows)
         longest = max(map(len, shares))
         return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]

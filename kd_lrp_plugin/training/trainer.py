@@ -89,25 +89,29 @@ def distill(
     if seed < 0:
         raise ValueError(message("seed", "a number of 0 or more", seed, ""))
     config = resolve_config(path, overrides)
-    with init_distributed(device) as here, ExitStack() as stack:
-        if here.rank > 0:  # the first process speaks for all
+    with init_distributed(device) as context, ExitStack() as stack:
+        if context.rank > 0:  # the first process speaks for all
             stack.enter_context(NullProgress())
         folder = RunFolder(out if out is not None else default_run_folder(path, seed))
 
         def claim() -> None:
-            about = {"seed": seed, "processes": here.world, "files": list_files(config.text)}
+            about = {
+                "seed": seed,
+                "processes": context.world_size,
+                "files": list_files(config.text),
+            }
             stack.enter_context(folder.claimed(config.text, about))
 
-        here.first(claim)
-        if here.first(lambda: folder.finished):
+        context.run_on_rank_zero(claim)
+        if context.run_on_rank_zero(lambda: folder.finished):
             current_progress().note(f"{folder.path} is finished already")
-            return here.first(folder.summary)
-        here.first(lambda: _refuse_problems(config, here, safe))
+            return context.run_on_rank_zero(folder.summary)
+        context.run_on_rank_zero(lambda: _refuse_problems(config, context, safe))
         main_util.set_seed(seed)
-        run = Trainer(Experiment(construct(config), here, seed), folder, seed)
-        state = here.first(folder.load)
-        if here.rank == 0:
-            folder.add_session(_session(config, overrides, here))
+        run = Trainer(Experiment(construct(config), context, seed), folder, seed)
+        state = context.run_on_rank_zero(folder.load)
+        if context.rank == 0:
+            folder.add_session(_session(config, overrides, context))
         if state is not None:
             run.restore(state)
             current_progress().note(f"{folder.path}: going on after epoch {run.epoch}")
@@ -115,9 +119,9 @@ def distill(
         return run.test()
 
 
-def _refuse_problems(config: Config, here: DistributedContext, safe: bool) -> None:
+def _refuse_problems(config: Config, context: DistributedContext, safe: bool) -> None:
     problems = unsafe_tags(config) if safe else []
-    problems = problems or check(config, here).problems
+    problems = problems or check(config, context).problems
     if problems:
         raise ValueError("\n".join(problems))
 
@@ -127,7 +131,7 @@ class Trainer:
 
     def __init__(self, experiment: Experiment, folder: RunFolder, seed: int) -> None:
         self.experiment, self.folder, self.seed = experiment, folder, seed
-        self.here = experiment.here
+        self.context = experiment.context
         self.records: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}  # content of best.pt
         self.monitor = experiment.monitor
@@ -143,7 +147,7 @@ class Trainer:
             raise ValueError(message("checkpoint", f"format {FORMAT}", got, fix))
         self.experiment.restore(state["experiment"])
         self.records, self.best = state["records"], state["best"]
-        if self.here.rank == 0:
+        if self.context.rank == 0:
             self._save_best()  # may be missing, behind, or ahead of a checkpoint that was damaged
             self._write_records()
 
@@ -155,7 +159,7 @@ class Trainer:
             return
         with ExitStack() as stack:
             board = None
-            if self.here.rank == 0:
+            if self.context.rank == 0:
                 self.folder.clear_events()
                 board = stack.enter_context(SummaryWriter(str(self.folder.path)))
                 for metrics in self.records:
@@ -175,18 +179,18 @@ class Trainer:
         metrics = {"epoch": number, "stage": experiment.stage, "lr": rates[0]}
         metrics |= self._train_batches(number)
         metrics |= self._evaluate(experiment.val_loader, "val", f"epoch {number} val")[0]
-        metrics["memory_mb"] = round(_memory(self.here), 1)
+        metrics["memory_mb"] = round(_memory(self.context), 1)
         metrics["seconds"] = round(time.time() - started, 2)
         improved = self._keep_best(metrics)
         self.records.append(metrics)
         experiment.end_epoch(metrics[self.monitor], self._stalls())
-        if self.here.rank == 0:
+        if self.context.rank == 0:
             self._save(improved)
         return metrics
 
     def _set_seed(self, number: int) -> None:
         """Seeds of its own make an epoch independent of how its process came to it."""
-        key = np.random.SeedSequence([self.seed, number, self.here.rank])
+        key = np.random.SeedSequence([self.seed, number, self.context.rank])
         main_util.set_seed(int(key.generate_state(1)[0]))
 
     def _train_batches(self, number: int) -> dict[str, float]:
@@ -197,14 +201,14 @@ class Trainer:
             for images, targets, supplement in current_progress().track(
                 loader, f"epoch {number}", len(loader)
             ):
-                images, targets = images.to(self.here.device), targets.to(self.here.device)
+                images, targets = images.to(self.context.device), targets.to(self.context.device)
                 loss = experiment.training_loss(images, targets, supplement)
                 check_finite(loss, meter.latest)
                 meter.update(loss, targets)
                 box.post_forward_process(loss=loss)
         seconds = time.time() - started
-        metrics = meter.summary("train", self.here)
-        images_seen = sum(self.here.gather(meter.images))
+        metrics = meter.summary("train", self.context)
+        images_seen = sum(self.context.gather(meter.images))
         metrics["images_per_second"] = round(images_seen / seconds, 1)
         return metrics
 
@@ -219,7 +223,7 @@ class Trainer:
         quality = self._value(metrics), -metrics.get("val_loss", 0.0) if one_stage else 0.0
         improved = not self.best or quality > tuple(self.best["quality"])
         if improved:
-            state = self.experiment.original.state_dict() if self.here.rank == 0 else {}
+            state = self.experiment.original.state_dict() if self.context.rank == 0 else {}
             self.best = {
                 "model": {k: v.detach().to("cpu", copy=True) for k, v in state.items()},
                 "classes": self.experiment.classes,
@@ -276,19 +280,19 @@ class Trainer:
             experiment.original.eval()
             least = 2 if meter.compares else 1
             for images, targets, *_ in current_progress().track(loader, what, len(loader)):
-                images, targets = images.to(self.here.device), targets.to(self.here.device)
+                images, targets = images.to(self.context.device), targets.to(self.context.device)
                 if len(targets) >= least:
                     logits = experiment.original(images) if redesigned else None
                     meter.update(experiment.loss(images, targets), targets, logits)
                 else:
                     of_teacher = experiment.teacher(images) if experiment.teacher else None
                     meter.count(experiment.original(images), targets, of_teacher)
-        return meter.summary(prefix, self.here), meter.predictions(self.here)
+        return meter.summary(prefix, self.context), meter.predictions(self.context)
 
     def test(self) -> dict[str, Any]:
         """Test the best weights, and write what a finished run has."""
         experiment, folder = self.experiment, self.folder
-        self.here.first(lambda: None)  # the first process has written the weights
+        self.context.run_on_rank_zero(lambda: None)  # the first process has written the weights
         load_weights(experiment.original, folder / "best.pt")
         self._set_seed(0)
         loader = experiment.test_loader
@@ -305,9 +309,9 @@ class Trainer:
             "preprocessing": experiment.preprocessing,
             "image_shape": list(experiment.test_set[0][0].shape),
             "seed": self.seed,
-            "device": str(self.here.device),
+            "device": str(self.context.device),
         }
-        if self.here.rank == 0:
+        if self.context.rank == 0:
             names = _names(experiment.test_set, loader)
             folder.write("predictions.csv", predictions_csv(predictions, experiment.classes, names))
             weights = experiment.original.state_dict()
@@ -321,7 +325,7 @@ class Trainer:
             folder.put("curves.png", lambda file: figure.savefig(file, format="png"))
             folder.write("summary.json", json.dumps(summary, indent=2))
             (folder / "previous.pt").unlink(missing_ok=True)
-        return self.here.first(lambda: summary)
+        return self.context.run_on_rank_zero(lambda: summary)
 
 
 def _show_on(board: SummaryWriter, metrics: Mapping[str, float]) -> None:
@@ -340,18 +344,20 @@ def _names(dataset: Any, loader: DataLoader) -> list[str] | None:
     return [os.path.relpath(file, common) for file in files]
 
 
-def _memory(here: DistributedContext) -> float:
+def _memory(context: DistributedContext) -> float:
     """The peak so far, in 10^6 bytes: of the GPU where there is one, else of the process."""
-    if here.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(here.device) / 1e6
+    if context.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(context.device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _session(config: Config, overrides: Sequence[str], here: DistributedContext) -> dict[str, Any]:
+def _session(
+    config: Config, overrides: Sequence[str], context: DistributedContext
+) -> dict[str, Any]:
     packages = ("torchvision", "timm", "captum", "torchdistill", "kd_lrp_plugin")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    cuda = here.device.type == "cuda"
+    cuda = context.device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "config": config.path,
@@ -359,8 +365,8 @@ def _session(config: Config, overrides: Sequence[str], here: DistributedContext)
         "versions": versions | {name: version(name) for name in packages},
         "commit": _commit(Path(__file__).parent),
         "commit_of_config": _commit(Path(config.path).resolve().parent),
-        "device": torch.cuda.get_device_name(here.device) if cuda else str(here.device),
-        "processes": here.world,
+        "device": torch.cuda.get_device_name(context.device) if cuda else str(context.device),
+        "processes": context.world_size,
         "threads": torch.get_num_threads(),
     }
 

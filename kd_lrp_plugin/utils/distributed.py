@@ -28,36 +28,36 @@ class DistributedContext:
     Attributes:
         device: where this process computes.
         rank: its number, from 0.
-        world: how many there are.
+        world_size: how many there are.
     """
 
     device: torch.device
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     def gather(self, item: T) -> list[T]:
         """The items of all processes in the order of their ranks, on every process."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [item]
-        items: list[Any] = [None] * self.world
+        items: list[Any] = [None] * self.world_size
         distributed.all_gather_object(items, item)
         return items
 
-    def send(self, tensor: torch.Tensor) -> None:
+    def broadcast(self, tensor: torch.Tensor) -> None:
         """Give every process the tensor of the first, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             whole = tensor.contiguous()  # what is sent is memory, whatever the strides
             distributed.broadcast(whole, 0)
             tensor.copy_(whole)
 
-    def average(self, tensor: torch.Tensor) -> None:
+    def all_reduce_mean(self, tensor: torch.Tensor) -> None:
         """Give every process the mean over all, in place."""
-        if self.world > 1:
+        if self.world_size > 1:
             whole = tensor.contiguous()
             distributed.all_reduce(whole)
-            tensor.copy_(whole / self.world)
+            tensor.copy_(whole / self.world_size)
 
-    def first(self, work: Callable[[], T]) -> T:
+    def run_on_rank_zero(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in the first process, on every process.
 
         Raises:
@@ -71,7 +71,7 @@ class DistributedContext:
             except Exception as error:
                 failure = error
                 outcome[1] = f"{type(error).__name__}: {error}"
-        if self.world > 1:
+        if self.world_size > 1:
             distributed.broadcast_object_list(outcome)
         if failure is not None:
             raise failure
@@ -103,8 +103,8 @@ def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
     if kind.type == "cuda" and not torch.cuda.is_available():
         fix = "Use --device cpu."
         raise ValueError(message("device", "one that PyTorch finds", repr(device), fix))
-    rank, world = rank_and_world_size()
-    if world == 1:
+    rank, world_size = rank_and_world_size()
+    if world_size == 1:
         yield DistributedContext(kind)
         return
     if kind.type == "cuda":
@@ -116,6 +116,6 @@ def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
         torch.cuda.set_device(kind)
     distributed.init_process_group("nccl" if kind.type == "cuda" else "gloo")
     try:
-        yield DistributedContext(kind, rank, world)
+        yield DistributedContext(kind, rank, world_size)
     finally:
         distributed.destroy_process_group()

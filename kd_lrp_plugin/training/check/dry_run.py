@@ -20,12 +20,12 @@ from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
-def check(config: Config, here: DistributedContext) -> CheckReport:
+def check(config: Config, context: DistributedContext) -> CheckReport:
     """Build everything that a config names, take one step in each stage, and list what is wrong.
 
     Args:
         config: see :func:`kd_lrp_plugin.config.document.resolve_config`.
-        here: where to compute, and how many will; the other processes are left alone.
+        context: where to compute, and how many will; the other processes are left alone.
 
     Returns:
         Every problem and remark, each with its place in the file.
@@ -48,11 +48,11 @@ def check(config: Config, here: DistributedContext) -> CheckReport:
                 got = content.get(section)
                 findings.add("", message("config", f"a section {section!r}", got, SEE))
         if not findings.problems or findings.failed:
-            check_sections(findings, content, here)
+            check_sections(findings, content, context)
         if not findings.problems:
             _check_images(findings, content)
         if not findings.problems:
-            _check_steps(findings, content, here)
+            _check_steps(findings, content, context)
     return findings
 
 
@@ -75,10 +75,12 @@ def _check_images(findings: CheckReport, content: Mapping[str, Any]) -> None:
                 raise ValueError(message("images", "readable files", got, fix))
 
 
-def _check_steps(findings: CheckReport, content: dict[str, Any], here: DistributedContext) -> None:
+def _check_steps(
+    findings: CheckReport, content: dict[str, Any], context: DistributedContext
+) -> None:
     """A step of each stage, alone in this process, and a batch of all that is evaluated."""
     with findings.at("models"):
-        experiment = Experiment(content, DistributedContext(here.device))
+        experiment = Experiment(content, DistributedContext(context.device))
     stages = get_stages(content["train"])
     for number, (dotted, stage) in enumerate(stages.items(), start=1):
         if findings.problems:
@@ -88,13 +90,13 @@ def _check_steps(findings: CheckReport, content: dict[str, Any], here: Distribut
                 experiment.box.current_epoch = experiment.box.stage_end_epoch - 1
                 experiment.end_epoch(0.0, stop=False)
             if loader := stage.get("train_data_loader"):
-                own = share(content["datasets"][loader["dataset_id"]], loader, here)
+                own = share(content["datasets"][loader["dataset_id"]], loader, context)
             _check_accumulation(findings, dotted, experiment, len(own), stage["num_epochs"])
             first, box = experiment.epochs_done, experiment.box
             last = getattr(box, "stage_end_epoch", box.num_epochs) - 1
             scheduled = "pre_epoch_process" in stage  # terms may set in late
             for box.current_epoch in (first, last) if scheduled else (first,):
-                _check_step(findings, dotted, experiment, here, own)
+                _check_step(findings, dotted, experiment, context, own)
                 if findings.problems:
                     return
             validation = f"{dotted}.val_data_loader"
@@ -119,11 +121,11 @@ def _check_step(
     findings: CheckReport,
     dotted: str,
     experiment: Experiment,
-    here: DistributedContext,
+    context: DistributedContext,
     own: DataLoader,
 ) -> None:
     """One batch through everything, as a step would take it; ``own`` has a process's share."""
-    box, device = experiment.box, experiment.here.device
+    box, device = experiment.box, experiment.context.device
     loader = box.train_data_loader
     with findings.at(f"{dotted}.train_data_loader"):
         items = _items(loader)
@@ -158,7 +160,7 @@ def _check_step(
         check_finite(loss, meter.latest)
         meter.update(loss, targets)
         left = _step(experiment, loss, images)
-        if left and here.world > 1:
+        if left and context.world_size > 1:
             got = f"none for {len(left)}, such as {left[:3]}"
             fix = "Give CE or KL a weight, or freeze them (frozen_modules)."
             expected = "a gradient for all that is trained, under torchrun"
@@ -196,7 +198,7 @@ def _check_evaluation(
     original = experiment.original
     with findings.at(dotted), experiment.evaluating(), Meter(experiment.box.criterion) as meter:
         original.eval()
-        images, targets, *_ = _collated(loader, _items(loader), experiment.here.device)
+        images, targets, *_ = _collated(loader, _items(loader), experiment.context.device)
         if len(targets) == 1 and meter.compares:
             meter.count(original(images), targets)
         else:

@@ -49,13 +49,13 @@ class _Others:
         train: the section.
         datasets: by name.
         roles: the models by role, None for one that cannot be built.
-        here: how many processes share the training images.
+        context: how many processes share the training images.
     """
 
     train: Mapping[str, Any]
     datasets: Mapping[str, Any]
     roles: Mapping[str, nn.Module | None]
-    here: DistributedContext
+    context: DistributedContext
 
     @property
     def trained(self) -> str:
@@ -63,20 +63,20 @@ class _Others:
 
 
 def check_sections(
-    findings: CheckReport, content: Mapping[str, Any], here: DistributedContext
+    findings: CheckReport, content: Mapping[str, Any], context: DistributedContext
 ) -> None:
     """Note what is wrong with the sections of a config, each for itself.
 
     Args:
         findings: added to.
         content: of the config, from :func:`kd_lrp_plugin.config.build.construct`.
-        here: how many processes share the training images.
+        context: how many processes share the training images.
     """
     models, train, datasets, test = (
         found if isinstance(found := content.get(name), Mapping) else {}
         for name in ("models", "train", "datasets", "test")
     )
-    others = _Others(train, datasets, _build_models(findings, models), here)
+    others = _Others(train, datasets, _build_models(findings, models), context)
     _check_train(findings, train)
     for dotted, stage in get_stages(train).items():
         with findings.at(dotted):
@@ -213,7 +213,7 @@ def _check_role(
                 fix = "Leave train.compile out: hooks and second derivatives do not compile."
                 got = role["forward_proc"]
                 raise ValueError(message("compile", "a student without hooks", got, fix))
-    several = others.here.world > 1 and name in others.roles
+    several = others.context.world_size > 1 and name in others.roles
     with findings.at(f"{dotted}.requires_grad"):
         if several and name == "teacher" and role.get("requires_grad", True):
             fix = "Set requires_grad: False; only the student is trained by several."
@@ -415,15 +415,15 @@ def _check_loader(
         findings.add(name, message("data set", "images that can be counted", dataset, fix))
         return
     trains = dotted.endswith("train_data_loader")
-    world = others.here.world if trains else 1
-    if world > 1 and (kwargs := loader["sampler"].get("kwargs")):
+    world_size = others.context.world_size if trains else 1
+    if world_size > 1 and (kwargs := loader["sampler"].get("kwargs")):
         expected, fix = "none under torchrun, which shares out the images", "Leave them out."
         raise ValueError(message("sampler.kwargs", expected, [*kwargs], fix))
     if not callable(loader["sampler"].get("class_or_func")):
         got = repr(loader["sampler"].get("class_or_func"))
         raise ValueError(message("sampler.class_or_func", "a class or function", got, fix))
-    for processes in (1, world):  # the check itself takes its step alone
-        built = share(dataset, loader, DistributedContext(others.here.device, 0, processes))
+    for processes in (1, world_size):  # the check itself takes its step alone
+        built = share(dataset, loader, DistributedContext(others.context.device, 0, processes))
     if built.batch_sampler is None:
         raise ValueError(message("kwargs.batch_size", "a number", None, "For example 32."))
     size = getattr(built.batch_sampler, "batch_size", 1)
@@ -432,21 +432,21 @@ def _check_loader(
         fix = f"Leave it out: the last images, {dropped} of {len(dataset)}, would not be counted."
         raise ValueError(message("kwargs.drop_last", "False", True, fix))
     if len(built) == 0:
-        got = "none" if world == 1 else f"none for each of {world} processes"
+        got = "none" if world_size == 1 else f"none for each of {world_size} processes"
         fix = "Lower batch_size, or set drop_last: False." if len(dataset) else "Add images."
         raise ValueError(message("batches", "one or more in an epoch", got, fix))
 
 
-def share(dataset: Any, loader: Mapping[str, Any], here: DistributedContext) -> DataLoader:
+def share(dataset: Any, loader: Mapping[str, Any], context: DistributedContext) -> DataLoader:
     """The loader that torchdistill makes of a section, for one process of those that train.
 
     Args:
         dataset: what it loads.
         loader: the section.
-        here: the process; with others, the group of PyTorch need not have been joined.
+        context: the process; with others, the group of PyTorch need not have been joined.
     """
-    if here.world > 1:
+    if context.world_size > 1:
         sampler = loader["sampler"]
-        place = {"num_replicas": here.world, "rank": here.rank}
+        place = {"num_replicas": context.world_size, "rank": context.rank}
         loader = {**loader, "sampler": {**sampler, "kwargs": place | (sampler.get("kwargs") or {})}}
-    return build_data_loader(dataset, loader, here.world > 1)
+    return build_data_loader(dataset, loader, context.world_size > 1)

@@ -248,12 +248,14 @@ class TestSteps:
 
     TWO = DistributedContext(torch.device("cpu"), 0, 2)
 
-    def problems(self, config: Path, *overrides: str, here: DistributedContext = TWO) -> list[str]:
+    def problems(
+        self, config: Path, *overrides: str, context: DistributedContext = TWO
+    ) -> list[str]:
         teacher = [] if config == BASELINE else NO_TEACHER
-        return check(resolve_config(config, [*TINY, *teacher, *overrides]), here).problems
+        return check(resolve_config(config, [*TINY, *teacher, *overrides]), context).problems
 
     def test_each_process_needs_a_batch_of_its_share(self):
-        assert self.problems(BASELINE, "batch_size=16", here=CPU) == []
+        assert self.problems(BASELINE, "batch_size=16", context=CPU) == []
         (problem,) = self.problems(BASELINE, "batch_size=16")
         assert "train.train_data_loader: batches: expected one or more" in problem
         assert "none for each of 2 processes" in problem
@@ -261,7 +263,7 @@ class TestSteps:
     def test_a_last_batch_is_that_of_a_share(self):
         sizes = ["datasets.phantom/train.init.kwargs.size=18", "num_workers=0"]
         sizes.append("train.train_data_loader.kwargs={batch_size: 8}")
-        assert self.problems(LRP, *sizes, here=CPU) == []  # 18 = 2 * 8 + 2; each has 9 = 8 + 1
+        assert self.problems(LRP, *sizes, context=CPU) == []  # 18 = 2 * 8 + 2; each has 9 = 8 + 1
         (problem,) = self.problems(LRP, *sizes)
         assert "expected full ones, got a last one of 1. Set drop_last: True." in problem
 
@@ -274,7 +276,7 @@ class TestSteps:
 
     def test_all_that_is_trained_needs_a_gradient(self):
         relation = "train.criterion.kwargs={alpha: 0, beta: 0, gamma: 0, delta: 1}"
-        assert self.problems(LRP, relation, here=CPU) == []
+        assert self.problems(LRP, relation, context=CPU) == []
         (problem,) = self.problems(LRP, relation)
         assert "got none for 11, such as ['layer4.0.conv1.weight'," in problem
         assert "Give CE or KL a weight, or freeze them (frozen_modules)." in problem
@@ -283,8 +285,8 @@ class TestSteps:
 
     def test_accumulation_must_end_within_the_run(self):
         steps = "+train.optimizer.grad_accum_step"
-        assert self.problems(BASELINE, f"{steps}=2", here=CPU) == []
-        (problem,) = self.problems(BASELINE, f"{steps}=3", here=CPU)
+        assert self.problems(BASELINE, f"{steps}=2", context=CPU) == []
+        (problem,) = self.problems(BASELINE, f"{steps}=3", context=CPU)
         assert "grad_accum_step: expected at most 2, the batches" in problem
         (problem,) = self.problems(BASELINE, f"{steps}=2")
         assert "grad_accum_step: expected at most 1, the batches" in problem

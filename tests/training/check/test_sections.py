@@ -12,9 +12,9 @@ TINY = [*SMALL, "image_size=32"]
 TWO = DistributedContext(torch.device("cpu"), 0, 2)
 
 
-def problems(config, *overrides: str, here: DistributedContext = CPU) -> list[str]:
+def problems(config, *overrides: str, context: DistributedContext = CPU) -> list[str]:
     teacher = [] if config is BASELINE else NO_TEACHER
-    return check(resolve_config(config, [*TINY, *teacher, *overrides]), here).problems
+    return check(resolve_config(config, [*TINY, *teacher, *overrides]), context).problems
 
 
 # The first word of each is the key at which it is told, the only problem that there is.
@@ -98,7 +98,7 @@ def test_a_wrong_section_is_told_at_its_key(override):
 
 def test_a_section_of_a_wrong_type_hides_no_other_problem():
     wrong = ["train.criterion=CE", "train.teacher=yes", "train.num_epochs=0"]
-    found = problems(KD, *wrong, here=TWO)
+    found = problems(KD, *wrong, context=TWO)
     assert all(any(p.startswith(f"--set {override}  ") for p in found) for override in wrong)
     assert not any("dependencies" in p or "Error" in p for p in found)
 
