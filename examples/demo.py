@@ -16,6 +16,7 @@ from pathlib import Path
 from kd_lrp_plugin.cli import console
 from kd_lrp_plugin.config.build import construct
 from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.evaluation.explain import explain
 from kd_lrp_plugin.plots import tables
@@ -55,7 +56,7 @@ def main() -> None:
         print(f"\n{name}: {config}")
         extra = [] if name == "teacher" else [of_teacher]
         with console.RichProgress():
-            distill(CONFIGS / config, changes + extra, folders[name], args.seed)
+            distill(RunSpec(CONFIGS / config, changes + extra, folders[name], args.seed))
         if name == "teacher":
             choice = rank([*changes, of_teacher], args.out / "selection.json", args.short)
 

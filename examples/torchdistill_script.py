@@ -34,6 +34,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     from kd_lrp_plugin.config.document import resolve_config
+    from kd_lrp_plugin.config.run_spec import RunSpec
     from kd_lrp_plugin.training.trainer import distill
 
     changes = ["models.model.kwargs.num_classes=5"]
@@ -44,7 +45,7 @@ def main() -> None:
             small.append(f"datasets.phantom/{split}.init.kwargs.size=64")
     teacher = args.out / "runs/phantom/ce/resnet10t-script/0"
     if not teacher.exists():
-        distill(TEACHER, changes + small, teacher)
+        distill(RunSpec(TEACHER, changes + small, teacher))
     config = args.out / "student.yaml"
     config.write_text(resolve_config(STUDENT, small).text, encoding="utf-8")
     command = [sys.executable, args.script.resolve(), "--config", config.name, "--device", "cpu"]

@@ -27,6 +27,7 @@ from pathlib import Path
 import yaml
 
 from kd_lrp_plugin.cli.console import RichProgress
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.metrics.efficiency import count_macs, count_parameters
 from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
 from kd_lrp_plugin.selection.spaces import SPACES
@@ -93,7 +94,7 @@ def train(
         try:
             with RichProgress():
                 out = folder / "runs" / str(student) / str(seed)
-                summary = distill(args.config, changes, out, seed)
+                summary = distill(RunSpec(args.config, changes, out, seed))
         except BlockingIOError:
             missing += 1
             continue

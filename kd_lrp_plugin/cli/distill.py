@@ -14,6 +14,7 @@ from kd_lrp_plugin.cli.console import (
     console,
     errors_in_words,
 )
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.training import trainer
 
 
@@ -31,18 +32,20 @@ def distill(
     """Train the student of a config, with its teacher if it has one, and test it.
 
     A config without a teacher trains that model alone: this is how teachers and baselines are
-    made. A run that was stopped or killed goes on when the same command is given again. Examples:
+    made. A run that was stopped or killed resumes when the same command is given again. Examples:
 
         kd-lrp distill torchdistill_configs/phantom/ce/resnet10t.yaml
 
-        kd-lrp distill my.yaml --set num_epochs=2 --set train.optimizer.kwargs.lr=0.001 --seed 1
+        kd-lrp distill my.yaml --set train.num_epochs=2 --set train.optimizer.kwargs.lr=0.001
 
         torchrun --nproc_per_node=2 -m kd_lrp_plugin.cli distill my.yaml
     """
-    folder = out or trainer.default_run_folder(config, seed)
-    last = f"Finished epochs are kept in {folder}; the same command goes on after the last of them."
+    with errors_in_words():
+        spec = RunSpec(config, overrides or (), out, seed, device, safe)
+    folder = spec.folder
+    last = f"Finished epochs are kept in {folder}; the same command resumes after the last of them."
     with RichProgress(), errors_in_words(last):
-        summary = trainer.distill(config, overrides or [], folder, seed, device, safe)
+        summary = trainer.distill(spec)
     console.print(
         f"test accuracy {summary['test_accuracy']:.4f} with the weights of epoch "
         f"{summary['best_epoch']} (validation {summary['val_accuracy']:.4f}); written to {folder}",

@@ -9,7 +9,7 @@ import typer
 
 from kd_lrp_plugin.cli.console import ConfigFile, Overrides, RichProgress, errors_in_words
 from kd_lrp_plugin.config.build import construct
-from kd_lrp_plugin.config.document import Config, resolve_config
+from kd_lrp_plugin.config.document import Document, resolve_config
 from kd_lrp_plugin.plots import figures, tables
 from kd_lrp_plugin.selection import ranking, spec
 from kd_lrp_plugin.selection import select as selecting
@@ -63,7 +63,7 @@ def select(
     print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
 
 
-def _question_of(config: Config) -> spec.SelectionSpec:
+def _question_of(config: Document) -> spec.SelectionSpec:
     content = construct(config.only("dependencies", "datasets", "models"))
     entry = (content.get("models") or {}).get("student_model") or {}
     if entry.get("key") != "diswot_student":

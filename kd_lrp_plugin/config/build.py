@@ -14,17 +14,19 @@ from torchdistill.common import main_util, yaml_util
 from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import MODEL_DICT, get_model
 
-from kd_lrp_plugin.config.document import Config
+from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
-def construct(config: Config, failed: Callable[[yaml.Mark, Exception], None] | None = None) -> Any:
+def construct(
+    config: Document, failed: Callable[[yaml.Mark, Exception], None] | None = None
+) -> Any:
     """The content of a config: torchdistill's tags called, its dependencies imported.
 
     Args:
         config: its nodes.
-        failed: told each tag that fails, with its place; its value is then None. Without it the
+        failed: told each tag that fails, with its mark; its value is then None. Without it the
             first error is raised.
     """
     with tempfile.TemporaryDirectory() as folder:  # so that torchdistill registers its tags

@@ -3,8 +3,10 @@
 torchdistill's tags can call code, so all of this works on the nodes of the text.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -15,23 +17,40 @@ from kd_lrp_plugin.utils.validation import check_known, message
 
 
 @dataclass(frozen=True)
-class Config:
-    """A config with overrides applied.
+class Document:
+    """A config with overrides applied: its nodes, its text, and its values without its tags.
 
     Attributes:
         path: its file.
-        root: its nodes; each knows its place in the file, or the override that it came from.
+        root: its nodes; each knows its location in the file, or the override that it came from.
+        module_folders: where its modules are looked for, beside its own folder; see
+            :func:`kd_lrp_plugin.config.build.import_dependencies`.
     """
 
     path: str
     root: yaml.MappingNode
+    module_folders: tuple[Path, ...] = ()
 
     @property
     def text(self) -> str:
         """The config as YAML, tags still unread."""
         return yaml.serialize(self.root, Dumper=yaml.SafeDumper, allow_unicode=True)
 
-    def only(self, *sections: str, without: str = "") -> "Config":
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The config without what its tags would call: for looking, not for running.
+
+        Of what has a tag, mappings and lists are read; a scalar becomes None, for its text is not
+        its value.
+
+        Example:
+            >>> parse_document("", "{a: 1, b: !import_call {key: os.getcwd}, c: !env X}").values
+            {'a': 1, 'b': {'key': 'os.getcwd'}, 'c': None}
+        """
+        # From a copy: PyYAML writes what a merge key brings in into the nodes.
+        return _UntaggedLoader("").construct_document(copy.deepcopy(self.root))
+
+    def only(self, *sections: str, without: str = "") -> "Document":
         """The config without its other top-level sections; their aliases stay resolved.
 
         Args:
@@ -47,30 +66,30 @@ class Config:
 
         root = filtered(self.root, lambda key: key in sections)
         root.value = [(key, filtered(value, lambda k: k != without)) for key, value in root.value]
-        return Config(self.path, root)
+        return replace(self, root=root)
 
-    def holds(self, dotted: str) -> bool:
+    def holds(self, key_path: str) -> bool:
         """Whether there is such a key."""
-        return not self._follow(dotted)[2]
+        return not self._follow(key_path)[2]
 
-    def encloses(self, dotted: str, mark: yaml.Mark) -> bool:
+    def encloses(self, key_path: str, mark: yaml.Mark) -> bool:
         """Whether there is such a key, and a node that begins at ``mark`` is its value or below."""
-        node, _, rest = self._follow(dotted)
+        node, _, rest = self._follow(key_path)
         return not rest and any(below.start_mark is mark for below in walk(node))
 
-    def place(self, dotted: str) -> str:
+    def get_location(self, key_path: str) -> str:
         """Where a key stands, as ``file:line``, or the override that set it.
 
         Args:
-            dotted: keys joined by dots; followed as far as they lead.
+            key_path: keys joined by dots; followed as far as they lead.
         """
-        return self.show(self._follow(dotted)[1])
+        return describe_mark(self._follow(key_path)[1])
 
-    def _follow(self, dotted: str) -> tuple[yaml.Node, yaml.Mark, str]:
-        """The node where the keys lead, its place, and the keys that are left over."""
+    def _follow(self, key_path: str) -> tuple[yaml.Node, yaml.Mark, str]:
+        """The node where the keys lead, its location, and the keys that are left over."""
         node: yaml.Node = self.root
         mark = node.start_mark
-        rest = dotted
+        rest = key_path
         while rest:
             pairs = walk_pairs(node)
             # Keys may hold dots themselves: the longest that fits.
@@ -82,15 +101,15 @@ class Config:
             rest = rest[len(key) + 1 :]
         return node, mark, rest
 
-    @staticmethod
-    def show(mark: yaml.Mark) -> str:
-        """A place as people read it."""
-        if mark.name.startswith("--set"):
-            return shorten(mark.name, 60, placeholder="...")
-        return f"{mark.name}:{mark.line + 1}"
+
+def describe_mark(mark: yaml.Mark) -> str:
+    """A location as people read it."""
+    if mark.name.startswith("--set"):
+        return shorten(mark.name, 60, placeholder="...")
+    return f"{mark.name}:{mark.line + 1}"
 
 
-def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """A config with overrides applied.
 
     Args:
@@ -114,44 +133,47 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(
             message(str(path), "text in UTF-8", f"other bytes ({error})", fix)
         ) from None
-    root = _compose(str(path), text)
-    if not isinstance(root, yaml.MappingNode):
-        got = repr(root.value) if isinstance(root, yaml.ScalarNode) else "a list"
-        fix = "See torchdistill_configs."
-        raise ValueError(message(str(path), "a mapping of sections", got, fix))
+    document = parse_document(path, text)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
             fix = "For example train.num_epochs=2."
             raise ValueError(message("--set", "key=value", repr(override), fix))
-        _apply(root, key, _number(_compose(f"--set {override}", value)))
-    return Config(str(path), root)
+        _apply(document.root, key, _number(_compose(f"--set {override}", value)))
+    return document
 
 
-class _Untagged(yaml.SafeLoader):
-    """Calls nothing: of what has a tag, mappings and lists are read, a scalar becomes None."""
+def parse_document(path: str | Path, text: str) -> Document:
+    """The document of a text.
+
+    Args:
+        path: of its file, for locations.
+        text: YAML.
+
+    Raises:
+        ValueError: if it is not YAML, no mapping, or has a key twice.
+    """
+    root = _compose(str(path), text)
+    if not isinstance(root, yaml.MappingNode):
+        got = repr(root.value) if isinstance(root, yaml.ScalarNode) else "a list"
+        fix = "See torchdistill_configs."
+        raise ValueError(message(str(path), "a mapping of sections", got, fix))
+    return Document(str(path), root)
 
 
-def _untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
+class _UntaggedLoader(yaml.SafeLoader):
+    """Calls nothing."""
+
+
+def _construct_untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
     if isinstance(node, yaml.MappingNode):
         return loader.construct_mapping(node, deep=True)
     if isinstance(node, yaml.SequenceNode):
         return loader.construct_sequence(node, deep=True)
-    return None  # its text is not its value
+    return None
 
 
-_Untagged.add_multi_constructor(None, _untagged)
-
-
-def read_untagged(text: str) -> dict[str, Any]:
-    """A config without what its tags would call: for looking, not for running.
-
-    Example:
-        >>> read_untagged("{a: 1, b: !import_call {key: os.getcwd}, c: !getenv HOME}")
-        {'a': 1, 'b': {'key': 'os.getcwd'}, 'c': None}
-    """
-    content = yaml.load(text, _Untagged)
-    return content if isinstance(content, dict) else {}
+_UntaggedLoader.add_multi_constructor(None, _construct_untagged)
 
 
 def _overridden(node: yaml.Node) -> bool:
@@ -159,7 +181,7 @@ def _overridden(node: yaml.Node) -> bool:
 
 
 def walk_pairs(node: yaml.Node) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
-    """The children of a node by key, and the place of each: that of the key, or of an override."""
+    """The children of a node by key, and the mark of each: that of the key, or of an override."""
     if isinstance(node, yaml.MappingNode):
         return {
             key.value: (child.start_mark if _overridden(child) else key.start_mark, child)
@@ -167,7 +189,7 @@ def walk_pairs(node: yaml.Node) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
             if isinstance(key, yaml.ScalarNode)
         }
     if isinstance(node, yaml.SequenceNode):
-        return {str(place): (child.start_mark, child) for place, child in enumerate(node.value)}
+        return {str(index): (child.start_mark, child) for index, child in enumerate(node.value)}
     return {}
 
 
@@ -194,12 +216,13 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 def _compose(where: str, text: str) -> yaml.Node:
     try:
         loader = yaml.FullLoader(text)
-        loader.name = where  # what each node's place names
+        loader.name = where  # what each node's mark names
         node = loader.get_single_node()
         if node is None:
             mark = loader.get_mark()
             return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, mark)
         _refuse_loops(node, set(), set())
+        _refuse_duplicate_keys(node)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(message(where, "YAML", str(error), "Correct the text there.")) from error
     return node
@@ -210,20 +233,42 @@ def _refuse_loops(node: yaml.Node, above: set[int], done: set[int]) -> None:
     if id(node) in above:
         expected, fix = "an alias of what stands elsewhere", "Take the alias out of it."
         got = "one inside of what it names"
-        raise ValueError(message(Config.show(node.start_mark), expected, got, fix))
+        raise ValueError(message(describe_mark(node.start_mark), expected, got, fix))
     if id(node) not in done:
         for part in _parts(node):
             _refuse_loops(part, above | {id(node)}, done)
         done.add(id(node))
 
 
-def _apply(root: yaml.Node, dotted: str, value: yaml.Node) -> None:
-    adds = dotted.startswith("+")
-    *parents, last = dotted.removeprefix("+").split(".")
+def _refuse_duplicate_keys(root: yaml.Node) -> None:
+    """YAML forbids a key twice; PyYAML takes the last without a word."""
+    for node in walk(root):
+        first: dict[Any, yaml.Mark] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            # By value: `a` and "a" are one key, and so are `yes` and `true`, or 1 and 1.0.
+            value = (
+                key.value if key.tag.startswith("!") else _UntaggedLoader("").construct_object(key)
+            )
+            if value in first:
+                both = map(describe_mark, (first[value], key.start_mark))
+                got = f"{key.value!r} at {' and '.join(both)}"
+                fix = "Delete one of them: which one counts would not show."
+                if key.tag.endswith(":merge"):
+                    fix = "Merge a list, as in <<: [*one, *other]."
+                where = describe_mark(key.start_mark)
+                raise ValueError(message(where, "each key once in a mapping", got, fix))
+            first[value] = key.start_mark
+
+
+def _apply(root: yaml.Node, key_path: str, value: yaml.Node) -> None:
+    adds = key_path.startswith("+")
+    *parents, last = key_path.removeprefix("+").split(".")
     node = root
     for key in parents:
-        node = _children(node, dotted)[_known_key(node, key, dotted)]
-    children = _children(node, dotted)
+        node = _children(node, key_path)[_known_key(node, key, key_path)]
+    children = _children(node, key_path)
     if isinstance(node, yaml.MappingNode) and _is_key(root, children.get(last)):
         # A data set's name, say: what uses it changes, not the name.
         node.value = [(k, value if k.value == last else child) for k, child in node.value]
@@ -235,7 +280,7 @@ def _apply(root: yaml.Node, dotted: str, value: yaml.Node) -> None:
     elif adds and isinstance(node, yaml.MappingNode):
         node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", last), value))
     else:
-        _known_key(node, last, dotted)
+        _known_key(node, last, key_path)
 
 
 def _is_key(root: yaml.Node, target: yaml.Node | None) -> bool:
@@ -256,13 +301,13 @@ def _number(node: yaml.Node) -> yaml.Node:
     return node
 
 
-def _children(node: yaml.Node, dotted: str) -> dict[str, yaml.Node]:
+def _children(node: yaml.Node, key_path: str) -> dict[str, yaml.Node]:
     if isinstance(node, yaml.ScalarNode):
         fix = "Name a key further up."
-        raise ValueError(message(f"--set {dotted}", "keys on the way", repr(node.value), fix))
+        raise ValueError(message(f"--set {key_path}", "keys on the way", repr(node.value), fix))
     return {key: child for key, (_, child) in walk_pairs(node).items()}
 
 
-def _known_key(node: yaml.Node, key: str, dotted: str) -> str:
-    check_known(f"--set {dotted}: key", key, _children(node, dotted))
+def _known_key(node: yaml.Node, key: str, key_path: str) -> str:
+    check_known(f"--set {key_path}: key", key, _children(node, key_path))
     return key

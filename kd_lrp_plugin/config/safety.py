@@ -2,7 +2,7 @@
 
 import yaml
 
-from kd_lrp_plugin.config.document import Config, walk, walk_pairs
+from kd_lrp_plugin.config.document import Document, describe_mark, walk, walk_pairs
 from kd_lrp_plugin.utils.validation import message
 
 # What --safe lets a tag import or call, without its last name; none of it runs other code.
@@ -37,8 +37,8 @@ _TEXT_TAGS = ("!join", "!pathjoin", "!expanduser", "!abspath")
 _CALL_TAGS = ("!import_get", "!import_call")
 
 
-def unsafe_tags(config: Config) -> list[str]:
-    """What of a config could run code beyond :data:`HARMLESS`, a message with its place each."""
+def unsafe_tags(config: Document) -> list[str]:
+    """What of a config could run code beyond :data:`HARMLESS`, a message with its location each."""
     found = []
     for node in walk(config.root):
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -69,5 +69,6 @@ def unsafe_tags(config: Config) -> list[str]:
             found.append((hub[1], "repo_or_dir, which loads a model's code"))
     fix = "Read the config, and leave --safe out if you trust it."
     return [
-        message(config.show(n.start_mark), "calls known as harmless", got, fix) for n, got in found
+        message(describe_mark(n.start_mark), "calls known as harmless", got, fix)
+        for n, got in found
     ]

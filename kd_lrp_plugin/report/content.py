@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lrp_plugin.attribution.summary import FIGURES
-from kd_lrp_plugin.config.document import read_untagged
+from kd_lrp_plugin.config.document import parse_document
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.plots.figures import curves_figure
 from kd_lrp_plugin.report.images import vector
@@ -169,7 +169,7 @@ def _run(path: Path, name: str, safe: bool) -> dict[str, Any]:
         "sessions": len(sessions),
         "processes": about["processes"],
         "question": _question(session.get("config")),
-        "config": read_untagged(text),
+        "config": parse_document(path / "config.yaml", text).values,
         "text": text,
         "curves": _curves([json.loads(line) for line in epochs]),
         "test_set": _test_set(path / "predictions.csv"),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from kd_lrp_plugin.config.build import build_model_entry, construct
-from kd_lrp_plugin.config.document import Config, resolve_config
+from kd_lrp_plugin.config.document import Document, resolve_config
 from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -105,7 +105,7 @@ def load_test_set(folder: str | Path, safe: bool = False) -> Any:
     return construct(config)["datasets"][name]
 
 
-def _config(run: RunFolder, safe: bool) -> Config:
+def _config(run: RunFolder, safe: bool) -> Document:
     config = resolve_config(run / "config.yaml")
     if safe and (problems := unsafe_tags(config)):
         raise ValueError("\n".join(problems))

@@ -9,26 +9,28 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from kd_lrp_plugin.config.document import read_untagged
+from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.data.folder import find_folder
 
 
-def list_files(config: str) -> dict[str, str | None]:
+def list_files(config: Document) -> dict[str, str | None]:
     """A hash for each image folder, checkpoint and file of weights that a config names.
 
     Images count by name and size, weights and tables by their bytes.
 
     Args:
-        config: its text; nothing in it is called, and nothing need be right.
+        config: nothing in it is called, and nothing need be right.
 
     Returns:
         By place in the config; "none" where it names no file, None where none lies there.
 
     Example:
-        >>> list_files("models: {model: {key: timm_model, kwargs: {weights: gone.pt}}}")
+        >>> from kd_lrp_plugin.config.document import parse_document
+        >>> text = "models: {model: {key: timm_model, kwargs: {weights: gone.pt}}}"
+        >>> list_files(parse_document("my.yaml", text))
         {'models.model.src_ckpt': 'none', 'models.model.weights': None}
     """
-    content = read_untagged(config)
+    content = config.values
     found: dict[str, str | None] = {}
     for name, entry in _mapping(content.get("datasets")).items():
         if str(_mapping(entry).get("key")).endswith("folder_images"):

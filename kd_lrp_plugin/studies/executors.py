@@ -15,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation.evaluate import evaluate
 from kd_lrp_plugin.runs.folder import LOCK, Busy, RunFolder
 from kd_lrp_plugin.studies.plan import StudyRun
@@ -88,18 +89,11 @@ class StudyExecutor:
                     )
 
     def _started(self, run: StudyRun) -> subprocess.Popen[bytes]:
-        job = {
-            "path": str(run.config),
-            "overrides": run.overrides,
-            "out": str(run.folder),
-            "seed": run.seed,
-            "device": self.device,
-            "safe": self.safe,
-        }
+        job = run.spec(self.device, self.safe)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         with get_log(run).open("wb") as log:
             return subprocess.Popen(
-                [*COMMAND, json.dumps(job)],
+                [*COMMAND, json.dumps(job.to_json())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -153,15 +147,15 @@ def _read_failure(log: Path, code: int) -> str:
 
 def run_job() -> None:
     """One run, in a process of its own; ends when its standard input does."""
-    job = json.loads(sys.argv[1])
+    job = RunSpec(**json.loads(sys.argv[1]))
     logging.basicConfig(level=logging.INFO)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & switch it off
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        distill(**job)
-        with FileLock(Path(job["out"], LOCK), blocking=False):
-            if not Path(job["out"], "evaluation.json").exists():
-                evaluate(job["out"], safe=job["safe"])
+        distill(job)
+        with FileLock(job.folder / LOCK, blocking=False):
+            if not (job.folder / "evaluation.json").exists():
+                evaluate(job.folder, safe=job.safe)
     except (Busy, Timeout):
         sys.exit(BUSY)
     except KeyboardInterrupt:

@@ -35,7 +35,7 @@ from typing import Any
 
 import yaml
 
-from kd_lrp_plugin.config.document import read_untagged, resolve_config
+from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.studies.plan import COLUMNS, MEASURES, Plan, StudyRun
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -281,10 +281,10 @@ def _run(
 
     # What a prepared run is, not where it lies: moved along with it, a run stays known.
     names = {n: f"{run.folder.parent.name}/{run.seed}" for n, run in prepared.items()}
-    text = resolve_config(config, filled(names)).text
-    content = read_untagged(text)
+    document = resolve_config(config, filled(names))
+    content = document.values
     _check_files(content, list(names.values()))
-    key = hashlib.sha256(text.encode()).hexdigest()[:10]
+    key = hashlib.sha256(document.text.encode()).hexdigest()[:10]
     dataset, method = config.resolve().parent.parent.name, config.resolve().parent.name
     folder = root / dataset / method / f"{config.stem}-{key}" / str(seed)
     final = filled({n: str(run.folder / "best.pt") for n, run in prepared.items()})

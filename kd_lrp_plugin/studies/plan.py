@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_lrp_plugin.config.run_spec import RunSpec
+
 MEASURES = ("val_accuracy", "test_accuracy", "macro_f1", "calibration_error")
 COLUMNS = ("configuration", "seed", "state", "folder")  # of the results, beside axes and measures
 
@@ -32,6 +34,10 @@ class StudyRun:
     folder: Path
     needs: tuple[Path, ...]
     epochs: int
+
+    def spec(self, device: str | None = None, safe: bool = False) -> RunSpec:
+        """What :func:`kd_lrp_plugin.training.trainer.distill` takes."""
+        return RunSpec(self.config, self.overrides, self.folder, self.seed, device, safe)
 
     @property
     def label(self) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kd_lrp_plugin.config.build import build_model_entry, construct
-from kd_lrp_plugin.config.document import Config, resolve_config
+from kd_lrp_plugin.config.document import Document, resolve_config
 from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import list_files
@@ -104,7 +104,7 @@ def _refuse_other_files(plan: Plan) -> None:
     for run in plan.trainings():
         if not run.folder.exists():
             continue
-        files = list_files(resolve_config(run.config, run.overrides).text)
+        files = list_files(resolve_config(run.config, run.overrides))
         if changed := RunFolder(run.folder).changed({"files": files}):
             fix = "Put them back, choose another --runs, or delete the run."
             where, got = f"{run.label} ({run.folder})", "; ".join(changed)
@@ -157,7 +157,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _save_untrained(config: Config, folder: Path) -> None:
+def _save_untrained(config: Document, folder: Path) -> None:
     models = construct(config.only("dependencies", "datasets", "models"))["models"]
     model = build_model_entry(models.get("student_model") or models["model"])
     folder.mkdir(parents=True)

@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,8 @@ from torch.utils.tensorboard import SummaryWriter
 from torchdistill.common import main_util
 
 from kd_lrp_plugin.config.build import construct
-from kd_lrp_plugin.config.document import Config, resolve_config
-from kd_lrp_plugin.config.safety import unsafe_tags
+from kd_lrp_plugin.config.document import Document
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.metrics.efficiency import count_parameters
 from kd_lrp_plugin.models.factory import timm_arguments
 from kd_lrp_plugin.models.weights import load_weights
@@ -47,58 +47,38 @@ from kd_lrp_plugin.utils.validation import message
 FORMAT = 2  # of the checkpoints: goes up when what they hold changes
 
 
-def default_run_folder(path: str | Path, seed: int) -> Path:
-    """``runs/<dataset>/<method>/<config>/<seed>``, from the last parts of the config's path."""
-    config = Path(path).resolve()
-    return Path("runs", config.parent.parent.name, config.parent.name, config.stem, str(seed))
-
-
-def distill(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    out: str | Path | None = None,
-    seed: int = 0,
-    device: str | None = None,
-    safe: bool = False,
-) -> dict[str, Any]:
+def distill(spec: RunSpec) -> dict[str, Any]:
     """Train the student of a config, with its teacher if it has one, and test it.
 
-    Given again, the same command goes on after the last finished epoch, and ends with the weights
-    that it would have had without the interruption (bitwise on CPUs); on a finished run it only
-    returns the summary. Under torchrun, every process calls it.
+    Called again, it resumes after the last finished epoch, and ends with the weights that it would
+    have had without the interruption (bitwise on CPUs); for a finished run it only returns the
+    summary. Under torchrun, every process calls it.
 
     Args:
-        path: a torchdistill YAML file.
-        overrides: see :func:`kd_lrp_plugin.config.document.resolve_config`.
-        out: the run folder (:mod:`kd_lrp_plugin.runs.folder`), :func:`default_run_folder` if None.
-        seed: of every random number generator, anew in each epoch.
-        device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
-        safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
+        spec: what to run; ``distill(RunSpec("my.yaml", out="runs/first"))``.
 
     Returns:
         The summary, as in the run folder.
 
     Raises:
         FileExistsError: if the run folder holds anything but this run.
-        BlockingIOError: if another process is at work in it.
+        BlockingIOError: if another process has locked it.
         FileNotFoundError: if there is no config.
         ValueError: for a config that cannot be run, with all its problems.
         FloatingPointError: if a loss is not finite; no step is taken with it.
         OSError: on a full disk, for example.
     """
-    if seed < 0:
-        raise ValueError(message("seed", "a number of 0 or more", seed, ""))
-    config = resolve_config(path, overrides)
-    with init_distributed(device) as context, ExitStack() as stack:
+    config = spec.read()
+    with init_distributed(spec.device) as context, ExitStack() as stack:
         if context.rank > 0:  # the first process speaks for all
             stack.enter_context(NullProgress())
-        folder = RunFolder(out if out is not None else default_run_folder(path, seed))
+        folder = RunFolder(spec.folder)
 
         def claim() -> None:
             about = {
-                "seed": seed,
+                "seed": spec.seed,
                 "processes": context.world_size,
-                "files": list_files(config.text),
+                "files": list_files(config),
             }
             stack.enter_context(folder.claimed(config.text, about))
 
@@ -106,23 +86,21 @@ def distill(
         if context.run_on_rank_zero(lambda: folder.finished):
             current_progress().note(f"{folder.path} is finished already")
             return context.run_on_rank_zero(folder.summary)
-        context.run_on_rank_zero(lambda: _refuse_problems(config, context, safe))
-        main_util.set_seed(seed)
-        run = Trainer(Experiment(construct(config), context, seed), folder, seed)
+        context.run_on_rank_zero(lambda: _refuse_problems(spec, config, context))
+        main_util.set_seed(spec.seed)
+        run = Trainer(Experiment(construct(config), context, spec.seed), folder, spec.seed)
         state = context.run_on_rank_zero(folder.load)
         if context.rank == 0:
-            folder.add_session(_session(config, overrides, context))
+            folder.add_session(_describe_session(spec, context))
         if state is not None:
             run.restore(state)
-            current_progress().note(f"{folder.path}: going on after epoch {run.epoch}")
+            current_progress().note(f"{folder.path}: resumes after epoch {run.epoch}")
         run.train()
         return run.test()
 
 
-def _refuse_problems(config: Config, context: DistributedContext, safe: bool) -> None:
-    problems = unsafe_tags(config) if safe else []
-    problems = problems or check(config, context).problems
-    if problems:
+def _refuse_problems(spec: RunSpec, config: Document, context: DistributedContext) -> None:
+    if problems := spec.list_unsafe(config) or check(config, context).problems:
         raise ValueError("\n".join(problems))
 
 
@@ -352,19 +330,17 @@ def _memory(context: DistributedContext) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def _session(
-    config: Config, overrides: Sequence[str], context: DistributedContext
-) -> dict[str, Any]:
+def _describe_session(spec: RunSpec, context: DistributedContext) -> dict[str, Any]:
     packages = ("torchvision", "timm", "captum", "torchdistill", "kd_lrp_plugin")
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     cuda = context.device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "config": config.path,
-        "overrides": list(overrides),
+        "config": str(spec.config),
+        "overrides": list(spec.overrides),
         "versions": versions | {name: version(name) for name in packages},
         "commit": _commit(Path(__file__).parent),
-        "commit_of_config": _commit(Path(config.path).resolve().parent),
+        "commit_of_config": _commit(Path(spec.config).resolve().parent),
         "device": torch.cuda.get_device_name(context.device) if cuda else str(context.device),
         "processes": context.world_size,
         "threads": torch.get_num_threads(),

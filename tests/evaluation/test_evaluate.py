@@ -12,6 +12,7 @@ from small_runs import BASELINE, KD, NO_TEACHER, SMALL
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.runs import loading, predictions
@@ -24,7 +25,7 @@ DROPOUT = "+models.student_model.kwargs.dropout=0.25"
 def run(tmp_path_factory) -> Path:
     """A student and a teacher with random weights, after one epoch."""
     folder = tmp_path_factory.mktemp("runs") / "kd"
-    trainer.distill(KD, [*SMALL, *NO_TEACHER, DROPOUT], folder, device="cpu")
+    trainer.distill(RunSpec(KD, [*SMALL, *NO_TEACHER, DROPOUT], folder, device="cpu"))
     return folder
 
 
@@ -41,7 +42,9 @@ class TestWeights:
 
     def test_a_head_of_our_own_is_said_not_to_be_for_timm(self, tmp_path):
         head = ["+models.model.kwargs.head=mlp"]
-        summary = trainer.distill(BASELINE, [*SMALL, *head], tmp_path / "run", device="cpu")
+        summary = trainer.distill(
+            RunSpec(BASELINE, [*SMALL, *head], tmp_path / "run", device="cpu")
+        )
         assert summary["timm"] is None
 
 
@@ -126,7 +129,7 @@ class TestEvaluate:
                 f"split: {split}}}}}}}"
             )
         overrides.append(f"models.model.kwargs.num_classes={classes}")
-        trainer.distill(BASELINE, overrides, tmp_path / "run", device="cpu")
+        trainer.distill(RunSpec(BASELINE, overrides, tmp_path / "run", device="cpu"))
         found = evaluate.evaluate(tmp_path / "run", 200)["student"]
         assert [row["class"] for row in found["per_class"]] == names
         assert found["n"] == 10 * classes
@@ -145,7 +148,7 @@ class TestEvaluate:
                 "torchvision.transforms.ToTensor, init: {}}}}}"
             )
         overrides = [s for s in overrides if "init.kwargs.size" not in s]
-        trainer.distill(BASELINE, overrides, tmp_path / "run", device="cpu")
+        trainer.distill(RunSpec(BASELINE, overrides, tmp_path / "run", device="cpu"))
         found = evaluate.evaluate(tmp_path / "run", 200)["student"]
         assert [row["class"] for row in found["per_class"]] == ["0", "1", "2"]
 

@@ -21,6 +21,7 @@ from kd_lrp_plugin.attribution.localisation import agreement, mass_inside
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, Attribution
 from kd_lrp_plugin.attribution.summary import by_layer, records
 from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import explain as explaining
 from kd_lrp_plugin.evaluation import explain_inputs
@@ -48,8 +49,8 @@ def made(tmp_path_factory) -> Path:
     torch.save({"model": teacher.state_dict()}, folder / "teacher/best.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        trainer.distill(KD, [*SMALL, *TEACHER], "runs/kd/0", device="cpu")
-        trainer.distill(BASELINE, SMALL, "runs/ce/0", device="cpu")
+        trainer.distill(RunSpec(KD, [*SMALL, *TEACHER], "runs/kd/0", device="cpu"))
+        trainer.distill(RunSpec(BASELINE, SMALL, "runs/ce/0", device="cpu"))
     return folder
 
 
@@ -168,7 +169,7 @@ class TestFigures:
                 f"{{root: {tmp_path}/set, image_size: 48, split: {split}}}}}}}"
             )
         overrides.append("models.model.kwargs.num_classes=2")
-        trainer.distill(BASELINE, overrides, tmp_path / "run", device="cpu")
+        trainer.distill(RunSpec(BASELINE, overrides, tmp_path / "run", device="cpu"))
         shutil.rmtree(tmp_path / "set/Training")  # the test set alone is needed
         rows = explain([tmp_path / "run"], QUICK)
         assert {row["images"] for row in rows} == {3}

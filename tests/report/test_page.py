@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.console import parse_seeds
 from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.report import content, page
 from kd_lrp_plugin.studies.comparison import compare, summarise
@@ -66,8 +67,8 @@ class Reader(HTMLParser):
 def runs(tmp_path_factory) -> list[Path]:
     """A student beside a teacher of random weights, and the same student alone."""
     root = tmp_path_factory.mktemp("runs")
-    trainer.distill(KD, [*SMALL, *NO_TEACHER], root / "kd/0", device="cpu")
-    trainer.distill(BASELINE, SMALL, root / "ce/0", device="cpu")
+    trainer.distill(RunSpec(KD, [*SMALL, *NO_TEACHER], root / "kd/0", device="cpu"))
+    trainer.distill(RunSpec(BASELINE, SMALL, root / "ce/0", device="cpu"))
     for name in ("kd/0", "ce/0"):
         evaluate.evaluate(root / name, 200)
     return [root / "kd/0", root / "ce/0"]

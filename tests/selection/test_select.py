@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.build import construct
 from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.models.factory import build_model
@@ -249,7 +250,7 @@ class TestLookingOnly:
 
 class TestRun:
     def test_trains_its_choice_and_is_loaded_without_data(self, monkeypatch):
-        summary = trainer.distill(DISWOT, QUICK, "run", device="cpu")
+        summary = trainer.distill(RunSpec(DISWOT, QUICK, "run", device="cpu"))
         chosen = json.loads(RECORD.read_text())
         assert summary["student"] == chosen["entry"]
         RECORD.unlink()

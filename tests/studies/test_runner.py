@@ -586,12 +586,14 @@ class TestRunning:
     def test_a_process_that_cannot_be_started_is_no_busy_one(self, monkeypatch):
         """BlockingIOError is also what a fork raises where no more processes are allowed."""
 
-        def no_fork(**_):
+        def no_fork(_):
             raise BlockingIOError(11, "Resource temporarily unavailable")
 
         monkeypatch.setattr(executors, "distill", no_fork)
         monkeypatch.setattr(executors, "_end_with_parent", lambda: None)
-        monkeypatch.setattr(sys, "argv", ["-c", json.dumps({"out": "nowhere", "safe": False})])
+        monkeypatch.setattr(
+            sys, "argv", ["-c", json.dumps({"config": "my.yaml", "out": "nowhere"})]
+        )
         with pytest.raises(SystemExit) as stopped:
             executors.run_job()
         assert stopped.value.code == 1
@@ -670,7 +672,7 @@ class TestRealRuns:
         file.write_text(yaml.safe_dump(content))
         plan = read_plan(file, root=place / "runs")
         (teacher,), (student,) = plan.prepared, plan.runs
-        distill(teacher.config, teacher.overrides, teacher.folder, teacher.seed, "cpu")
+        distill(teacher.spec("cpu"))
         evaluate(teacher.folder, resamples=100)
         process = executors.StudyExecutor([], 1, "cpu", True, {}, print)._started(student)
         begun = student.folder / "metrics.jsonl"
@@ -717,12 +719,14 @@ class TestRealRuns:
         assert not (tmp_path / "out").exists()
 
     def test_an_error_of_a_run_is_the_last_thing_in_its_log(self, monkeypatch, capfd):
-        def broken(**_):
+        def broken(_):
             raise ValueError("loss: expected a finite loss, got nan.")
 
         monkeypatch.setattr(executors, "distill", broken)
         monkeypatch.setattr(executors, "_end_with_parent", lambda: None)
-        monkeypatch.setattr(sys, "argv", ["-c", json.dumps({"out": "nowhere", "safe": False})])
+        monkeypatch.setattr(
+            sys, "argv", ["-c", json.dumps({"config": "my.yaml", "out": "nowhere"})]
+        )
         with pytest.raises(SystemExit) as stopped:
             executors.run_job()
         assert stopped.value.code == 1

@@ -9,6 +9,7 @@ from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, NO_TEACHER, SMALL
 
 from kd_lrp_plugin.config.build import construct
 from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.training.experiment import Experiment
@@ -24,7 +25,7 @@ def run_of(config: Path, overrides: list[str], out: Path) -> trainer.Trainer:
 
 
 def metrics(config: Path, overrides: list[str], out: Path) -> list[dict]:
-    trainer.distill(config, overrides, out, device="cpu")
+    trainer.distill(RunSpec(config, overrides, out, device="cpu"))
     return [json.loads(line) for line in (out / "metrics.jsonl").open()]
 
 
@@ -130,7 +131,9 @@ class TestPrecision:
     def test_a_compiled_student_learns_the_same(self, tmp_path):
         values = {}
         for name, extra in {"plain": [], "compiled": ["+train.compile={backend: eager}"]}.items():
-            trainer.distill(KD, [*SMALL, *NO_TEACHER, *extra], tmp_path / name, device="cpu")
+            trainer.distill(
+                RunSpec(KD, [*SMALL, *NO_TEACHER, *extra], tmp_path / name, device="cpu")
+            )
             values[name] = (tmp_path / name / "student.safetensors").read_bytes()
         assert values["plain"] == values["compiled"]
 
@@ -204,7 +207,7 @@ class TestModelsOfAllKinds:
 
     def test_arguments_that_cannot_be_written_down_do_not_stop_the_end(self, tmp_path):
         act = "+models.model.kwargs.timm_kwargs={act_layer: !import_get {key: torch.nn.SiLU}}"
-        summary = trainer.distill(BASELINE, [*SMALL, act], tmp_path / "run", device="cpu")
+        summary = trainer.distill(RunSpec(BASELINE, [*SMALL, act], tmp_path / "run", device="cpu"))
         assert summary["timm"] is None
 
     def test_weights_that_are_shared_are_saved(self, tmp_path):
@@ -218,7 +221,7 @@ class TestModelsOfAllKinds:
 
         register_model(tied, key="tied")
         model = "models.model={key: tied, kwargs: {}}"
-        trainer.distill(BASELINE, [*SMALL, model], tmp_path / "run", device="cpu")
+        trainer.distill(RunSpec(BASELINE, [*SMALL, model], tmp_path / "run", device="cpu"))
         assert (tmp_path / "run/student.safetensors").is_file()
 
     def test_single_images_have_a_loss_where_it_needs_no_others(self, tmp_path):

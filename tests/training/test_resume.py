@@ -10,6 +10,7 @@ import torch
 from small_runs import BASELINE, KD, LRP, NO_TEACHER, SMALL, Stopped, StopsAt, outcome, same
 from torchdistill.losses.registry import register_mid_level_loss
 
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.runs import checkpoints, folder
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.utils import files
@@ -21,7 +22,7 @@ RELEVANCE = [*THREE_EPOCHS, *NO_TEACHER, "num_workers=2"]
 
 def distill(out, progress=None, config=BASELINE, overrides=THREE_EPOCHS, seed=0):
     with progress or NullProgress():
-        return trainer.distill(config, overrides, out, seed, "cpu")
+        return trainer.distill(RunSpec(config, overrides, out, seed, "cpu"))
 
 
 def validates_as(monkeypatch, values: list[float]) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.build import construct
 from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.models import factory
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training import trainer
@@ -139,7 +140,7 @@ def test_a_phantom_config_trains(config, teacher):
         overrides.remove("train.num_epochs=1")
     if config.parent.name == "diswot":
         overrides.append("models.student_model.kwargs.batch_size=8")
-    summary = trainer.distill(config, overrides, "out")
+    summary = trainer.distill(RunSpec(config, overrides, "out"))
     written = {file.name.split(".tfevents")[0] for file in Path("out").iterdir()}
     assert written >= {"config.yaml", "metrics.jsonl", "best.pt", "summary.json", "curves.png"}
     assert not list(Path("out").glob("*draft*"))
@@ -182,7 +183,7 @@ class TestRun:
     def test_the_same_seed_gives_the_same_student_and_another_seed_another(self, teacher):
         weights = []
         for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-            trainer.distill(LRP, SMALL, out, seed)
+            trainer.distill(RunSpec(LRP, SMALL, out, seed))
             found = torch.load(Path(out, "best.pt"), weights_only=True)["model"]
             weights.append(torch.cat([w.flatten().double() for w in found.values()]))
         assert torch.equal(weights[0], weights[1])
@@ -190,7 +191,7 @@ class TestRun:
 
     def test_a_missing_teacher_names_the_command_that_makes_it(self, workplace):
         with pytest.raises(ValueError, match=r"kd-lrp distill .*ce/resnet10t\.yaml"):
-            trainer.distill(LRP, SMALL, "out")
+            trainer.distill(RunSpec(LRP, SMALL, "out"))
         assert list(workplace.iterdir()) == []
 
     def test_a_run_that_dies_in_its_first_epoch_leaves_nothing(self, workplace):
@@ -199,7 +200,7 @@ class TestRun:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt), Dies():
-            trainer.distill(BASELINE, SMALL, "out")
+            trainer.distill(RunSpec(BASELINE, SMALL, "out"))
         assert list(workplace.iterdir()) == []
 
     def test_the_frozen_teacher_is_in_evaluation_mode_with_stock_procedures(self, teacher):
@@ -229,13 +230,13 @@ class TestRun:
 
     def test_a_head_with_too_few_outputs_is_refused(self, workplace):
         with pytest.raises(ValueError, match=r"kwargs\.num_classes to 4"):
-            trainer.distill(BASELINE, [*SMALL, "models.model.kwargs.num_classes=3"], "out")
+            trainer.distill(RunSpec(BASELINE, [*SMALL, "models.model.kwargs.num_classes=3"], "out"))
 
     def test_a_checkpoint_of_other_classes_is_refused(self, teacher):
         record = torch.load(teacher, weights_only=True)
         torch.save(record | {"classes": ["a", "b", "c", "d"]}, teacher)
         with pytest.raises(ValueError, match="trained on these classes"):
-            trainer.distill(KD, SMALL, "out")
+            trainer.distill(RunSpec(KD, SMALL, "out"))
 
     def test_class_folders_that_disagree_are_refused(self, workplace):
         from PIL import Image
@@ -251,7 +252,7 @@ class TestRun:
         overrides.append("models.model.kwargs.weights=null")
         config = CONFIGS / "brain_mri/ce/mobilenetv2_035.yaml"
         with pytest.raises(ValueError, match="sets with the same classes"):
-            trainer.distill(config, overrides, "out")
+            trainer.distill(RunSpec(config, overrides, "out"))
 
     @pytest.mark.parametrize(
         ("override", "words"),
@@ -266,7 +267,7 @@ class TestRun:
     )
     def test_a_wrong_value_is_explained_before_any_work(self, override, words, workplace):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
-            trainer.distill(BASELINE, [*SMALL, override], "out")
+            trainer.distill(RunSpec(BASELINE, [*SMALL, override], "out"))
         assert list(workplace.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from kd_lrp_plugin.config.build import construct, get_stages
-from kd_lrp_plugin.config.document import Config
+from kd_lrp_plugin.config.document import Document, describe_mark
 from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.problems import CheckReport, check_keys
@@ -20,7 +20,7 @@ from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
-def check(config: Config, context: DistributedContext) -> CheckReport:
+def check(config: Document, context: DistributedContext) -> CheckReport:
     """Build everything that a config names, take one step in each stage, and list what is wrong.
 
     Args:
@@ -34,7 +34,7 @@ def check(config: Config, context: DistributedContext) -> CheckReport:
     content: dict[str, Any] | None = None
 
     def note(mark: yaml.Mark, error: Exception) -> None:
-        findings.add("", error, config.show(mark))
+        findings.add("", error, describe_mark(mark))
         findings.failed.append(mark)
 
     with findings.at("dependencies"):

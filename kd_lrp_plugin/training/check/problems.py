@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from kd_lrp_plugin.config.document import Config
+from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -54,7 +54,7 @@ class CheckReport:
         failed: places of tags that have failed; what else is wrong with their keys follows from it.
     """
 
-    config: Config
+    config: Document
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     failed: list[yaml.Mark] = field(default_factory=list)
@@ -72,14 +72,14 @@ class CheckReport:
                 words = f"expected {rest}"
         if dotted and any(self.config.encloses(dotted, mark) for mark in self.failed):
             return
-        place = place or self.config.place(dotted)
+        place = place or self.config.get_location(dotted)
         problem = f"{place}  {dotted}: {words}" if dotted else f"{place}  {words}"
         if problem not in self.problems:
             self.problems.append(problem)
 
     def remark(self, dotted: str, words: str) -> None:
         """Note a key that is not what somebody may take it for."""
-        self.remarks.append(f"{self.config.place(dotted)}  {dotted}: {words}")
+        self.remarks.append(f"{self.config.get_location(dotted)}  {dotted}: {words}")
 
     @contextmanager
     def at(self, dotted: str) -> Iterator[None]:
