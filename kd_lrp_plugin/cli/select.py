@@ -1,6 +1,5 @@
 """``kd-lrp select``."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from kd_lrp_plugin.plots import figures, tables
 from kd_lrp_plugin.selection import ranking, spec
 from kd_lrp_plugin.selection import select as selecting
 from kd_lrp_plugin.torchdistill.models import make_builder
+from kd_lrp_plugin.utils.files import read_json, write_text
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -51,12 +51,12 @@ def select(
             selecting.save_choice(question, records, file)
         text = "\n".join([tables.table(_in_units(records)), *_failures(records)])
         text += f"\n\n{ranking.summarise_ranking(records)}\n"
-        file.with_suffix(".md").write_text(text, encoding="utf-8")
+        write_text(file.with_suffix(".md"), text)
         figure = figures.selection_figure(records, f"{question.score}: lower is better")
         figure.savefig(file.with_suffix(".png"))
     print(f"{text}\nbest by {question.score}: {records[0]['candidate']}")
     if budget is None:
-        chosen = json.loads(file.read_text(encoding="utf-8"))["candidate"]
+        chosen = read_json(file, "Rename it to select again.", candidate=str)["candidate"]
         print(f"recorded in {file}: {chosen}; delete it to choose anew")
     else:
         print(f"a look, in {file}: the choice of the config's own budget is left as it is")

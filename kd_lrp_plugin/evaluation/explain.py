@@ -34,7 +34,6 @@ from kd_lrp_plugin.evaluation.explain_inputs import (
     LoadedRun,
     Sample,
     choose_images,
-    hash_contents,
     list_runs,
     make_sample,
     open_run,
@@ -43,6 +42,7 @@ from kd_lrp_plugin.evaluation.explain_inputs import (
 )
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 

@@ -1,7 +1,6 @@
 """Finished runs opened to be explained, and images of their test sets to explain them with."""
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import load_models, load_test_set
 from kd_lrp_plugin.runs.predictions import read_predictions
+from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -367,11 +367,3 @@ def _check_different(folders: Sequence[Path]) -> None:
     if len({folder.resolve() for folder in folders}) < len(folders):
         got = [str(folder) for folder in folders]
         raise ValueError(message("explain", "each run once", got, "Leave one out."))
-
-
-def hash_contents(*contents: Any) -> str:
-    """What tells bytes and values of JSON from others."""
-    digest = hashlib.sha256()
-    for content in contents:
-        digest.update(content if isinstance(content, bytes) else json.dumps(content).encode())
-    return digest.hexdigest()[:16]

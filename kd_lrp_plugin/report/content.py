@@ -1,7 +1,5 @@
 """What a report page says: records from the folders of runs and studies, side by side."""
 
-import csv
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +23,7 @@ from kd_lrp_plugin.report.sections import (
     short,
 )
 from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.utils.files import hash_contents, read_csv
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -213,9 +212,8 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _test_set(predictions: Path) -> str:
     """A sign of the test images and their labels."""
-    with predictions.open(encoding="utf-8", newline="") as file:
-        rows = [tuple(row[:2]) for row in csv.reader(file)]
-    return hashlib.sha256(repr(rows).encode()).hexdigest()[:8]
+    rows = read_csv(predictions, "kd-lrp distill, given again, repairs it.")
+    return hash_contents([row[:2] for row in rows])[:8]
 
 
 def _distill(path: Path, session: Mapping[str, Any], about: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from kd_lrp_plugin import __version__
 from kd_lrp_plugin.report.content import gather, kind
 from kd_lrp_plugin.report.images import picture
 from kd_lrp_plugin.report.sections import command, short
-from kd_lrp_plugin.utils.files import DRAFT
+from kd_lrp_plugin.utils.files import write_text
 from kd_lrp_plugin.utils.validation import message
 
 MARK = "<!-- made by kd-lrp report -->"
@@ -64,7 +64,8 @@ def write(
     for most in PICTURES:
         text = render({**content, "this": this}, most)
         if (size := len(text.encode())) < LIMIT:
-            _put(out, text)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_text(out, text)
             return size
     fix = "Give fewer runs: a study's own table takes the place of its runs."
     raise ValueError(message("report", f"a page below {LIMIT:,} bytes", f"{size:,}", fix))
@@ -109,16 +110,6 @@ def _refuse_others(out: Path) -> None:
     fix = "Choose another --out, or delete it."
     got = f"{out}, which is something else"
     raise FileExistsError(message("report --out", "a new file or a page of kd-lrp", got, fix))
-
-
-def _put(out: Path, text: str) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(out.name + DRAFT)
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 # --- numbers -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from kd_lrp_plugin.attribution.summary import records
 from kd_lrp_plugin.plots.figures import selection_figure
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.selection.ranking import summarise_ranking
+from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.validation import message
 
 RANKED = 20  # rows of a ranking
@@ -34,11 +35,7 @@ def read_json(file: Path) -> Any:
     """What a file holds; None if there is none."""
     if not file.is_file():
         return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        fix = "Delete it, and give the command that made it again."
-        raise ValueError(message(str(file), "JSON", str(error), fix)) from error
+    return files.read_json(file, "Rename it, and give the command that made it again.")
 
 
 def file_at(path: Path) -> Path | None:

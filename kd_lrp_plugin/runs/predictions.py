@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from kd_lrp_plugin.utils.files import to_csv
+
 
 def predictions_csv(
     predictions: Sequence[Mapping[str, Any]], classes: Sequence[str], names: Sequence[str] | None
@@ -18,19 +20,18 @@ def predictions_csv(
         classes: their names; outputs beyond them go by number.
         names: of the images.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     roles = [role for role in ("student", "teacher") if predictions and predictions[0][role]]
 
     def name(place: int) -> str:
         return classes[place] if place < len(classes) else str(place)
 
     titles = [f"{role}: {name(i)}" for role in roles for i in range(len(predictions[0][role]))]
-    writer.writerow(["image", "label", *titles])
-    for place, row in enumerate(predictions):
-        values = [f"{p:.9g}" for role in roles for p in row[role]]
-        writer.writerow([names[place] if names else place, name(row["label"]), *values])
-    return text.getvalue()
+    rows = [
+        [names[i] if names else i, name(row["label"])]
+        + [f"{p:.9g}" for role in roles for p in row[role]]
+        for i, row in enumerate(predictions)
+    ]
+    return to_csv(["image", "label", *titles], rows)
 
 
 def read_predictions(text: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -1,9 +1,7 @@
 """What tells the files that a config names from others, wherever they lie."""
 
-import hashlib
 import os
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.data.folder import find_folder
+from kd_lrp_plugin.utils.files import hash_contents, hash_file
 
 
 def list_files(config: Document) -> dict[str, str | None]:
@@ -63,18 +62,9 @@ def _of_images(kwargs: Mapping[str, Any]) -> str | None:
         if name.lower().endswith(IMG_EXTENSIONS) and Path(at, name).exists()
     )
     table = _of_file(str(manifest or folder / "manifest.csv"))
-    return hashlib.sha256(repr([images, table]).encode()).hexdigest()[:16]
+    return hash_contents([images, table])
 
 
 def _of_file(name: str) -> str | None:
     file = Path(os.path.expandvars(name)).expanduser()
-    if not file.is_file():
-        return None
-    about = file.stat()
-    return _of_bytes(file, about.st_size, about.st_mtime_ns)
-
-
-@cache
-def _of_bytes(file: Path, *_: int) -> str:
-    """Asked again for an unchanged file, the answer is remembered."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return hash_file(file) if file.is_file() else None

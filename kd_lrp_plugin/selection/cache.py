@@ -1,12 +1,12 @@
 """Scores that are kept in a file and used again."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher, seeded
+from kd_lrp_plugin.utils.files import hash_contents
 
 
 class ScoreCache:
@@ -68,8 +68,6 @@ def _identity(candidate: Candidate) -> tuple[str, str, str]:
 def _fingerprint(teacher: Teacher, batches: Sequence[Batch]) -> str:
     """Also a random teacher is told by its weights: those of one seed."""
     told = (teacher.trained, teacher.layers, teacher.about)
-    digest = hashlib.sha256(repr(told).encode())
     tensors = [tensor for batch in batches for tensor in batch]
-    for tensor in (*tensors, *seeded(teacher.build, 0).state_dict().values()):
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    tensors += seeded(teacher.build, 0).state_dict().values()
+    return hash_contents(told, *(tensor.detach().cpu().numpy().tobytes() for tensor in tensors))

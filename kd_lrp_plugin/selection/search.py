@@ -1,7 +1,6 @@
 """Search a space too large to rank: Optuna's NSGA-II on score, MACs and parameters."""
 
 import fcntl
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher
 from kd_lrp_plugin.selection.ranking import filter_by_budget, measure_costs
 from kd_lrp_plugin.selection.scoring import Scorer
 from kd_lrp_plugin.selection.spaces import Space
+from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.workers import workers
 
@@ -172,7 +172,7 @@ class SearchWorker:
         kind, asked = (one.about, one.layers), (self.score, self.axes, sorted(self.budget.items()))
         question = repr((*asked, self.seeds, self.kept.setting, kind))
         return optuna.create_study(
-            study_name=hashlib.sha256(question.encode()).hexdigest()[:16],
+            study_name=hash_contents(question.encode()),
             directions=["minimize"] * 3,
             sampler=optuna.samplers.NSGAIISampler(
                 population_size=min(50, max(4, self.trials // 5))
@@ -231,7 +231,7 @@ def _alone(file: Path, name: str) -> Iterator[None]:
     """Other processes wait here that have the same name; a killed one lets them go on."""
     with file.open("a") as lock:
         if fcntl:
-            place = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+            place = int(hash_contents(name.encode())[:15], 16)
             with suppress(OSError):  # of a file system without locks
                 fcntl.lockf(lock, fcntl.LOCK_EX, 1, place)
         yield

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +29,7 @@ from kd_lrp_plugin.selection.spec import (
     list_entries,
     make_entry,
 )
+from kd_lrp_plugin.utils.files import read_json, write_json, write_json_once
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -208,21 +207,10 @@ def save_choice(
         "question": question.words(),
         "ranking": list(records),
     }
-    place = (file or question.file).parent
-    with tempfile.NamedTemporaryFile("w", dir=place, encoding="utf-8", delete=False) as draft:
-        draft.write(json.dumps(content, indent=2))
-    Path(draft.name).chmod(0o644)
     if file:
-        Path(draft.name).replace(file)
-        return
-    try:
-        os.link(draft.name, question.file)
-    except FileExistsError:  # another process has chosen, and trains its choice
-        pass
-    except OSError:  # a file system without links
-        if not question.file.exists():
-            Path(draft.name).replace(question.file)
-    Path(draft.name).unlink(missing_ok=True)
+        write_json(file, content)
+    else:
+        write_json_once(question.file, content)  # another process may train its choice already
 
 
 def load_choice(question: SelectionSpec) -> Entry:
@@ -232,7 +220,8 @@ def load_choice(question: SelectionSpec) -> Entry:
         ValueError: if it is the record of another question.
     """
     file = question.file
-    content = json.loads(file.read_text(encoding="utf-8"))
+    fix = "Rename it to select again from the scores that are kept."
+    content = read_json(file, fix, question=dict, entry=dict)
     asked, now = content["question"], question.words()
     differ = [key for key in now if asked.get(key) != now[key]]
     if differ:

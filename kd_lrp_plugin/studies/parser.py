@@ -22,7 +22,6 @@ Overrides are those of ``--set``; ``{seed}`` in one is the seed of the run. A ru
 it is: a hash of its config as it runs is in the name of its folder. So studies share their runs.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -37,6 +36,7 @@ import yaml
 
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.studies.plan import COLUMNS, MEASURES, Plan, StudyRun
+from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.validation import check_known, message
 
 KEYS = ("question", "seeds", "set", "prepare", "configurations", "compare_to", "grid", "measures")
@@ -284,7 +284,7 @@ def _run(
     document = resolve_config(config, filled(names))
     content = document.values
     _check_files(content, list(names.values()))
-    key = hashlib.sha256(document.text.encode()).hexdigest()[:10]
+    key = hash_contents(document.text.encode())[:10]
     dataset, method = config.resolve().parent.parent.name, config.resolve().parent.name
     folder = root / dataset / method / f"{config.stem}-{key}" / str(seed)
     final = filled({n: str(run.folder / "best.pt") for n, run in prepared.items()})

@@ -1,9 +1,6 @@
 """What the finished runs of a plan say together."""
 
-import csv
-import io
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from kd_lrp_plugin.studies.figure import study_figure
 from kd_lrp_plugin.studies.markdown import study_markdown
 from kd_lrp_plugin.studies.plan import COLUMNS, Plan, StudyRun
 from kd_lrp_plugin.studies.status import describe_status, is_finished
+from kd_lrp_plugin.utils.files import put, to_csv, write_json, write_text
 
 
 def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, Any]:
@@ -96,26 +94,12 @@ def write_results(
 ) -> dict[str, Any]:
     """Write study.json, study.csv, table.md and study.png, and return the content of the first."""
     content = collect_results(plan, failed)
-    text = io.StringIO()
     axes = list(plan.axes)
     columns = [COLUMNS[0], *axes, *COLUMNS[1:], *plan.measures]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in content["runs"]:
-        flat = {**row, **row["point"], **row["measures"]}
-        writer.writerow([flat.get(column) for column in columns])
-    picture = io.BytesIO()
-    study_figure(content).savefig(picture, format="png")
-    _put(folder / "study.csv", text.getvalue().encode())
-    _put(folder / "table.md", study_markdown(content).encode())
-    _put(folder / "study.png", picture.getvalue())
-    _put(folder / "study.json", json.dumps(content, indent=2).encode())
+    flat = [{**row, **row["point"], **row["measures"]} for row in content["runs"]]
+    figure = study_figure(content)
+    write_text(folder / "study.csv", to_csv(columns, ([f.get(c) for c in columns] for f in flat)))
+    write_text(folder / "table.md", study_markdown(content))
+    put(folder / "study.png", lambda draft: figure.savefig(draft, format="png"))
+    write_json(folder / "study.json", content)
     return content
-
-
-def _put(file: Path, content: bytes) -> None:
-    """All of a file or nothing; several studies may write the same."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".draft", delete=False) as draft:
-        draft.write(content)
-    Path(draft.name).chmod(0o644)
-    Path(draft.name).replace(file)

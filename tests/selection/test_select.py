@@ -1,6 +1,7 @@
 """A student that chooses itself: once, recorded, and refused for another question."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -307,7 +308,7 @@ def test_a_choice_is_recorded_where_files_cannot_be_linked(monkeypatch):
     def refuse(*_):
         raise PermissionError("no links here")
 
-    monkeypatch.setattr(select.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     question = spec.spec_from_kwargs(**asked())
     records = [{"candidate": "test_resnet", "entry": {"key": "timm_model", "kwargs": {}}}]
     select.save_choice(question, records)

@@ -16,11 +16,7 @@ Where the images are in no splits yet, test images are cut out of what is kept b
 :func:`kd_lrp_plugin.data.splits.held_out`, never through a group.
 """
 
-import csv
-import hashlib
-import io
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +43,7 @@ from kd_lrp_plugin.data.leakage.images import (
 )
 from kd_lrp_plugin.data.leakage.summary import count_leaks, summarise_leaks
 from kd_lrp_plugin.data.splits import read_groups
-from kd_lrp_plugin.utils.files import put, write_text
+from kd_lrp_plugin.utils.files import hash_contents, put, read_json, to_csv, write_json, write_text
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -113,18 +109,21 @@ def check_data(
         summary |= count_leaks(checked, rows)
         summary["verdict"] = summarise_leaks(summary)
         order = _worst_first(checked)
-        text = _csv(SPLIT_COLUMNS, rows)
+        text = to_csv(SPLIT_COLUMNS, ([row[c] for c in SPLIT_COLUMNS] for row in rows))
         split = out / "clean_split.csv"
         if split.exists() and split.read_text(encoding="utf-8") != text:
             current_progress().note(f"{split} changes, since the images have changed")
         for stale in ("summary.json", "pairs.png"):  # until the summary is written, nothing is said
             (out / stale).unlink(missing_ok=True)
         write_text(split, text)
-        write_text(out / "pairs.csv", _csv(COLUMNS, (describe_pair(checked, k) for k in order)))
+        pairs = (describe_pair(checked, k) for k in order)
+        write_text(
+            out / "pairs.csv", to_csv(COLUMNS, ([pair[c] for c in COLUMNS] for pair in pairs))
+        )
         if len(order):
             figure = pairs_figure(root, checked, order)
             put(out / "pairs.png", lambda draft: figure.savefig(draft, format="png"))
-        write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False))
+        write_json(out / "summary.json", summary)
     return summary
 
 
@@ -135,8 +134,7 @@ def _state(
     patients: Mapping[str, str],
 ) -> str:
     """A digest of all that the answer depends on beside the question."""
-    facts = json.dumps([images, [one[:-1] for one in prints], aside, patients, VERSION])
-    return hashlib.blake2b(facts.encode(), digest_size=16).hexdigest()
+    return hash_contents([images, [one[:-1] for one in prints], aside, patients, VERSION])
 
 
 def _answered(out: Path, state: str) -> dict[str, Any] | None:
@@ -144,7 +142,8 @@ def _answered(out: Path, state: str) -> dict[str, Any] | None:
     missing = {name for name in OUTPUTS if not (out / name).is_file()}
     if missing - {"pairs.png"}:
         return None
-    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    fix = "Delete it, and give kd-lrp check-data again: it makes it anew from what it has kept."
+    summary = read_json(out / "summary.json", fix, state=str, images_with_twin=int)
     whole = not missing or not summary["images_with_twin"]
     return summary if whole and summary["state"] == state else None
 
@@ -165,11 +164,3 @@ def _worst_first(checked: DatasetAudit) -> Int[np.ndarray, " pairs"]:
     """The pairs: across splits before within, and the most alike first."""
     twins = checked.twins
     return np.lexsort((twins.b, twins.a, twins.kind, -twins.similarity, ~checked.across))
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
