@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.plots.tables import table
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -55,7 +55,7 @@ def main() -> None:
     context = DistributedContext(torch.device(args.device))
     rows = []
     for config in configs:
-        experiment = Experiment(construct(resolve_config(config, overrides)), context)
+        experiment = Experiment(assemble(resolve_config(config, overrides)), context)
         with tempfile.TemporaryDirectory() as folder:
             rows.append({"config": config.parent.name} | measure(experiment, folder, args.rounds))
     print(table(rows))

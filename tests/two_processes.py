@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.training.meter import Meter
@@ -31,7 +31,7 @@ def main(config: str, out: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     with init_distributed("cpu") as context:
         torch.manual_seed(0)
-        experiment = Experiment(construct(resolve_config(config, overrides)), context)
+        experiment = Experiment(assemble(resolve_config(config, overrides)), context)
         box = experiment.box
         data = box.train_data_loader.dataset
         images, targets = zip(*(data[place][:2] for place in range(16)), strict=True)

@@ -35,13 +35,13 @@ def check(
     """
     with RichProgress(), errors_in_words():
         read = resolve_config(config, overrides or [])
-        problems, remarks = unsafe_tags(read) if safe else [], []
+        problems, warnings = unsafe_tags(read) if safe else [], []
         if not problems:
             with init_distributed(device) as context, select.preview():
-                findings = dry_run.check(read, context)
-            problems, remarks = findings.problems, findings.remarks
-    for remark in remarks:
-        console.print(f"remark: {remark}", markup=False, highlight=False, soft_wrap=True)
+                report = dry_run.check(read, context)
+            problems, warnings = report.problems, report.warnings
+    for warning in warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     for problem in problems:
         errors.print(problem, markup=False, highlight=False, soft_wrap=True)
     if problems:

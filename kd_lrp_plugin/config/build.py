@@ -1,9 +1,12 @@
 """Content, stages and models of a config, built."""
 
+import copy
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,117 @@ from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
+@dataclass
+class BuiltModel:
+    """A model of a config, with the weights that its entry names.
+
+    Attributes:
+        module: the model.
+        classes: of the checkpoint it was filled from, if that names any.
+    """
+
+    module: nn.Module
+    classes: tuple[str, ...] = ()
+
+
+@dataclass
+class Assembly:
+    """All that a config names, built once.
+
+    Attributes:
+        content: of the config, from :func:`construct`; the data sets are in it.
+        models: by their key in the config, such as "student_model".
+    """
+
+    content: dict[str, Any]
+    models: dict[str, BuiltModel]
+
+    def copy(self) -> "Assembly":
+        """Another that can be trained, or changed in place, without a trace in this one."""
+        memo: dict[int, Any] = {}
+        # One memo: what the models share with the data sets, their copies share.
+        content = _copy(self.content, memo)
+        models = {}
+        for role, built in self.models.items():
+            try:
+                models[role] = BuiltModel(copy.deepcopy(built.module, memo), built.classes)
+            except Exception:  # such as weights that a hook has computed; shared, they would train
+                models[role] = build_filled_model(content["models"][role], f"models.{role}")
+        return Assembly(content, models)
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy in which only what refuses to be copied, such as an open file, is shared."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if type(value) is dict:
+        found: dict[Any, Any] = {}
+        memo[id(value)] = found
+        found.update((key, _copy(part, memo)) for key, part in value.items())
+        return found
+    if type(value) is list:
+        parts: list[Any] = []
+        memo[id(value)] = parts
+        parts.extend(_copy(part, memo) for part in value)
+        return parts
+    trial = dict(memo)  # a copy that fails half-way leaves what is half made in its memo
+    try:
+        made = copy.deepcopy(value, trial)
+    except Exception:
+        made = memo[id(value)] = value
+    else:
+        memo.update(trial)
+    return made
+
+
+def assemble(config: Document) -> Assembly:
+    """Everything that a config names, built; the first error is raised."""
+    content = construct(config)
+    entries = content["models"].items()
+    models = {role: build_filled_model(entry, f"models.{role}") for role, entry in entries}
+    return Assembly(content, models)
+
+
+def import_dependencies(config: Document) -> Any:
+    """Import the modules that a config names under ``dependencies``; what it names.
+
+    They register what they add: losses, rules, scores, models. So they come before any name of
+    theirs is looked up. Modules are found where Python finds them, then in the current directory
+    and beside the config, whether ``python -m`` or an installed script is what runs.
+
+    Raises:
+        ImportError: if there is no such module.
+    """
+    _add_module_folders(config)
+    named = _construct(config.only("dependencies"), None).get("dependencies")
+    main_util.import_dependencies(named)
+    return named
+
+
+def _add_module_folders(config: Document) -> None:
+    for folder in (Path(), Path(config.path).parent, *config.module_folders):
+        if (path := str(folder.resolve())) not in sys.path:
+            sys.path.append(path)  # behind all else: no file there hides an installed package
+
+
 def construct(
     config: Document, failed: Callable[[yaml.Mark, Exception], None] | None = None
 ) -> Any:
-    """The content of a config: torchdistill's tags called, its dependencies imported.
+    """The content of a config: its dependencies imported, then torchdistill's tags called.
 
     Args:
         config: its nodes.
         failed: told each tag that fails, with its mark; its value is then None. Without it the
             first error is raised.
     """
+    if not config.holds("dependencies"):
+        _add_module_folders(config)  # tags, too, may name what lies beside the config
+        return _construct(config, failed)
+    dependencies = import_dependencies(config)
+    return {"dependencies": dependencies, **_construct(config.leave_out("dependencies"), failed)}
+
+
+def _construct(config: Document, failed: Callable[[yaml.Mark, Exception], None] | None) -> Any:
     with tempfile.TemporaryDirectory() as folder:  # so that torchdistill registers its tags
         Path(folder, "empty.yaml").touch()
         yaml_util.load_yaml_file(str(Path(folder, "empty.yaml")))
@@ -62,10 +166,7 @@ def construct(
     Loader.add_multi_constructor(
         "!", lambda loader, suffix, node: guarded(lambda a, b: unknown(a, suffix, b))(loader, node)
     )
-    content = Loader("").construct_document(config.root)
-    if isinstance(content, dict):
-        main_util.import_dependencies(content.get("dependencies"))
-    return content
+    return Loader("").construct_document(config.root)
 
 
 def _within(inner: yaml.Node, outer: yaml.Node) -> bool:
@@ -97,27 +198,36 @@ def build_model_entry(entry: Mapping[str, Any], where: str = "models") -> nn.Mod
     return model
 
 
-def fill_model(model: nn.Module, entry: Mapping[str, Any], where: str, classes: list[str]) -> None:
-    """Load the checkpoint that an entry of ``models`` names, if it names one.
+def build_filled_model(entry: Mapping[str, Any], where: str) -> BuiltModel:
+    """The model of an entry of ``models``, with the checkpoint that the entry names, if any.
 
     Raises:
-        FileNotFoundError: if it is not there; the entry's ``_made_by`` is quoted.
-        ValueError: if it holds other things than tensors, another model, or other classes.
+        FileNotFoundError: if the checkpoint is not there; the entry's ``_made_by`` is quoted.
+        ValueError: if it holds other things than tensors, or another model.
     """
+    model = build_model_entry(entry, where)
     if not entry.get("src_ckpt"):
-        return
+        return BuiltModel(model)
     file = Path(os.path.expandvars(entry["src_ckpt"])).expanduser()
     where = f"{where}.src_ckpt"
     if not file.is_file():
         made_by = entry.get("_made_by")
         fix = f"Make it with: {made_by}" if made_by else "Train it, or correct src_ckpt."
         raise FileNotFoundError(message(where, "a checkpoint", f"none at {file}", fix))
-    load_weights(model, file, where)
-    if file.suffix == ".safetensors" or not classes:
-        return
-    found = torch.load(file, map_location="cpu", weights_only=True)
+    load_weights(model, file, where, strict=True)
+    found = {}
+    if file.suffix != ".safetensors":
+        found = torch.load(file, map_location="cpu", weights_only=True)
     names = found.get("classes") if isinstance(found, dict) else None
-    if names and list(names) != classes:
-        got = {"checkpoint": names, "data": classes}
+    return BuiltModel(model, tuple(names or ()))
+
+
+def check_classes(
+    built: BuiltModel, entry: Mapping[str, Any], where: str, classes: list[str]
+) -> None:
+    """Raise ``ValueError`` if a checkpoint was trained on other classes than the data have."""
+    if built.classes and classes and list(built.classes) != classes:
+        got = {"checkpoint": list(built.classes), "data": classes}
         fix = "Use a checkpoint that was trained on these classes, in this order."
-        raise ValueError(message(f"{where} {file}", "the classes of the data", got, fix))
+        where = f"{where}.src_ckpt {entry['src_ckpt']}"
+        raise ValueError(message(where, "the classes of the data", got, fix))

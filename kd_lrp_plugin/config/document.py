@@ -68,6 +68,17 @@ class Document:
         root.value = [(key, filtered(value, lambda k: k != without)) for key, value in root.value]
         return replace(self, root=root)
 
+    def leave_out(self, section: str) -> "Document":
+        """The config without one top-level section; aliases of what is in it stay resolved."""
+        pairs = [(key, value) for key, value in self.root.value if key.value != section]
+        root = self.root
+        return replace(self, root=yaml.MappingNode(root.tag, pairs, root.start_mark, root.end_mark))
+
+    def get_text(self, key_path: str) -> str:
+        """The YAML below a key, with all that its aliases name, tags still unread."""
+        node, _, _ = self._follow(key_path)
+        return yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True)
+
     def holds(self, key_path: str) -> bool:
         """Whether there is such a key."""
         return not self._follow(key_path)[2]

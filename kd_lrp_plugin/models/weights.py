@@ -1,7 +1,6 @@
 """Weights from local files."""
 
 import argparse
-import logging
 import os
 import pickle
 from collections.abc import Mapping
@@ -13,23 +12,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kd_lrp_plugin.models.heads import classifier_path
+from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
-logger = logging.getLogger(__name__)
 
-
-def load_weights(model: nn.Module, path: str | Path, where: str = "load_weights") -> list[str]:
+def load_weights(
+    model: nn.Module, path: str | Path, where: str = "load_weights", strict: bool = False
+) -> list[str]:
     """Fill ``model`` from a local file; a classifier that does not fit is left as it is.
 
     The classifier is taken from the file if all of its tensors fit, else none of them is, which
-    is logged. Everything else must fit exactly; the counters of batch norm may be absent. Names
-    and shapes do not tell padding or epsilon apart: build the model as the weights want it.
+    is said, as information: weights of other classes are a usual start. Everything else must fit
+    exactly; the counters of batch norm may be absent. Names and shapes do not tell padding or
+    epsilon apart: build the model as the weights want it.
 
     Args:
         model: filled in place; untouched if an error is raised.
         path: .safetensors, or .pt/.pth with a state dict, bare or under the key "model"; may
             name environment variables, as in ``$KD_LRP_DATA/weights/x.safetensors``.
         where: the name of the caller, for messages.
+        strict: the classifier, too, must fit: for a trained model that is to be used as it is.
 
     Returns:
         Names of the classifier's tensors that the file did not fill; empty if all were.
@@ -57,7 +59,7 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "load_weights"
     differ = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     differ += [key for key in state if key not in own]
     differ += [key for key in own if key in state and own[key].shape != state[key].shape]
-    wrong = [key for key in differ if not in_head(key)]
+    wrong = differ if strict else [key for key in differ if not in_head(key)]
     if wrong:
         shown = [_difference(key, own, state) for key in wrong[:3]]
         raise ValueError(
@@ -65,8 +67,8 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "load_weights"
                 where,
                 f"the weights of this model in {path}",
                 f"{len(wrong)} tensors that differ, first {'; '.join(shown)}",
-                "Build the model that the weights were saved from: the same name, width and "
-                "timm_kwargs.",
+                "Build the model that the weights were saved from: the same name, width, "
+                f"timm_kwargs{' and num_classes' if strict else ''}.",
             )
         )
     if not differ:
@@ -75,7 +77,8 @@ def load_weights(model: nn.Module, path: str | Path, where: str = "load_weights"
     left = [key for key in own if in_head(key)]
     body = {key: tensor for key, tensor in state.items() if not in_head(key)}
     model.load_state_dict(body, strict=False)
-    logger.warning("%s: the classifier of %s does not fit; left as it was: %s", where, path, left)
+    told = f"{where}: the classifier of {path} does not fit; left as it was: {left}"
+    current_progress().note(told)
     return left
 
 

@@ -60,7 +60,7 @@ def load_models(
     for role in sorted(set(roles) & set(entries)):
         models[role] = build_untrained(role, entries)
         file = run / "best.pt" if role == "student" else _teacher_file(run, entries[role])
-        load_weights(models[role], file, f"{role} of {run.path}")
+        load_weights(models[role], file, f"{role} of {run.path}", strict=True)
         models[role].eval()
     return models
 

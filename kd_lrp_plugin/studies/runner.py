@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from kd_lrp_plugin.config.build import build_model_entry, construct
-from kd_lrp_plugin.config.document import Document, resolve_config
+from kd_lrp_plugin.config.build import Assembly, BuiltModel
+from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import list_files
@@ -125,6 +125,7 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
             seen.add(run.folder.parent)
             new.append(run)
     problems: list[str] = []
+    built: dict[str, BuiltModel] = {}  # configurations share models: none is built twice
     with (
         tempfile.TemporaryDirectory() as place,
         init_distributed(device) as context,
@@ -139,9 +140,10 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
             config = resolve_config(run.config, changes)
             found = unsafe_tags(config) if safe else []
             if not found and all(untrained[need].exists() for need in missing):
-                found = check(config, context).problems
-                if run.folder in prepare and not found:
-                    _save_untrained(config, untrained[run.folder])
+                report = check(config, context, built)
+                found = report.problems
+                if run.folder in prepare and report.assembly and not found:
+                    _save_untrained(report.assembly, untrained[run.folder])
             problems += [f"{plan.file}: {run.cell}: {problem}" for problem in found]
     if problems:
         raise ValueError("\n".join(problems))
@@ -157,8 +159,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _save_untrained(config: Document, folder: Path) -> None:
-    models = construct(config.only("dependencies", "datasets", "models"))["models"]
-    model = build_model_entry(models.get("student_model") or models["model"])
+def _save_untrained(assembly: Assembly, folder: Path) -> None:
+    models = assembly.models
+    student = models["student_model" if "student_model" in models else "model"].module
     folder.mkdir(parents=True)
-    torch.save({"model": model.state_dict()}, folder / "best.pt")
+    torch.save({"model": student.state_dict()}, folder / "best.pt")

@@ -119,7 +119,7 @@ def _build(module: str, key: str, kwargs: Mapping[str, Any], checkpoint: str | N
     _register(module)
     model = get_model(key, None, **kwargs)
     if checkpoint:
-        load_weights(model, checkpoint, f"{WHERE}: teacher")
+        load_weights(model, checkpoint, f"{WHERE}: teacher", strict=True)
     return model
 
 

@@ -15,7 +15,7 @@ from torchdistill.core.interfaces.registry import register_post_forward_proc_fun
 from torchdistill.core.training import get_training_box
 from torchdistill.datasets.util import build_data_loader
 
-from kd_lrp_plugin.config.build import build_model_entry, fill_model, get_stages
+from kd_lrp_plugin.config.build import Assembly, check_classes, get_stages
 from kd_lrp_plugin.data.transforms import preprocessing
 from kd_lrp_plugin.data.validation import check_same_classes
 from kd_lrp_plugin.utils.distributed import DistributedContext
@@ -48,7 +48,7 @@ class Experiment:
     """Models, data and torchdistill's box of one config.
 
     Args:
-        content: the config, from :func:`construct`.
+        assembly: all that the config names; used up, for torchdistill changes it in place.
         context: this process; under torchrun the student is wrapped for it.
         seed: of the order of the images under torchrun.
 
@@ -59,12 +59,12 @@ class Experiment:
         test_set: the data set of the test.
     """
 
-    def __init__(self, content: dict[str, Any], context: DistributedContext, seed: int = 0) -> None:
+    def __init__(self, assembly: Assembly, context: DistributedContext, seed: int = 0) -> None:
+        content = assembly.content
         self.context = context
         self.train = content["train"]
         self._seed = seed
         self._datasets = content["datasets"]
-        models = content["models"]
         stage = next(iter(get_stages(self.train).values()))
         self._test_loader = content["test"]["test_data_loader"]
         parts = {
@@ -80,14 +80,13 @@ class Experiment:
             fix = "Rename one of them."
             raise ValueError(message("datasets", "classes of different names", self.classes, fix))
         self.preprocessing = preprocessing(parts["val"])
-        built = {}
-        for role, entry in models.items():
-            built[role] = build_model_entry(entry, f"models.{role}")
-            fill_model(built[role], entry, f"models.{role}", self.classes)
+        models = {}
+        for role, built in assembly.models.items():
+            check_classes(built, content["models"][role], f"models.{role}", self.classes)
             # Depthwise convolutions take less time so, on CPUs too.
-            built[role].to(context.device).to(memory_format=torch.channels_last)
-            self._check_head(role, built[role], parts["val"])
-        student = built["student_model"] if "student_model" in built else built["model"]
+            models[role] = built.module.to(context.device).to(memory_format=torch.channels_last)
+            self._check_head(role, models[role], parts["val"])
+        student = models["student_model"] if "student_model" in models else models["model"]
         if how := self.train.get("compile"):
             student.compile(**(how if isinstance(how, Mapping) else {}))
         device_ids = [context.device.index] if context.device.type == "cuda" else None
@@ -97,9 +96,9 @@ class Experiment:
                 stage["post_forward_process"] = scaled_step.__name__
         for stage in get_stages(self.train).values():
             for role in ("teacher", "student", "model"):
-                (stage.get(role) or {}).pop("wrapper", None)  # the driver wraps the student itself
-        if "teacher_model" in built:
-            self.box = get_distillation_box(built["teacher_model"], student, *rest)
+                (stage.get(role) or {}).pop("wrapper", None)  # this class wraps the student itself
+        if "teacher_model" in models:
+            self.box = get_distillation_box(models["teacher_model"], student, *rest)
         else:
             self.box = get_training_box(student, *rest)
         self.box.save_stage_ckpt = lambda *_: None  # the run folder holds what a stage has made
@@ -181,58 +180,22 @@ class Experiment:
             if isinstance(module, _BatchNorm) and weights:
                 module.train(module.training and any(w.requires_grad for w in weights))
 
-    # --- checkpoints --------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Any]:
-        """All that the next epoch needs, as tensors, numbers, text and containers of them."""
-        box, models = self.box, self._models()
-        scaler = getattr(box, "grad_scaler", None)
-        return {
-            "stage": self.stage,
-            "epochs_done": self.epochs_done,
-            "grad_count": box.stage_grad_count,
-            "models": {name: model.state_dict() for name, model in models.items()},
-            "gradients": {
-                name: {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-                for name, model in models.items()
-                if self._pending
-            },
-            "optimizer": box.optimizer.state_dict(),
-            "scheduler": box.lr_scheduler.state_dict() if box.lr_scheduler else None,
-            "scaler": scaler.state_dict() if scaler else None,
-            "losses": {name: loss.state_dict() for name, loss in self._losses().items()},
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Bring a new experiment to where :meth:`state` was taken."""
-        self._go_to_stage(state["stage"])
-        box, models = self.box, self._models()
-        box.current_epoch, box.stage_grad_count = state["epochs_done"], state["grad_count"]
-        for name, content in state["models"].items():
-            models[name].load_state_dict(content)
-        for name, gradients in state["gradients"].items():
-            for key, parameter in models[name].named_parameters():
-                if key in gradients:
-                    parameter.grad = gradients[key].to(parameter.device)
-        box.optimizer.load_state_dict(state["optimizer"])
-        if state["scheduler"] is not None:
-            box.lr_scheduler.load_state_dict(state["scheduler"])
-        if state["scaler"] is not None:
-            box.grad_scaler.load_state_dict(state["scaler"])
-        for name, loss in self._losses().items():
-            loss.load_state_dict(state["losses"][name])
+    @property
+    def monitor(self) -> str:
+        """The metric that says which epoch is the best: higher for an accuracy, else lower."""
+        return self.train.get("monitor", MONITOR)
 
     @property
-    def _pending(self) -> bool:
+    def pending(self) -> bool:
         """Whether gradients wait for their step, which may reach across epochs."""
         return self.box.stage_grad_count % self.box.grad_accum_step != 0
 
-    def _losses(self) -> dict[str, nn.Module]:
+    def losses(self) -> dict[str, nn.Module]:
         """The criterion and its terms, which torchdistill keeps in a plain dict."""
         terms = getattr(self.box.criterion, "term_dict", {})
         return {"": self.box.criterion} | {name: term for name, (term, _) in terms.items()}
 
-    def _models(self) -> dict[str, nn.Module]:
+    def models(self) -> dict[str, nn.Module]:
         """Every model that training changes; a stage may train another than it returns."""
         models = {"original": self.original}
         if self.student is not self.original:
@@ -240,11 +203,6 @@ class Experiment:
         if self.teacher is not None and self.box.teacher_updatable:
             models["teacher"] = self.teacher
         return models
-
-    @property
-    def monitor(self) -> str:
-        """The metric that says which epoch is the best: higher for an accuracy, else lower."""
-        return self.train.get("monitor", MONITOR)
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -268,8 +226,8 @@ class Experiment:
     def end_epoch(self, metric: float, stop: bool) -> None:
         """Schedulers step; the next stage begins where this one ends, or is stopped."""
         box, before = self.box, self.stage
-        if self._pending:
-            for model in self._models().values():
+        if self.pending:
+            for model in self.models().values():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         self.context.all_reduce_mean(
@@ -284,11 +242,11 @@ class Experiment:
         if not hasattr(box, "stage_number"):
             box.current_epoch += 1
         if self.stage != before:
-            for model in self._models().values():
+            for model in self.models().values():
                 model.zero_grad()  # a step that the stage before has not completed
             self._enter_stage()
 
-    def _go_to_stage(self, number: int) -> None:
+    def go_to_stage(self, number: int) -> None:
         """Later stages of a new box without training."""
         if number > self.stage:
             setattr(self.box, self.student_name, self.student)
@@ -300,7 +258,7 @@ class Experiment:
         box = self.box
         if not hasattr(box, "current_epoch"):
             box.current_epoch = 0
-        for loss in self._losses().values():
+        for loss in self.losses().values():
             loss.to(self.context.device)  # torchdistill leaves the weights of a loss behind
         self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
         self.test_loader = self._loader(self._test_loader, "test_loader")

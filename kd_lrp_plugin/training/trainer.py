@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.tensorboard import SummaryWriter
 from torchdistill.common import main_util
 
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.build import Assembly, assemble
 from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.metrics.efficiency import count_parameters
@@ -40,6 +40,7 @@ from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.training.meter import Meter
+from kd_lrp_plugin.training.state import restore_state, take_state
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
 from kd_lrp_plugin.utils.progress import NullProgress, current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -86,9 +87,7 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         if context.run_on_rank_zero(lambda: folder.finished):
             current_progress().note(f"{folder.path} is finished already")
             return context.run_on_rank_zero(folder.summary)
-        context.run_on_rank_zero(lambda: _refuse_problems(spec, config, context))
-        main_util.set_seed(spec.seed)
-        run = Trainer(Experiment(construct(config), context, spec.seed), folder, spec.seed)
+        run = Trainer(_build(spec, config, context), folder, spec.seed)
         state = context.run_on_rank_zero(folder.load)
         if context.rank == 0:
             folder.add_session(_describe_session(spec, context))
@@ -99,9 +98,29 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         return run.test()
 
 
-def _refuse_problems(spec: RunSpec, config: Document, context: DistributedContext) -> None:
-    if problems := spec.list_unsafe(config) or check(config, context).problems:
-        raise ValueError("\n".join(problems))
+def _build(spec: RunSpec, config: Document, context: DistributedContext) -> Experiment:
+    """The experiment, of models and data sets that were built once and checked.
+
+    The weights are drawn first from the seed, before the check takes any number; it gives the
+    generators back as it has found them. So a run has the same weights whatever is checked.
+    """
+    built: list[Assembly] = []
+
+    def build_and_check() -> None:
+        if problems := spec.list_unsafe(config):
+            raise ValueError("\n".join(problems))
+        main_util.set_seed(spec.seed)
+        report = check(config, context)
+        if report.problems or report.assembly is None:
+            raise ValueError("\n".join(report.problems))
+        built.append(report.assembly)
+
+    # The first process alone, and before the others build: it may have to choose the student.
+    context.run_on_rank_zero(build_and_check)
+    if not built:
+        main_util.set_seed(spec.seed)
+        built.append(assemble(config))
+    return Experiment(built.pop(), context, spec.seed)
 
 
 class Trainer:
@@ -123,7 +142,7 @@ class Trainer:
             fix = "Finish the run with the version that began it, or delete the folder."
             got = f"format {state.get('format')}"
             raise ValueError(message("checkpoint", f"format {FORMAT}", got, fix))
-        self.experiment.restore(state["experiment"])
+        restore_state(self.experiment, state["experiment"])
         self.records, self.best = state["records"], state["best"]
         if self.context.rank == 0:
             self._save_best()  # may be missing, behind, or ahead of a checkpoint that was damaged
@@ -226,7 +245,7 @@ class Trainer:
         self.folder.save(
             {
                 "format": FORMAT,
-                "experiment": self.experiment.state(),
+                "experiment": take_state(self.experiment),
                 "records": self.records,
                 "best": self.best,
             }
@@ -271,7 +290,7 @@ class Trainer:
         """Test the best weights, and write what a finished run has."""
         experiment, folder = self.experiment, self.folder
         self.context.run_on_rank_zero(lambda: None)  # the first process has written the weights
-        load_weights(experiment.original, folder / "best.pt")
+        load_weights(experiment.original, folder / "best.pt", strict=True)
         self._set_seed(0)
         loader = experiment.test_loader
         tested, predictions = self._evaluate(loader, "test", "test", keep=True)

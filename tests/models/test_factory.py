@@ -1,7 +1,6 @@
 """Models: the published counts, heads that fit or say why not, and weights that never half-load."""
 
 import argparse
-import logging
 import os
 from pathlib import Path
 
@@ -13,9 +12,20 @@ from safetensors.torch import save_file
 from kd_lrp_plugin.metrics.efficiency import count_parameters
 from kd_lrp_plugin.models.factory import build_model, thesis_student, thesis_teacher
 from kd_lrp_plugin.models.weights import load_weights
+from kd_lrp_plugin.utils.progress import NullProgress
 
 SMALL = "mobilenetv2_035"
 SAME = {"pad_type": "same", "bn_eps": 1e-3}
+
+
+class Notes(NullProgress):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
 
 
 def weights_file(name: str) -> Path:
@@ -177,17 +187,28 @@ class TestLoadWeights:
         assert torch.equal(logits(model), logits(source))
 
     @pytest.mark.parametrize(("head", "classes"), [("linear", 5), ("mlp", 3), ("linear", 0)])
-    def test_another_head_is_left_whole_and_reported(self, tmp_path, caplog, head, classes):
+    def test_another_head_is_left_whole_and_reported_once(self, tmp_path, head, classes):
         source, model = build_model(SMALL, 3), build_model(SMALL, classes, head)
         torch.save(source.state_dict(), tmp_path / "model.pth")
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        with caplog.at_level(logging.WARNING, "kd_lrp_plugin.models.factory"):
+        with Notes() as notes:
             left = load_weights(model, tmp_path / "model.pth")
         assert left == [key for key in before if key.startswith("classifier.")]
-        assert "the classifier of" in caplog.text
+        (note,) = notes.texts
+        assert "the classifier of" in note
         after = model.state_dict()
         assert all(torch.equal(after[key], before[key]) for key in left)
         assert torch.equal(after["conv_stem.weight"], source.state_dict()["conv_stem.weight"])
+
+    @pytest.mark.parametrize(("head", "classes"), [("linear", 5), ("mlp", 3), ("linear", 0)])
+    def test_a_trained_model_is_taken_with_its_head_or_refused(self, tmp_path, head, classes):
+        torch.save(build_model(SMALL, 3).state_dict(), tmp_path / "model.pth")
+        model = build_model(SMALL, classes, head)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ValueError, match=r"tensors that differ, first .*num_classes"):
+            load_weights(model, tmp_path / "model.pth", strict=True)
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+        assert load_weights(build_model(SMALL, 3), tmp_path / "model.pth", strict=True) == []
 
     def test_a_head_that_fits_in_part_is_not_taken_in_part(self, tmp_path):
         source = build_model(SMALL, 3, "flatten_mlp", (8,), image_size=64)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, NO_TEACHER, SMALL
 
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -20,7 +20,7 @@ MANY = [s for s in SMALL if "num_epochs" not in s]
 
 def run_of(config: Path, overrides: list[str], out: Path) -> trainer.Trainer:
     out.mkdir(exist_ok=True)
-    experiment = Experiment(construct(resolve_config(config, overrides)), CPU)
+    experiment = Experiment(assemble(resolve_config(config, overrides)), CPU)
     return trainer.Trainer(experiment, RunFolder(out), 0)
 
 

@@ -10,7 +10,7 @@ from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, SMALL
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.models import factory
@@ -44,7 +44,7 @@ def teacher(workplace) -> Path:
 
 def run_of(config: Path) -> trainer.Trainer:
     """A run as :func:`training.distill` would begin it."""
-    experiment = Experiment(construct(resolve_config(config, SMALL)), CPU)
+    experiment = Experiment(assemble(resolve_config(config, SMALL)), CPU)
     folder = RunFolder("out")
     folder.path.mkdir()
     return trainer.Trainer(experiment, folder, 0)
@@ -165,9 +165,9 @@ def test_a_brain_mri_config_takes_a_step(config, data_folder, workplace):
         torch.save(teacher.state_dict(), "teacher.pt")
         small.append("models.teacher_model.src_ckpt=teacher.pt")
     torch.manual_seed(0)
-    findings = check(resolve_config(config, small), CPU)
-    assert findings.problems == []
-    assert findings.remarks == []
+    report = check(resolve_config(config, small), CPU)
+    assert report.problems == []
+    assert report.warnings == []
 
 
 @pytest.fixture

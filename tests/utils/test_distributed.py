@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_runs import CPU, KD, LRP, NO_TEACHER, SMALL
 from two_processes import torchrun
 
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.runs import loading
 from kd_lrp_plugin.training.experiment import Experiment
@@ -111,7 +111,7 @@ class TestDistill:
     def cross_entropy(self, run: Path) -> float:
         """Of the weights that are kept, on the validation images."""
         model, _ = loading.load_run(run)
-        experiment = Experiment(construct(resolve_config(run / "config.yaml")), CPU)
+        experiment = Experiment(assemble(resolve_config(run / "config.yaml")), CPU)
         images, targets = zip(*(item[:2] for item in experiment.val_loader.dataset), strict=True)
         with torch.no_grad():
             logits = model(torch.stack(images))

@@ -1,72 +1,105 @@
 """All problems of a config at once, each with its place, before any work is lost to them."""
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from kd_lrp_plugin.config.build import construct, get_stages
+from kd_lrp_plugin.config.build import Assembly, BuiltModel, construct, get_stages
 from kd_lrp_plugin.config.document import Document, describe_mark
 from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.problems import CheckReport, check_keys
-from kd_lrp_plugin.training.check.sections import SEE, check_sections, share
+from kd_lrp_plugin.training.check.sections import SEE, build_models, check_sections, share
 from kd_lrp_plugin.training.experiment import MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
-def check(config: Document, context: DistributedContext) -> CheckReport:
+def check(
+    config: Document, context: DistributedContext, known: dict[str, BuiltModel] | None = None
+) -> CheckReport:
     """Build everything that a config names, take one step in each stage, and list what is wrong.
+
+    What is built is handed on in the report, as it would be without the check: the steps are
+    taken with copies, and the random number generators are those of the moment when the models
+    were built.
 
     Args:
         config: see :func:`kd_lrp_plugin.config.document.resolve_config`.
         context: where to compute, and how many will; the other processes are left alone.
+        known: models of earlier checks, by what the configs say of them; they are not built
+            again, and what is built is added. For checks only: training would change them.
 
     Returns:
-        Every problem and remark, each with its place in the file.
+        Every problem and warning, each with its location in the file.
     """
-    findings = CheckReport(config)
+    report = CheckReport(config)
     content: dict[str, Any] | None = None
 
     def note(mark: yaml.Mark, error: Exception) -> None:
-        findings.add("", error, describe_mark(mark))
-        findings.failed.append(mark)
+        report.add("", error, describe_mark(mark))
+        report.failed.append(mark)
 
-    with findings.at("dependencies"):
+    with report.at("dependencies"):
         content = construct(config, note)
     if content is None:
-        return findings
-    with findings.at(""):
-        check_keys(findings, "config", "", content)
+        return report
+    with report.at(""):
+        check_keys(report, "config", "", content)
         for section in ("datasets", "models", "train", "test"):
             if not isinstance(content.get(section), Mapping) or not content[section]:
                 got = content.get(section)
-                findings.add("", message("config", f"a section {section!r}", got, SEE))
-        if not findings.problems or findings.failed:
-            check_sections(findings, content, context)
-        if not findings.problems:
-            _check_images(findings, content)
-        if not findings.problems:
-            _check_steps(findings, content, context)
-    return findings
+                report.add("", message("config", f"a section {section!r}", got, SEE))
+        if report.problems and not report.failed:
+            return report
+        models = content.get("models")
+        models = models if isinstance(models, Mapping) else {}
+        report.assembly = Assembly(content, build_models(report, models, known))
+        with _preserve_generators():
+            _check_copy(report, report.assembly.copy(), context)
+    return report
 
 
-def _check_images(findings: CheckReport, content: Mapping[str, Any]) -> None:
+def _check_copy(report: CheckReport, copy: Assembly, context: DistributedContext) -> None:
+    check_sections(report, copy, context)
+    if not report.problems:
+        _check_images(report, copy.content)
+    if not report.problems:
+        _check_steps(report, copy, context)
+
+
+@contextmanager
+def _preserve_generators() -> Iterator[None]:
+    """The random number generators of Python, NumPy and PyTorch are afterwards as before."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
     places: dict[str, str] = {}
-    for dotted, stage in get_stages(content["train"]).items():
+    for key_path, stage in get_stages(content["train"]).items():
         for name in ("train_data_loader", "val_data_loader"):
             if stage.get(name):
-                places.setdefault(stage[name]["dataset_id"], f"{dotted}.{name}.dataset_id")
+                places.setdefault(stage[name]["dataset_id"], f"{key_path}.{name}.dataset_id")
     places.setdefault(
         content["test"]["test_data_loader"]["dataset_id"], "test.test_data_loader.dataset_id"
     )
-    for name, dotted in places.items():
-        with findings.at(dotted):
+    for name, key_path in places.items():
+        with report.at(key_path):
             broken = unreadable_images(content["datasets"][name])
             if broken:
                 shown = "; ".join(f"{file} ({why})" for file, why in list(broken.items())[:5])
@@ -75,41 +108,40 @@ def _check_images(findings: CheckReport, content: Mapping[str, Any]) -> None:
                 raise ValueError(message("images", "readable files", got, fix))
 
 
-def _check_steps(
-    findings: CheckReport, content: dict[str, Any], context: DistributedContext
-) -> None:
+def _check_steps(report: CheckReport, assembly: Assembly, context: DistributedContext) -> None:
     """A step of each stage, alone in this process, and a batch of all that is evaluated."""
-    with findings.at("models"):
-        experiment = Experiment(content, DistributedContext(context.device))
+    with report.at("models"):
+        experiment = Experiment(assembly, DistributedContext(context.device))
+    content = assembly.content
     stages = get_stages(content["train"])
-    for number, (dotted, stage) in enumerate(stages.items(), start=1):
-        if findings.problems:
+    for number, (key_path, stage) in enumerate(stages.items(), start=1):
+        if report.problems:
             return
-        with findings.at(dotted):
+        with report.at(key_path):
             while experiment.stage < number:
                 experiment.box.current_epoch = experiment.box.stage_end_epoch - 1
                 experiment.end_epoch(0.0, stop=False)
             if loader := stage.get("train_data_loader"):
                 own = share(content["datasets"][loader["dataset_id"]], loader, context)
-            _check_accumulation(findings, dotted, experiment, len(own), stage["num_epochs"])
+            _check_accumulation(report, key_path, experiment, len(own), stage["num_epochs"])
             first, box = experiment.epochs_done, experiment.box
             last = getattr(box, "stage_end_epoch", box.num_epochs) - 1
             scheduled = "pre_epoch_process" in stage  # terms may set in late
             for box.current_epoch in (first, last) if scheduled else (first,):
-                _check_step(findings, dotted, experiment, context, own)
-                if findings.problems:
+                _check_step(report, key_path, experiment, context, own)
+                if report.problems:
                     return
-            validation = f"{dotted}.val_data_loader"
-            _check_evaluation(findings, validation, experiment, experiment.val_loader)
-    if not findings.problems:
-        _check_evaluation(findings, "test.test_data_loader", experiment, experiment.test_loader)
+            validation = f"{key_path}.val_data_loader"
+            _check_evaluation(report, validation, experiment, experiment.val_loader)
+    if not report.problems:
+        _check_evaluation(report, "test.test_data_loader", experiment, experiment.test_loader)
 
 
 def _check_accumulation(
-    findings: CheckReport, dotted: str, experiment: Experiment, batches: int, epochs: int
+    report: CheckReport, key_path: str, experiment: Experiment, batches: int, epochs: int
 ) -> None:
     steps = experiment.box.grad_accum_step
-    with findings.at(f"{dotted}.optimizer"):
+    with report.at(f"{key_path}.optimizer"):
         if batches * epochs < steps:
             each = f"{batches} in each of {epochs} epochs"
             expected = f"at most {batches * epochs}, the batches of a process ({each})"
@@ -118,8 +150,8 @@ def _check_accumulation(
 
 
 def _check_step(
-    findings: CheckReport,
-    dotted: str,
+    report: CheckReport,
+    key_path: str,
     experiment: Experiment,
     context: DistributedContext,
     own: DataLoader,
@@ -127,35 +159,35 @@ def _check_step(
     """One batch through everything, as a step would take it; ``own`` has a process's share."""
     box, device = experiment.box, experiment.context.device
     loader = box.train_data_loader
-    with findings.at(f"{dotted}.train_data_loader"):
+    with report.at(f"{key_path}.train_data_loader"):
         items = _items(loader)
         images, targets, supplement = _collated(loader, items, device)
         # The last batch of an epoch may be too small for a loss, or of odd size for mixup.
         rest = 0 if own.drop_last else len(own.sampler) % (own.batch_size or 1)  # type: ignore
         short = _collated(loader, items[:rest], device) if rest else None
-    if findings.problems:
+    if report.problems:
         return
-    with findings.at(f"{dotted}.pre_epoch_process"):
+    with report.at(f"{key_path}.pre_epoch_process"):
         experiment.begin_epoch()
     roles = {experiment.student_name.removesuffix("_model"): experiment.student}
     if experiment.teacher is not None:
         roles["teacher"] = experiment.teacher
     for role, model in roles.items():
         derived = role != "teacher" or box.teacher_updatable
-        with findings.at(f"{dotted}.{role}.forward_proc"), torch.set_grad_enabled(derived):
+        with report.at(f"{key_path}.{role}.forward_proc"), torch.set_grad_enabled(derived):
             procedure = getattr(box, f"{role}_forward_proc")
             procedure(model, images, targets, supplement)
-    if findings.problems:
+    if report.problems:
         return
     if short is not None:  # in training mode: norms, too, may need more than one image
-        with findings.at(f"{dotted}.train_data_loader"), torch.no_grad():
+        with report.at(f"{key_path}.train_data_loader"), torch.no_grad():
             try:
                 experiment.loss(*short[:3])
             except (ValueError, RuntimeError) as error:
                 got, fix = f"a last one of {rest}", f"Set drop_last: True. ({error})"
                 raise ValueError(message("batches", "full ones", got, fix)) from error
     classifies = experiment.student is experiment.original
-    with findings.at(f"{dotted}.criterion"), Meter(box.criterion, False, classifies) as meter:
+    with report.at(f"{key_path}.criterion"), Meter(box.criterion, False, classifies) as meter:
         loss = experiment.training_loss(images, targets, supplement)
         check_finite(loss, meter.latest)
         meter.update(loss, targets)
@@ -167,7 +199,7 @@ def _check_step(
             raise ValueError(message("criterion", expected, got, fix))
         with experiment.evaluating():
             experiment.loss(images, targets)
-    with findings.at("train.monitor"):
+    with report.at("train.monitor"):
         known = [MONITOR, "val_loss", *(f"val_{name}" for name in meter.latest)]
         check_known("train.monitor", experiment.monitor, known)
 
@@ -192,11 +224,11 @@ def _step(experiment: Experiment, loss: Tensor, images: Tensor) -> list[str]:
 
 
 def _check_evaluation(
-    findings: CheckReport, dotted: str, experiment: Experiment, loader: DataLoader
+    report: CheckReport, key_path: str, experiment: Experiment, loader: DataLoader
 ) -> None:
     """One batch, as validation and test will take it."""
     original = experiment.original
-    with findings.at(dotted), experiment.evaluating(), Meter(experiment.box.criterion) as meter:
+    with report.at(key_path), experiment.evaluating(), Meter(experiment.box.criterion) as meter:
         original.eval()
         images, targets, *_ = _collated(loader, _items(loader), experiment.context.device)
         if len(targets) == 1 and meter.compares:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from kd_lrp_plugin.config.build import Assembly
 from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import check_known, message
@@ -50,45 +51,47 @@ class CheckReport:
 
     Attributes:
         problems: what prevents a run, or makes another run than was meant.
-        remarks: keys that nothing reads.
-        failed: places of tags that have failed; what else is wrong with their keys follows from it.
+        warnings: keys that nothing reads.
+        failed: marks of tags that have failed; what else is wrong with their keys follows from it.
+        assembly: what was built, as if there had been no check; None if nothing could be.
     """
 
     config: Document
     problems: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     failed: list[yaml.Mark] = field(default_factory=list)
+    assembly: Assembly | None = None
 
-    def add(self, dotted: str, error: Exception | str, place: str | None = None) -> None:
+    def add(self, key_path: str, error: Exception | str, place: str | None = None) -> None:
         """Note a problem at a key."""
         words = " ".join(_describe_error(error).split())  # one line each
         named, separator, rest = words.partition(": expected ")
         if separator and " " not in named:  # what the message names is this key or one below
             if named.split(".")[0] in ("datasets", "models", "train", "test"):
-                dotted, words = named, f"expected {rest}"
-            elif self.config.holds(f"{dotted}.{named}"):
-                dotted, words = f"{dotted}.{named}", f"expected {rest}"
-            elif f".{dotted}".endswith(f".{named}"):
+                key_path, words = named, f"expected {rest}"
+            elif self.config.holds(f"{key_path}.{named}"):
+                key_path, words = f"{key_path}.{named}", f"expected {rest}"
+            elif f".{key_path}".endswith(f".{named}"):
                 words = f"expected {rest}"
-        if dotted and any(self.config.encloses(dotted, mark) for mark in self.failed):
+        if key_path and any(self.config.encloses(key_path, mark) for mark in self.failed):
             return
-        place = place or self.config.get_location(dotted)
-        problem = f"{place}  {dotted}: {words}" if dotted else f"{place}  {words}"
+        place = place or self.config.get_location(key_path)
+        problem = f"{place}  {key_path}: {words}" if key_path else f"{place}  {words}"
         if problem not in self.problems:
             self.problems.append(problem)
 
-    def remark(self, dotted: str, words: str) -> None:
+    def warn(self, key_path: str, words: str) -> None:
         """Note a key that is not what somebody may take it for."""
-        self.remarks.append(f"{self.config.get_location(dotted)}  {dotted}: {words}")
+        self.warnings.append(f"{self.config.get_location(key_path)}  {key_path}: {words}")
 
     @contextmanager
-    def at(self, dotted: str) -> Iterator[None]:
+    def at(self, key_path: str) -> Iterator[None]:
         """Note an error inside as a problem at a key, and go on."""
         try:
             yield
         except Exception as error:
-            logging.getLogger(__name__).info("%s", dotted, exc_info=error)
-            self.add(dotted, error)
+            logging.getLogger(__name__).info("%s", key_path, exc_info=error)
+            self.add(key_path, error)
 
 
 def _describe_error(error: Exception | str) -> str:
@@ -102,7 +105,7 @@ def _describe_error(error: Exception | str) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def check_keys(findings: CheckReport, kind: str, dotted: str, section: Any) -> None:
+def check_keys(report: CheckReport, kind: str, key_path: str, section: Any) -> None:
     """A key that looks like a misspelling is a problem; one that nothing reads, a remark."""
     known = KEYS[kind].split()
     if not isinstance(section, Mapping):
@@ -111,13 +114,13 @@ def check_keys(findings: CheckReport, kind: str, dotted: str, section: Any) -> N
         name = str(key)
         if name in known or name.startswith("_") or (kind == "train" and name[:5] == "stage"):
             continue
-        where = f"{dotted}.{name}".lstrip(".")
+        where = f"{key_path}.{name}".lstrip(".")
         near = [k for k in get_close_matches(name, known, cutoff=0.75) if k not in section]
         if near:
             fix = f"Did you mean {near[0]!r}?"
-            findings.add(where, message(where, "a key that is read", repr(name), fix))
+            report.add(where, message(where, "a key that is read", repr(name), fix))
         elif kind != "config":  # at the top, people keep their anchors
-            findings.remark(where, "nothing reads it")
+            report.warn(where, "nothing reads it")
 
 
 def section(kind: str, expected: str, fix: str) -> Callable[[Check[C, T]], Check[C, T | None]]:
@@ -129,17 +132,17 @@ def section(kind: str, expected: str, fix: str) -> Callable[[Check[C, T]], Check
         fix: the end of that message.
 
     Returns:
-        A decorator. The check takes the findings, the section's dotted name, the section, and what
+        A decorator. The check takes the report, the section's key_path name, the section, and what
         it needs of the rest; it returns None where something was wrong.
     """
 
     def decorate(body: Check[C, T]) -> Check[C, T | None]:
-        def check(findings: CheckReport, dotted: str, section: Any, rest: C) -> T | None:
-            with findings.at(dotted):
+        def check(report: CheckReport, key_path: str, section: Any, rest: C) -> T | None:
+            with report.at(key_path):
                 if not isinstance(section, Mapping):
                     raise ValueError(message(kind, expected, section, fix))
-                check_keys(findings, kind, dotted, section)
-                return body(findings, dotted, section, rest)
+                check_keys(report, kind, key_path, section)
+                return body(report, key_path, section, rest)
             return None
 
         return check

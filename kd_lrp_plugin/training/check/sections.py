@@ -17,7 +17,7 @@ from torchdistill.datasets.util import build_data_loader
 from torchdistill.losses import registry as losses
 from torchdistill.optim.registry import OPTIM_DICT, SCHEDULER_DICT
 
-from kd_lrp_plugin.config.build import build_model_entry, fill_model, get_stages
+from kd_lrp_plugin.config.build import Assembly, BuiltModel, build_filled_model, get_stages
 from kd_lrp_plugin.training.check.problems import (
     KEYS,
     CheckReport,
@@ -42,8 +42,8 @@ _PROCESSES = {
 
 
 @dataclass(frozen=True)
-class _Others:
-    """What the check of a section looks up in the others.
+class ConfigParts:
+    """What the check of a section looks up in the parts.
 
     Attributes:
         train: the section.
@@ -62,55 +62,65 @@ class _Others:
         return "student" if "student" in self.roles else "model"
 
 
-def check_sections(
-    findings: CheckReport, content: Mapping[str, Any], context: DistributedContext
-) -> None:
+def check_sections(report: CheckReport, assembly: Assembly, context: DistributedContext) -> None:
     """Note what is wrong with the sections of a config, each for itself.
 
     Args:
-        findings: added to.
-        content: of the config, from :func:`kd_lrp_plugin.config.build.construct`.
+        report: added to.
+        assembly: of the config; a model that could not be built is missing.
         context: how many processes share the training images.
     """
     models, train, datasets, test = (
-        found if isinstance(found := content.get(name), Mapping) else {}
+        found if isinstance(found := assembly.content.get(name), Mapping) else {}
         for name in ("models", "train", "datasets", "test")
     )
-    others = _Others(train, datasets, _build_models(findings, models), context)
-    _check_train(findings, train)
-    for dotted, stage in get_stages(train).items():
-        with findings.at(dotted):
+    roles: dict[str, nn.Module | None] = {role.removesuffix("_model"): None for role in models}
+    roles |= {r.removesuffix("_model"): built.module for r, built in assembly.models.items()}
+    parts = ConfigParts(train, datasets, roles, context)
+    _check_train(report, train)
+    for key_path, stage in get_stages(train).items():
+        with report.at(key_path):
             if not isinstance(stage, Mapping):
                 raise ValueError(message("stage", "a stage", repr(stage), SEE))
-            if dotted != "train":
-                check_keys(findings, "stage", dotted, stage)
-            _check_stage(findings, dotted, stage, others)
-    _check_loader(findings, "test.test_data_loader", test.get("test_data_loader"), others)
+            if key_path != "train":
+                check_keys(report, "stage", key_path, stage)
+            _check_stage(report, key_path, stage, parts)
+    _check_loader(report, "test.test_data_loader", test.get("test_data_loader"), parts)
 
 
-def _build_models(findings: CheckReport, models: Mapping[str, Any]) -> dict[str, nn.Module | None]:
-    built: dict[str, nn.Module | None] = {}
+def build_models(
+    report: CheckReport, models: Mapping[str, Any], known: dict[str, BuiltModel] | None
+) -> dict[str, BuiltModel]:
+    """Every model that can be built; why the others cannot is noted.
+
+    Args:
+        report: added to.
+        models: the section.
+        known: see :func:`kd_lrp_plugin.training.check.dry_run.check`.
+    """
+    built: dict[str, BuiltModel] = {}
     for role, entry in models.items():
-        with findings.at(f"models.{role}"):
+        with report.at(f"models.{role}"):
             check_known("models: key", role, ("model", "teacher_model", "student_model"))
-            check_keys(findings, "model", f"models.{role}", entry)
+            check_keys(report, "model", f"models.{role}", entry)
             if isinstance(entry, Mapping) and "kwargs" in entry:
                 check_mapping("kwargs", entry["kwargs"], "Write {} for none.")
-            built[role.removesuffix("_model")] = None
-            model = build_model_entry(entry, f"models.{role}")
-            built[role.removesuffix("_model")] = model
-            fill_model(model, entry, f"models.{role}", [])
+            said = "".join(report.config.get_text(k) for k in ("dependencies", f"models.{role}"))
+            found = known.get(said) if known is not None else None
+            built[role] = found or build_filled_model(entry, f"models.{role}")
+            if known is not None:
+                known[said] = built[role]
     if not {"model", "student_model"} & set(models):
-        findings.add("models", message("models", "a student_model or a model", [*models], SEE))
+        report.add("models", message("models", "a student_model or a model", [*models], SEE))
     return built
 
 
-def _check_train(findings: CheckReport, train: Mapping[str, Any]) -> None:
+def _check_train(report: CheckReport, train: Mapping[str, Any]) -> None:
     """What holds for all stages."""
-    check_keys(findings, "train", "train", train)
-    _check_no_checkpoints(findings, "train", train)
+    check_keys(report, "train", "train", train)
+    _check_no_checkpoints(report, "train", train)
     stages = get_stages(train)
-    with findings.at("train.monitor"):
+    with report.at("train.monitor"):
         monitor = train.get("monitor", MONITOR)
         if not str(monitor).startswith("val_"):
             fix = "For example val_accuracy or val_loss."
@@ -118,7 +128,7 @@ def _check_train(findings: CheckReport, train: Mapping[str, Any]) -> None:
         if monitor != MONITOR and "stage1" in train:
             fix = f"Monitor {MONITOR}: the losses of different stages are no one measure."
             raise ValueError(message("monitor", f"{MONITOR} with stages", monitor, fix))
-    with findings.at("train.precision"):
+    with report.at("train.precision"):
         precision = train.get("precision") or "float32"
         check_known("precision", precision, PRECISIONS)
         mappings = {d: stage for d, stage in stages.items() if isinstance(stage, Mapping)}
@@ -126,7 +136,7 @@ def _check_train(findings: CheckReport, train: Mapping[str, Any]) -> None:
         if precision == "float16" and own:
             fix = "Leave it out, or use bfloat16: float16 needs a step of its own."
             raise ValueError(message("precision", "no post_forward_process", own, fix))
-    with findings.at("train.compile"):
+    with report.at("train.compile"):
         how = train.get("compile") or False
         if isinstance(how, Mapping):
             check_keywords("compile", torch.compile, how)
@@ -135,7 +145,7 @@ def _check_train(findings: CheckReport, train: Mapping[str, Any]) -> None:
             fix = "For example True, or {backend: inductor}."
             raise ValueError(message("compile", "True or options of torch.compile", how, fix))
     if "train" not in stages:
-        with findings.at("train"):
+        with report.at("train"):
             expected = [f"train.stage{number}" for number in range(1, len(stages) + 1)]
             if list(stages) != expected:
                 fix = "Number the stages from 1."
@@ -145,46 +155,46 @@ def _check_train(findings: CheckReport, train: Mapping[str, Any]) -> None:
                 raise ValueError(message("train", "only stages", got, fix))
 
 
-def _check_no_checkpoints(findings: CheckReport, dotted: str, part: Any) -> None:
+def _check_no_checkpoints(report: CheckReport, key_path: str, part: Any) -> None:
     """torchdistill would load a ``src_ckpt`` below ``train`` without asking what is in it."""
     for key, value in part.items() if isinstance(part, Mapping) else ():
         if key == "src_ckpt" and value:
             fix = "Put it under models: torchdistill would load this one with its code."
-            findings.add(f"{dotted}.src_ckpt", message("src_ckpt", "none here", value, fix))
-        _check_no_checkpoints(findings, f"{dotted}.{key}", value)
+            report.add(f"{key_path}.src_ckpt", message("src_ckpt", "none here", value, fix))
+        _check_no_checkpoints(report, f"{key_path}.{key}", value)
 
 
 # --- a stage ------------------------------------------------------------------------------------
 
 
 def _check_stage(
-    findings: CheckReport, dotted: str, stage: Mapping[str, Any], others: _Others
+    report: CheckReport, key_path: str, stage: Mapping[str, Any], parts: ConfigParts
 ) -> None:
-    first = dotted in ("train", "train.stage1")
-    with findings.at(f"{dotted}.num_epochs"):
+    first = key_path in ("train", "train.stage1")
+    with report.at(f"{key_path}.num_epochs"):
         epochs = stage.get("num_epochs")
         if not isinstance(epochs, int) or epochs < 1:
             raise ValueError(message("num_epochs", "an integer of 1 or more", epochs, ""))
     for role in ("teacher", "student", "model"):
         entry = stage.get(role) or {}
-        _check_role(findings, f"{dotted}.{role}", entry, others)
-        if role in others.roles:
-            with findings.at(f"{dotted}.{role}"):
+        _check_role(report, f"{key_path}.{role}", entry, parts)
+        if role in parts.roles:
+            with report.at(f"{key_path}.{role}"):
                 if not entry:
                     fix = "Each stage needs one, for example {forward_proc: forward_batch_only}."
                     raise ValueError(message("model", f"a section {role!r}", stage.get(role), fix))
     for name, known in _PROCESSES.items():
-        with findings.at(f"{dotted}.{name}"):
+        with report.at(f"{key_path}.{name}"):
             if name in stage:
                 check_known(name, stage[name], known)
-    _check_criterion(findings, f"{dotted}.criterion", stage.get("criterion") or {}, others)
+    _check_criterion(report, f"{key_path}.criterion", stage.get("criterion") or {}, parts)
     optimizer, trial = stage.get("optimizer") or {}, None
     if optimizer or first:
-        trial = _check_optimizer(findings, f"{dotted}.optimizer", optimizer, (stage, others))
+        trial = _check_optimizer(report, f"{key_path}.optimizer", optimizer, (stage, parts))
     if scheduler := stage.get("scheduler"):
-        _check_scheduler(findings, f"{dotted}.scheduler", scheduler, (trial, stage, others))
+        _check_scheduler(report, f"{key_path}.scheduler", scheduler, (trial, stage, parts))
     if (stopping := stage.get("early_stopping")) is not None:
-        with findings.at(f"{dotted}.early_stopping"):
+        with report.at(f"{key_path}.early_stopping"):
             patience = stopping.get("patience") if isinstance(stopping, Mapping) else None
             fix = "For example {patience: 5, min_delta: 0.001}; YAML reads 1e-3 as text."
             if not isinstance(patience, int) or patience < 1:
@@ -192,29 +202,29 @@ def _check_stage(
             delta = stopping.get("min_delta", 0.0)
             if not isinstance(delta, int | float) or delta < 0:
                 raise ValueError(message("early_stopping", "a min_delta >= 0", repr(delta), fix))
-            check_keys(findings, "early_stopping", f"{dotted}.early_stopping", stopping)
+            check_keys(report, "early_stopping", f"{key_path}.early_stopping", stopping)
     for name in ("train_data_loader", "val_data_loader"):
         if stage.get(name) is not None or first:
-            _check_loader(findings, f"{dotted}.{name}", stage.get(name), others)
+            _check_loader(report, f"{key_path}.{name}", stage.get(name), parts)
 
 
 @section("role", "what a stage does with a model", "For example {requires_grad: False}.")
 def _check_role(
-    findings: CheckReport, dotted: str, role: Mapping[str, Any], others: _Others
+    report: CheckReport, key_path: str, role: Mapping[str, Any], parts: ConfigParts
 ) -> None:
-    name = dotted.rpartition(".")[2]
-    with findings.at(f"{dotted}.forward_proc"):
+    name = key_path.rpartition(".")[2]
+    with report.at(f"{key_path}.forward_proc"):
         if role:
             known = procedures.FORWARD_PROC_FUNC_DICT
             check_known("key", role.get("forward_proc"), known)
             recorded = str(role["forward_proc"]).startswith("kd_lrp_recorder(")
             hooked = recorded or role.get("forward_hook")
-            if hooked and others.train.get("compile") and name != "teacher":
+            if hooked and parts.train.get("compile") and name != "teacher":
                 fix = "Leave train.compile out: hooks and second derivatives do not compile."
                 got = role["forward_proc"]
                 raise ValueError(message("compile", "a student without hooks", got, fix))
-    several = others.context.world_size > 1 and name in others.roles
-    with findings.at(f"{dotted}.requires_grad"):
+    several = parts.context.world_size > 1 and name in parts.roles
+    with report.at(f"{key_path}.requires_grad"):
         if several and name == "teacher" and role.get("requires_grad", True):
             fix = "Set requires_grad: False; only the student is trained by several."
             raise ValueError(message("teacher", "a frozen one under torchrun", True, fix))
@@ -223,24 +233,24 @@ def _check_role(
         "dst_ckpt": "the run folder holds what is trained",
     }.items():
         if role.get(key):
-            findings.remark(f"{dotted}.{key}", f"not used, {why}")
-    model = others.roles.get(name)
+            report.warn(f"{key_path}.{key}", f"not used, {why}")
+    model = parts.roles.get(name)
     if model is not None and not role.get("auxiliary_model_wrapper"):  # that is another model
-        _check_paths(findings, dotted, role, model)
+        _check_paths(report, key_path, role, model)
 
 
 def _check_paths(
-    findings: CheckReport, dotted: str, role: Mapping[str, Any], model: nn.Module
+    report: CheckReport, key_path: str, role: Mapping[str, Any], model: nn.Module
 ) -> None:
     """Every path to a part of a model; torchdistill would pass over those that lead nowhere."""
     rebuilt, added = role.get("sequential") or [], role.get("adaptations") or {}
-    with findings.at(f"{dotted}.sequential"):
+    with report.at(f"{key_path}.sequential"):
         for path in _paths("sequential", rebuilt):
             if str(path).startswith("+"):
                 check_known("adaptations", path[1:], added)
             else:
                 _check_path("sequential", path, model)
-    with findings.at(f"{dotted}.frozen_modules"):
+    with report.at(f"{key_path}.frozen_modules"):
         for path in _paths("frozen_modules", role.get("frozen_modules", [])):
             kind = re.fullmatch(r"instance\((.*)\)", str(path))
             if kind and not rebuilt:
@@ -248,7 +258,7 @@ def _check_paths(
                 check_known("frozen_modules", kind[1], kinds & set(vars(nn)))
             elif f"+{path}" not in rebuilt:
                 _check_path("frozen_modules", path, model)
-    with findings.at(f"{dotted}.forward_hook"):
+    with report.at(f"{key_path}.forward_hook"):
         hooks = role.get("forward_hook", {})
         check_mapping("forward_hook", hooks, "For example {output: [layer4]}.")
         for key, paths in hooks.items():
@@ -280,46 +290,46 @@ def _check_path(where: str, path: Any, model: nn.Module) -> None:
 
 @section("criterion", "a loss", "Give key and kwargs.")
 def _check_criterion(
-    findings: CheckReport, dotted: str, criterion: Mapping[str, Any], others: _Others
+    report: CheckReport, key_path: str, criterion: Mapping[str, Any], parts: ConfigParts
 ) -> None:
-    before = len(findings.problems)
-    with findings.at(f"{dotted}.key"):
+    before = len(report.problems)
+    with report.at(f"{key_path}.key"):
         check_known("key", criterion.get("key"), losses.HIGH_LEVEL_LOSS_DICT)
     kwargs = criterion.get("kwargs") or {}
     check_mapping("kwargs", kwargs, "")
     check_numbers("kwargs", kwargs)
     if criterion.get("key") == "WeightedSumLoss":
-        check_keys(findings, "WeightedSumLoss", f"{dotted}.kwargs", kwargs)
+        check_keys(report, "WeightedSumLoss", f"{key_path}.kwargs", kwargs)
         terms = kwargs.get("sub_terms") or {}
         check_mapping("kwargs.sub_terms", terms, "Give each term a name.")
         for name, term in terms.items():
-            _check_term(findings, f"{dotted}.kwargs.sub_terms.{name}", term)
-    if len(findings.problems) == before:
+            _check_term(report, f"{key_path}.kwargs.sub_terms.{name}", term)
+    if len(report.problems) == before:
         losses.get_high_level_loss(criterion)
 
 
-def _check_term(findings: CheckReport, dotted: str, term: Any) -> None:
+def _check_term(report: CheckReport, key_path: str, term: Any) -> None:
     known = losses.LOSS_DICT | losses.LOW_LEVEL_LOSS_DICT | losses.MIDDLE_LEVEL_LOSS_DICT
-    with findings.at(dotted):
+    with report.at(key_path):
         check_mapping("term", term, "Give criterion and weight.")
         for key in ("criterion", "weight"):
             check_known("key", key, term)
-        with findings.at(f"{dotted}.criterion"):
+        with report.at(f"{key_path}.criterion"):
             entry = term["criterion"] or {}
             check_mapping("criterion", entry, "Give key and kwargs.")
             check_known("key", entry.get("key"), known)
             losses.get_mid_level_loss(entry, term.get("criterion_wrapper"))
 
 
-_Stage = tuple[Mapping[str, Any], _Others]
+_Stage = tuple[Mapping[str, Any], ConfigParts]
 
 
 @section("optimizer", "an optimizer", "For example {key: Adam, kwargs: {lr: 0.001}}.")
 def _check_optimizer(
-    findings: CheckReport, dotted: str, optimizer: Mapping[str, Any], rest: _Stage
+    report: CheckReport, key_path: str, optimizer: Mapping[str, Any], rest: _Stage
 ) -> Optimizer:
     """Also makes one, of a number per group, for the scheduler to be tried with."""
-    stage, others = rest
+    stage, parts = rest
     check_known("key", optimizer.get("key"), OPTIM_DICT)
     make = OPTIM_DICT[optimizer["key"]]
     check_keywords("kwargs", make, optimizer["kwargs"])
@@ -330,7 +340,7 @@ def _check_optimizer(
     if norm is not None and not (isinstance(norm, int | float) and norm > 0):
         raise ValueError(message("max_grad_norm", "a number above 0", repr(norm), "For example 1."))
     read, ignored = "module_wise_configs", "module_wise_kwargs"  # as torchdistill has it
-    if "teacher" not in others.roles:
+    if "teacher" not in parts.roles:
         read, ignored = ignored, read
     if optimizer.get(ignored):
         raise ValueError(message(ignored, f"{read} with these models", ignored, "Rename it."))
@@ -345,8 +355,8 @@ def _check_optimizer(
         for key in kwargs:
             check_known(f"{where}.kwargs", key, defaults)
         groups.append({"params": [nn.Parameter(torch.zeros(1))], **kwargs})
-        role = "teacher" if entry.get("is_teacher") else others.trained
-        model, how = others.roles.get(role), stage.get(role)
+        role = "teacher" if entry.get("is_teacher") else parts.trained
+        model, how = parts.roles.get(role), stage.get(role)
         redesigned = ("sequential", "auxiliary_model_wrapper")
         if model and isinstance(how, Mapping) and not any(how.get(key) for key in redesigned):
             _check_path(f"{where}.module", entry["module"], model)
@@ -356,12 +366,12 @@ def _check_optimizer(
 
 @section("scheduler", "a scheduler", "For example {key: StepLR, kwargs: {step_size: 5}}.")
 def _check_scheduler(
-    findings: CheckReport,
-    dotted: str,
+    report: CheckReport,
+    key_path: str,
     scheduler: Mapping[str, Any],
-    rest: tuple[Optimizer | None, Mapping[str, Any], _Others],
+    rest: tuple[Optimizer | None, Mapping[str, Any], ConfigParts],
 ) -> None:
-    trial, stage, others = rest
+    trial, stage, parts = rest
     check_known("key", scheduler.get("key"), SCHEDULER_DICT)
     make, kwargs = SCHEDULER_DICT[scheduler["key"]], scheduler["kwargs"]
     check_keywords("kwargs", make, kwargs)
@@ -371,7 +381,7 @@ def _check_scheduler(
     if trial is None:  # the optimizer is wrong, or that of an earlier stage
         return
     built = make(trial, **kwargs)
-    monitor = others.train.get("monitor", MONITOR)
+    monitor = parts.train.get("monitor", MONITOR)
     mode = "max" if str(monitor).endswith("accuracy") else "min"
     if isinstance(built, ReduceLROnPlateau) and built.mode != mode:
         got, fix = f"mode {built.mode!r}", f"Set scheduler.kwargs.mode to {mode}."
@@ -390,9 +400,9 @@ def _check_scheduler(
 
 @section("loader", "a loader", "Give dataset_id, sampler and kwargs.")
 def _check_loader(
-    findings: CheckReport, dotted: str, loader: Mapping[str, Any], others: _Others
+    report: CheckReport, key_path: str, loader: Mapping[str, Any], parts: ConfigParts
 ) -> None:
-    check_known("dataset_id", loader.get("dataset_id"), others.datasets)
+    check_known("dataset_id", loader.get("dataset_id"), parts.datasets)
     for key in ("sampler", "kwargs"):
         check_known("keys", key, loader)
     fix = "For example {class_or_func: !import_get {key: torch.utils.data.RandomSampler}}."
@@ -408,14 +418,14 @@ def _check_loader(
     if (batches := loader.get("batch_sampler")) is not None:
         check_mapping("batch_sampler", batches, "Give key and kwargs.")
         check_known("batch_sampler.key", batches.get("key"), BATCH_SAMPLER_DICT)
-    dataset = others.datasets[loader["dataset_id"]]
+    dataset = parts.datasets[loader["dataset_id"]]
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         fix = "For example !import_call {key: kd_lrp_plugin.torchdistill.phantom, init: ...}."
         name = f"datasets.{loader['dataset_id']}"
-        findings.add(name, message("data set", "images that can be counted", dataset, fix))
+        report.add(name, message("data set", "images that can be counted", dataset, fix))
         return
-    trains = dotted.endswith("train_data_loader")
-    world_size = others.context.world_size if trains else 1
+    trains = key_path.endswith("train_data_loader")
+    world_size = parts.context.world_size if trains else 1
     if world_size > 1 and (kwargs := loader["sampler"].get("kwargs")):
         expected, fix = "none under torchrun, which shares out the images", "Leave them out."
         raise ValueError(message("sampler.kwargs", expected, [*kwargs], fix))
@@ -423,7 +433,7 @@ def _check_loader(
         got = repr(loader["sampler"].get("class_or_func"))
         raise ValueError(message("sampler.class_or_func", "a class or function", got, fix))
     for processes in (1, world_size):  # the check itself takes its step alone
-        built = share(dataset, loader, DistributedContext(others.context.device, 0, processes))
+        built = share(dataset, loader, DistributedContext(parts.context.device, 0, processes))
     if built.batch_sampler is None:
         raise ValueError(message("kwargs.batch_size", "a number", None, "For example 32."))
     size = getattr(built.batch_sampler, "batch_size", 1)

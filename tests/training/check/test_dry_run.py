@@ -173,16 +173,16 @@ def test_all_problems_come_at_once():
     assert all(any(p.startswith(f"--set {override}  ") for p in problems) for override in wrong)
 
 
-def test_what_the_driver_does_itself_is_a_remark(tmp_path, monkeypatch):
+def test_what_the_driver_does_itself_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("precious.pt").write_text("kept")
     student = (
         "+train.student={requires_grad: True, forward_proc: forward_batch_only, "
         "wrapper: DistributedDataParallel, dst_ckpt: precious.pt}"
     )
-    findings = check(resolve_config(KD, [*SMALL, *NO_TEACHER, student]), CPU)
-    assert findings.problems == []
-    assert ["not used" in remark for remark in findings.remarks] == [True, True]
+    report = check(resolve_config(KD, [*SMALL, *NO_TEACHER, student]), CPU)
+    assert report.problems == []
+    assert ["not used" in warning for warning in report.warnings] == [True, True]
     assert Path("precious.pt").read_text() == "kept"
 
 
@@ -313,10 +313,10 @@ def test_a_text_that_is_no_config_is_told_with_its_file(case, tmp_path):
     assert words in str(caught.value)
 
 
-def test_a_key_that_nothing_reads_is_a_remark():
-    findings = check(resolve_config(BASELINE, [*SMALL, "+train.colour=blue"]), CPU)
-    assert findings.problems == []
-    assert findings.remarks == ["--set +train.colour=blue  train.colour: nothing reads it"]
+def test_a_key_that_nothing_reads_is_a_warning():
+    report = check(resolve_config(BASELINE, [*SMALL, "+train.colour=blue"]), CPU)
+    assert report.problems == []
+    assert report.warnings == ["--set +train.colour=blue  train.colour: nothing reads it"]
 
 
 class TestCommand:

@@ -1,0 +1,52 @@
+"""The state of an experiment between two epochs: what a checkpoint has to hold, and no more.
+
+The random number generators are not in it: each epoch has seeds of its own, so that it is the same
+in whichever process it is trained. Neither is the place within an epoch: a run resumes at the
+beginning of one, since what loaders have in their hands cannot be saved.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kd_lrp_plugin.training.experiment import Experiment
+
+
+def take_state(experiment: Experiment) -> dict[str, Any]:
+    """All that the next epoch needs, as tensors, numbers, text and containers of them."""
+    box, models = experiment.box, experiment.models()
+    scaler = getattr(box, "grad_scaler", None)
+    return {
+        "stage": experiment.stage,
+        "epochs_done": experiment.epochs_done,
+        "grad_count": box.stage_grad_count,
+        "models": {name: model.state_dict() for name, model in models.items()},
+        "gradients": {
+            name: {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+            for name, model in models.items()
+            if experiment.pending
+        },
+        "optimizer": box.optimizer.state_dict(),
+        "scheduler": box.lr_scheduler.state_dict() if box.lr_scheduler else None,
+        "scaler": scaler.state_dict() if scaler else None,
+        "losses": {name: loss.state_dict() for name, loss in experiment.losses().items()},
+    }
+
+
+def restore_state(experiment: Experiment, state: Mapping[str, Any]) -> None:
+    """Bring a new experiment to where :func:`take_state` was called."""
+    experiment.go_to_stage(state["stage"])
+    box, models = experiment.box, experiment.models()
+    box.current_epoch, box.stage_grad_count = state["epochs_done"], state["grad_count"]
+    for name, content in state["models"].items():
+        models[name].load_state_dict(content)
+    for name, gradients in state["gradients"].items():
+        for key, parameter in models[name].named_parameters():
+            if key in gradients:
+                parameter.grad = gradients[key].to(parameter.device)
+    box.optimizer.load_state_dict(state["optimizer"])
+    if state["scheduler"] is not None:
+        box.lr_scheduler.load_state_dict(state["scheduler"])
+    if state["scaler"] is not None:
+        box.grad_scaler.load_state_dict(state["scaler"])
+    for name, loss in experiment.losses().items():
+        loss.load_state_dict(state["losses"][name])
