@@ -74,6 +74,12 @@ class Document:
         root = self.root
         return replace(self, root=yaml.MappingNode(root.tag, pairs, root.start_mark, root.end_mark))
 
+    def shares(self, section: str) -> bool:
+        """Whether something of a top-level section stands elsewhere too, by an alias."""
+        own = {id(node) for node in walk(self._follow(section)[0])}
+        rest = walk(self.leave_out(section).root)
+        return any(id(node) in own for node in rest)
+
     def get_text(self, key_path: str) -> str:
         """The YAML below a key, with all that its aliases name, tags still unread."""
         node, _, _ = self._follow(key_path)
@@ -278,7 +284,7 @@ def _apply(root: yaml.Node, key_path: str, value: yaml.Node) -> None:
     *parents, last = key_path.removeprefix("+").split(".")
     node = root
     for key in parents:
-        node = _children(node, key_path)[_known_key(node, key, key_path)]
+        node = _children(node, key_path)[_known_key(root, node, key, key_path)]
     children = _children(node, key_path)
     if isinstance(node, yaml.MappingNode) and _is_key(root, children.get(last)):
         # A data set's name, say: what uses it changes, not the name.
@@ -291,7 +297,13 @@ def _apply(root: yaml.Node, key_path: str, value: yaml.Node) -> None:
     elif adds and isinstance(node, yaml.MappingNode):
         node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", last), value))
     else:
-        _known_key(node, last, key_path)
+        _known_key(root, node, last, key_path)
+
+
+def _list_key_paths(node: yaml.Node, above: str) -> Iterator[str]:
+    for key, (_, child) in walk_pairs(node).items():
+        yield f"{above}{key}"
+        yield from _list_key_paths(child, f"{above}{key}.")
 
 
 def _is_key(root: yaml.Node, target: yaml.Node | None) -> bool:
@@ -319,6 +331,13 @@ def _children(node: yaml.Node, key_path: str) -> dict[str, yaml.Node]:
     return {key: child for key, (_, child) in walk_pairs(node).items()}
 
 
-def _known_key(node: yaml.Node, key: str, key_path: str) -> str:
+def _known_key(root: yaml.Node, node: yaml.Node, key: str, key_path: str) -> str:
+    asked = key_path.removeprefix("+")
+    if key not in _children(node, key_path):
+        # What stands further down is more likely meant than a neighbour of a similar name.
+        below = [p for p in _list_key_paths(root, "") if p.endswith(f".{asked}")]
+        if below and len(below) <= 3:
+            hint = f"Did you mean {' or '.join(map(repr, below))}?"
+            raise ValueError(message(f"--set {key_path}", "a key of the config", repr(asked), hint))
     check_known(f"--set {key_path}: key", key, _children(node, key_path))
     return key

@@ -1,5 +1,10 @@
 """Which YAML tags, imports and keys run no code of the config's author."""
 
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
 import yaml
 
 from kd_lrp_plugin.config.document import Document, describe_mark, walk, walk_pairs
@@ -33,8 +38,47 @@ HARMLESS = {
         "Normalize",
     ),
 }
-_TEXT_TAGS = ("!join", "!pathjoin", "!expanduser", "!abspath")
+# Tags that only make text, as torchdistill makes it of the items or the scalar they are given.
+_TEXT_TAGS: dict[str, Callable[[Any], str]] = {
+    "!join": lambda items: "".join(map(str, items)),
+    "!pathjoin": lambda items: os.path.expanduser(os.path.join(*map(str, items))),
+    "!expanduser": os.path.expanduser,
+    "!abspath": os.path.abspath,
+}
 _CALL_TAGS = ("!import_get", "!import_call")
+_UNKNOWN = object()  # what another tag would make
+
+
+class _ValueLoader(yaml.SafeLoader):
+    """Makes text where a tag makes text, and calls nothing else."""
+
+
+def _construct_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if node.tag not in _TEXT_TAGS:
+        return _UNKNOWN
+    is_list = isinstance(node, yaml.SequenceNode)
+    given = loader.construct_sequence(node, True) if is_list else loader.construct_scalar(node)  # type: ignore
+    return _TEXT_TAGS[node.tag](given)
+
+
+_ValueLoader.add_multi_constructor(None, _construct_text)
+
+
+def _get_value(node: yaml.Node) -> Any:
+    """What will be read there; something that is on no list where that cannot be told."""
+    try:
+        return _ValueLoader("").construct_document(copy.deepcopy(node))
+    except Exception:  # the error is told by whoever reads the config, not here
+        return _UNKNOWN
+
+
+def _list_names(value: Any) -> list[Any]:
+    """Every scalar of a value, for any of them may name a module; nothing for null."""
+    if isinstance(value, dict):  # {name: module, package: ...}, or one that is no dependency
+        return [name for part in value.values() for name in _list_names(part)]
+    if isinstance(value, list | tuple | set):
+        return [name for part in value for name in _list_names(part)]
+    return [] if value is None else [value]
 
 
 def unsafe_tags(config: Document) -> list[str]:
@@ -50,9 +94,9 @@ def unsafe_tags(config: Document) -> list[str]:
         if node.tag.startswith("tag:yaml.org,2002:python/"):
             found.append((node, node.tag))
         elif node.tag in _CALL_TAGS:
-            values = {key: child for key, (_, child) in walk_pairs(node).items()}
+            values = {key: _get_value(child) for key, (_, child) in walk_pairs(node).items()}
             named = ".".join(
-                str(values[key].value) for key in ("package", "key") if values.get(key) is not None
+                str(values[key]) for key in ("package", "key") if values.get(key) is not None
             )
             package, _, name = named.rpartition(".")
             if name not in HARMLESS.get(package, ()):
@@ -61,11 +105,15 @@ def unsafe_tags(config: Document) -> list[str]:
             found.append((node, node.tag))
     pairs = walk_pairs(config.root)
     if "dependencies" in pairs:
-        for node in walk(pairs["dependencies"][1]):
-            if isinstance(node, yaml.ScalarNode) and node.value not in ("", *HARMLESS):
-                found.append((node, f"a dependency on {node.value!r}"))
+        node = pairs["dependencies"][1]
+        value = _get_value(node)
+        # torchdistill takes the keys of a mapping for the names of modules.
+        for name in _list_names(list(value) if isinstance(value, dict) else value):
+            if name not in HARMLESS:
+                shown = "what a tag makes" if name is _UNKNOWN else repr(name)
+                found.append((node, f"a dependency on {shown}"))
     for node in walk(config.root):
-        if (hub := walk_pairs(node).get("repo_or_dir")) and hub[1].value:
+        if (hub := walk_pairs(node).get("repo_or_dir")) and _get_value(hub[1]):
             found.append((hub[1], "repo_or_dir, which loads a model's code"))
     fix = "Read the config, and leave --safe out if you trust it."
     return [

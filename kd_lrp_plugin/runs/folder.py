@@ -211,8 +211,18 @@ class RunFolder:
         draft.replace(last)
         files.sync(self.path)
 
-    def load(self) -> dict[str, Any] | None:
+    def list_sessions(self) -> list[dict[str, Any]]:
+        """Under which circumstances the run was worked on, in order."""
+        return self._about().get("sessions", [])
+
+    def load(
+        self, describe_fault: Callable[[dict[str, Any]], str | None] = lambda _: None
+    ) -> dict[str, Any] | None:
         """The last checkpoint that is whole; None if there is none yet.
+
+        Args:
+            describe_fault: why the content of a checkpoint is of no use, or None. Where none is
+                of use, all are set aside, and the run begins again.
 
         A damaged one is set aside under a name that ends in ``.damaged``, once the one before it
         has been read.
@@ -222,9 +232,13 @@ class RunFolder:
         """
         found = [self / name for name in CHECKPOINTS if (self / name).exists()]
         damaged: dict[Path, ValueError] = {}
+        useless: list[Path] = []
         for file in found:
             try:
                 state = read_checkpoint(file)
+                if fault := describe_fault(state):
+                    useless.append(file)
+                    raise ValueError(message(str(file), "a checkpoint of use", fault, ""))
             except ValueError as error:
                 damaged[file] = error
                 continue
@@ -232,6 +246,11 @@ class RunFolder:
                 logger.warning("%s; the checkpoint before it is used", why)
                 other.replace(other.with_name(other.name + ".damaged"))
             return state
+        if found and useless == found:
+            for file in found:
+                logger.warning("%s; the run begins again", damaged[file])
+                file.replace(file.with_name(file.name + ".damaged"))
+            return None
         if found:
             fix = "Delete the folder to start again."
             got = "; ".join(map(str, damaged.values()))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
+from kd_lrp_plugin.utils.validation import message
 
 
 class Meter:
@@ -81,7 +82,14 @@ class Meter:
         self.count(student, targets, self._outputs["teacher"])
 
     def count(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
-        """Count the predictions of a batch."""
+        """Count the predictions of a batch.
+
+        Raises:
+            FloatingPointError: for logits that are not finite, which have no largest one.
+        """
+        if not bool(torch.isfinite(logits).all()):
+            got, fix = f"nan or inf for some of {len(logits)} images", "Lower the learning rate."
+            raise FloatingPointError(message("logits", "finite logits", got, fix))
         labels = targets.argmax(1) if targets.is_floating_point() else targets
         self.images += len(targets)
         if not self._classifies:

@@ -8,7 +8,20 @@ beginning of one, since what loaders have in their hands cannot be saved.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from kd_lrp_plugin.training.experiment import Experiment
+
+
+def describe_nonfinite(state: Mapping[str, Any]) -> str | None:
+    """Where a checkpoint of a trainer has weights that are not finite; None if nowhere."""
+    models = dict(state.get("experiment", {}).get("models", {}))
+    models["best"] = state.get("best", {}).get("model", {})
+    for name, weights in models.items():
+        for key, value in weights.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                return f"nan or inf in {key} of its model {name!r}"
+    return None
 
 
 def take_state(experiment: Experiment) -> dict[str, Any]:

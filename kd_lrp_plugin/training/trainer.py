@@ -40,7 +40,7 @@ from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.training.meter import Meter
-from kd_lrp_plugin.training.state import restore_state, take_state
+from kd_lrp_plugin.training.state import describe_nonfinite, restore_state, take_state
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
 from kd_lrp_plugin.utils.progress import NullProgress, current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -87,8 +87,10 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         if context.run_on_rank_zero(lambda: folder.finished):
             current_progress().note(f"{folder.path} is finished already")
             return context.run_on_rank_zero(folder.summary)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        _keep_threads(context, folder)
         run = Trainer(_build(spec, config, context), folder, spec.seed)
-        state = context.run_on_rank_zero(folder.load)
+        state = context.run_on_rank_zero(lambda: folder.load(describe_nonfinite))
         if context.rank == 0:
             folder.add_session(_describe_session(spec, context))
         if state is not None:
@@ -96,6 +98,19 @@ def distill(spec: RunSpec) -> dict[str, Any]:
             current_progress().note(f"{folder.path}: resumes after epoch {run.epoch}")
         run.train()
         return run.test()
+
+
+def _keep_threads(context: DistributedContext, folder: RunFolder) -> None:
+    """Resume with the threads that the run began with.
+
+    Sums are taken in other orders by another number of them, so the weights would differ.
+    """
+    sessions = context.run_on_rank_zero(folder.list_sessions)
+    before = sessions[0].get("threads") if sessions else None
+    if before and before != (now := torch.get_num_threads()):
+        torch.set_num_threads(before)
+        told = f"{folder.path}: resumes with {before} threads, as it began, not with {now}"
+        current_progress().note(f"{told}: another number would change the weights")
 
 
 def _build(spec: RunSpec, config: Document, context: DistributedContext) -> Experiment:
@@ -168,16 +183,17 @@ class Trainer:
                 current_progress().epoch(metrics)
 
     def _train_epoch(self) -> dict[str, float]:
-        experiment, started = self.experiment, time.time()
+        experiment, started = self.experiment, time.monotonic()
         number = self.epoch + 1
         self._set_seed(number)
         experiment.begin_epoch()
         rates = [group["lr"] for group in experiment.box.optimizer.param_groups]
         metrics = {"epoch": number, "stage": experiment.stage, "lr": rates[0]}
         metrics |= self._train_batches(number)
+        self._check_weights(number)
         metrics |= self._evaluate(experiment.val_loader, "val", f"epoch {number} val")[0]
         metrics["memory_mb"] = round(_memory(self.context), 1)
-        metrics["seconds"] = round(time.time() - started, 2)
+        metrics["seconds"] = round(time.monotonic() - started, 2)
         improved = self._keep_best(metrics)
         self.records.append(metrics)
         experiment.end_epoch(metrics[self.monitor], self._stalls())
@@ -185,13 +201,35 @@ class Trainer:
             self._save(improved)
         return metrics
 
+    def _check_weights(self, number: int) -> None:
+        """Raise FloatingPointError for weights that are not finite, before they are saved.
+
+        The loss is checked before its step; what the last step of an epoch has made of the
+        weights would else be found by nobody, and kept for the best.
+        """
+        wrong = [
+            f"{name}.{key}" if name != "original" else key
+            for name, model in self.experiment.models().items()
+            for key, value in model.state_dict().items()
+            if value.is_floating_point() and not bool(torch.isfinite(value).all())
+        ]
+        # Of all processes, so that none waits for one that has stopped.
+        wrong = sorted({key for keys in self.context.gather(wrong) for key in keys})
+        if wrong:
+            kept = (
+                f"the checkpoint of epoch {number - 1} stays" if number > 1 else "nothing is kept"
+            )
+            fix = f"Lower the learning rate, or set optimizer.max_grad_norm; {kept}."
+            got = f"nan or inf in {len(wrong)} tensors, such as {wrong[:3]}"
+            raise FloatingPointError(message(f"epoch {number}", "finite weights", got, fix))
+
     def _set_seed(self, number: int) -> None:
         """Seeds of its own make an epoch independent of how its process came to it."""
         key = np.random.SeedSequence([self.seed, number, self.context.rank])
         main_util.set_seed(int(key.generate_state(1)[0]))
 
     def _train_batches(self, number: int) -> dict[str, float]:
-        experiment, box, started = self.experiment, self.experiment.box, time.time()
+        experiment, box, started = self.experiment, self.experiment.box, time.monotonic()
         loader = box.train_data_loader
         classifies = experiment.student is experiment.original
         with Meter(box.criterion, classifies=classifies) as meter:
@@ -203,10 +241,10 @@ class Trainer:
                 check_finite(loss, meter.latest)
                 meter.update(loss, targets)
                 box.post_forward_process(loss=loss)
-        seconds = time.time() - started
+        seconds = time.monotonic() - started
         metrics = meter.summary("train", self.context)
         images_seen = sum(self.context.gather(meter.images))
-        metrics["images_per_second"] = round(images_seen / seconds, 1)
+        metrics["images_per_second"] = round(images_seen / max(seconds, 1e-9), 1)
         return metrics
 
     def _value(self, metrics: Mapping[str, float]) -> float:

@@ -56,7 +56,7 @@ def test_the_planning_of_a_study_builds_no_model_twice(built, tmp_path, monkeypa
         "prepare": {"teacher": {"config": str(BASELINE.parent / "resnet10t.yaml")}},
         "configurations": {
             "KD": {"config": str(KD), "set": taught},
-            "hot": {"config": str(KD), "set": [*taught, "train.criterion.kwargs.temperature=8"]},
+            "hot": {"config": str(KD), "set": [*taught, "batch_size=4"]},
         },
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def _describe_error(error: Exception | str) -> str:
 
 
 def check_keys(report: CheckReport, kind: str, key_path: str, section: Any) -> None:
-    """A key that looks like a misspelling is a problem; one that nothing reads, a remark."""
+    """A key that looks like a misspelling is a problem; one that nothing reads, a warning."""
     known = KEYS[kind].split()
     if not isinstance(section, Mapping):
         return
@@ -119,8 +120,14 @@ def check_keys(report: CheckReport, kind: str, key_path: str, section: Any) -> N
         if near:
             fix = f"Did you mean {near[0]!r}?"
             report.add(where, message(where, "a key that is read", repr(name), fix))
-        elif kind != "config":  # at the top, people keep their anchors
+        elif kind != "config":
             report.warn(where, "nothing reads it")
+        elif not report.config.shares(name):  # at the top, people keep their anchors
+            if name in KEYS["train"].split():
+                fix = f"Did you mean 'train.{name}'?"
+                report.add(where, message(where, "a key that is read", repr(name), fix))
+            else:
+                report.warn(where, "nothing reads it")
 
 
 def section(kind: str, expected: str, fix: str) -> Callable[[Check[C, T]], Check[C, T | None]]:
@@ -167,18 +174,51 @@ def check_keywords(where: str, function: Callable[..., object], kwargs: Any) -> 
     check_mapping(where, kwargs, "Write {} for none.")
     parameters = inspect.signature(function).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in kwargs if not takes_any else ():
+        check_known(where, key, parameters)
+    check_scalars(where, function, kwargs)
+
+
+def check_scalars(where: str, function: Callable[..., object], kwargs: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for a number, truth value or text where a function takes another.
+
+    What it takes is told by a keyword's default, else by its annotation; nothing is said of the
+    others. Python takes True for 1, and a loss at a learning rate of .inf is none.
+    """
+    parameters = inspect.signature(function).parameters
     for key, value in kwargs.items():
-        if not takes_any:
-            check_known(where, key, parameters)
-        default = parameters[key].default if key in parameters else None
-        if isinstance(value, str) and isinstance(default, int | float):
-            kind, fix = ("True or False", "") if isinstance(default, bool) else ("a number", _FIX)
-            raise ValueError(message(f"{where}.{key}", kind, repr(value), fix))
+        kind = _get_kind(parameters[key]) if key in parameters else None
+        is_bool, is_text = isinstance(value, bool), isinstance(value, str)
+        if kind == "bool" and (is_text or isinstance(value, int | float)) and not is_bool:
+            raise ValueError(message(f"{where}.{key}", "True or False", repr(value), ""))
+        if kind == "number" and (is_text or is_bool):
+            fix = _FIX if is_text else ""
+            raise ValueError(message(f"{where}.{key}", "a number", repr(value), fix))
     check_numbers(where, kwargs)
 
 
+def _get_kind(parameter: inspect.Parameter) -> str | None:
+    """What a keyword takes, "bool" or "number"; None where that is not clear."""
+    default = parameter.default
+    if isinstance(default, bool | int | float):
+        return "bool" if isinstance(default, bool) else "number"
+    said = parameter.annotation
+    words = {getattr(said, "__name__", ""), *re.findall(r"\w+", str(said))}
+    if default not in (None, inspect.Parameter.empty) or words & {"str", "Any"}:
+        return None
+    numbers = words & {"int", "float"}
+    return "bool" if "bool" in words and not numbers else "number" if numbers else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that one can reckon with: not True, .inf or .nan."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def check_numbers(where: str, value: Any) -> None:
-    """Raise ``ValueError`` for text that was meant as a number, at any depth."""
+    """Raise ``ValueError`` for text that was meant as a number, or .inf or .nan, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(message(where, "a finite number", value, ""))
     if isinstance(value, str) and _TEXT.fullmatch(value):
         raise ValueError(message(where, "a number", repr(value), _FIX))
     parts = enumerate(value) if isinstance(value, list | tuple) else ()

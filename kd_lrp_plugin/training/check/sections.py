@@ -1,5 +1,6 @@
 """The checks of each section of a config for itself: its types, and the names that it uses."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torchdistill.core.interfaces import registry as procedures
 from torchdistill.datasets.registry import BATCH_SAMPLER_DICT, COLLATE_FUNC_DICT
 from torchdistill.datasets.util import build_data_loader
 from torchdistill.losses import registry as losses
+from torchdistill.models.registry import MODEL_DICT
 from torchdistill.optim.registry import OPTIM_DICT, SCHEDULER_DICT
 
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, build_filled_model, get_stages
@@ -25,6 +27,8 @@ from kd_lrp_plugin.training.check.problems import (
     check_keywords,
     check_mapping,
     check_numbers,
+    check_scalars,
+    is_number,
     section,
 )
 from kd_lrp_plugin.training.experiment import MONITOR, PRECISIONS
@@ -105,6 +109,8 @@ def build_models(
             check_keys(report, "model", f"models.{role}", entry)
             if isinstance(entry, Mapping) and "kwargs" in entry:
                 check_mapping("kwargs", entry["kwargs"], "Write {} for none.")
+                make = MODEL_DICT.get(entry.get("key"), dict)
+                check_scalars("kwargs", make, entry["kwargs"])
             said = "".join(report.config.get_text(k) for k in ("dependencies", f"models.{role}"))
             found = known.get(said) if known is not None else None
             built[role] = found or build_filled_model(entry, f"models.{role}")
@@ -173,7 +179,7 @@ def _check_stage(
     first = key_path in ("train", "train.stage1")
     with report.at(f"{key_path}.num_epochs"):
         epochs = stage.get("num_epochs")
-        if not isinstance(epochs, int) or epochs < 1:
+        if type(epochs) is not int or epochs < 1:  # True would pass for one
             raise ValueError(message("num_epochs", "an integer of 1 or more", epochs, ""))
     for role in ("teacher", "student", "model"):
         entry = stage.get(role) or {}
@@ -197,10 +203,10 @@ def _check_stage(
         with report.at(f"{key_path}.early_stopping"):
             patience = stopping.get("patience") if isinstance(stopping, Mapping) else None
             fix = "For example {patience: 5, min_delta: 0.001}; YAML reads 1e-3 as text."
-            if not isinstance(patience, int) or patience < 1:
+            if type(patience) is not int or patience < 1:
                 raise ValueError(message("early_stopping", "a patience >= 1", stopping, fix))
             delta = stopping.get("min_delta", 0.0)
-            if not isinstance(delta, int | float) or delta < 0:
+            if not is_number(delta) or delta < 0:
                 raise ValueError(message("early_stopping", "a min_delta >= 0", repr(delta), fix))
             check_keys(report, "early_stopping", f"{key_path}.early_stopping", stopping)
     for name in ("train_data_loader", "val_data_loader"):
@@ -297,7 +303,8 @@ def _check_criterion(
         check_known("key", criterion.get("key"), losses.HIGH_LEVEL_LOSS_DICT)
     kwargs = criterion.get("kwargs") or {}
     check_mapping("kwargs", kwargs, "")
-    check_numbers("kwargs", kwargs)
+    if make := losses.HIGH_LEVEL_LOSS_DICT.get(criterion.get("key")):
+        check_scalars("kwargs", make, kwargs)
     if criterion.get("key") == "WeightedSumLoss":
         check_keys(report, "WeightedSumLoss", f"{key_path}.kwargs", kwargs)
         terms = kwargs.get("sub_terms") or {}
@@ -314,6 +321,8 @@ def _check_term(report: CheckReport, key_path: str, term: Any) -> None:
         check_mapping("term", term, "Give criterion and weight.")
         for key in ("criterion", "weight"):
             check_known("key", key, term)
+        if not is_number(term["weight"]):
+            raise ValueError(message("weight", "a number", repr(term["weight"]), ""))
         with report.at(f"{key_path}.criterion"):
             entry = term["criterion"] or {}
             check_mapping("criterion", entry, "Give key and kwargs.")
@@ -334,10 +343,10 @@ def _check_optimizer(
     make = OPTIM_DICT[optimizer["key"]]
     check_keywords("kwargs", make, optimizer["kwargs"])
     steps = optimizer.get("grad_accum_step", 1)
-    if not isinstance(steps, int) or steps < 1:
+    if type(steps) is not int or steps < 1:
         raise ValueError(message("grad_accum_step", "an integer >= 1", steps, ""))
     norm = optimizer.get("max_grad_norm")
-    if norm is not None and not (isinstance(norm, int | float) and norm > 0):
+    if norm is not None and not (is_number(norm) and norm > 0):
         raise ValueError(message("max_grad_norm", "a number above 0", repr(norm), "For example 1."))
     read, ignored = "module_wise_configs", "module_wise_kwargs"  # as torchdistill has it
     if "teacher" not in parts.roles:
@@ -376,7 +385,7 @@ def _check_scheduler(
     make, kwargs = SCHEDULER_DICT[scheduler["key"]], scheduler["kwargs"]
     check_keywords("kwargs", make, kwargs)
     within = scheduler.get("scheduling_step", 0)
-    if not isinstance(within, int):
+    if type(within) is not int:
         raise ValueError(message("scheduling_step", "an integer", repr(within), ""))
     if trial is None:  # the optimizer is wrong, or that of an earlier stage
         return
@@ -391,7 +400,7 @@ def _check_scheduler(
         raise ValueError(message("scheduling_step", "none", within, fix))
     trial.step()
     epochs = stage.get("num_epochs")
-    for _ in range(epochs if isinstance(epochs, int) and within <= 0 else 0):  # OneCycleLR ends
+    for _ in range(epochs if type(epochs) is int and within <= 0 else 0):  # OneCycleLR ends
         built.step(0.0) if isinstance(built, ReduceLROnPlateau) else built.step()
 
 
@@ -408,6 +417,10 @@ def _check_loader(
     fix = "For example {class_or_func: !import_get {key: torch.utils.data.RandomSampler}}."
     check_mapping("sampler", loader["sampler"], fix)
     check_keywords("kwargs", DataLoader, loader["kwargs"])
+    workers, most = loader["kwargs"].get("num_workers", 0), 8 * max(4, os.cpu_count() or 1)
+    if workers > most:
+        fix = "Each is a process that holds the data set; as many as processors are enough."
+        raise ValueError(message("kwargs.num_workers", f"at most {most}", workers, fix))
     if loader["kwargs"].get("persistent_workers"):
         fix = "Leave it out: workers that live on cannot be brought back when a run goes on."
         raise ValueError(message("kwargs", "no persistent_workers", True, fix))
