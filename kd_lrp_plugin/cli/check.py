@@ -27,7 +27,7 @@ def check(
 ) -> None:
     """Build everything that a config names, take one step, and say what is wrong.
 
-    Reports every problem with its place in the file; nothing is written. `distill` does the same
+    Reports every problem with its location in the file; nothing is written. `distill` does the same
     before it trains; where a student chooses itself, `check` tries the first one within the
     budget, `distill` the one that is chosen. Example:
 

@@ -161,8 +161,10 @@ class Experiment:
         """Evaluation mode without gradients; no process waits for another inside."""
         shared = getattr(self.box, self.student_name)
         setattr(self.box, self.student_name, self.student)
+        # Batch statistics differ between processes, each of which has seen its share. Those of the
+        # first are saved with its weights, so all must evaluate with them.
         for buffer in self.student.buffers():
-            self.context.broadcast(buffer)  # of the first process, whose weights are kept
+            self.context.broadcast(buffer)
         self.student.eval()
         try:
             with torch.no_grad():
@@ -226,7 +228,7 @@ class Experiment:
     def end_epoch(self, metric: float, stop: bool) -> None:
         """Schedulers step; the next stage begins where this one ends, or is stopped."""
         box, before = self.box, self.stage
-        if self.pending:
+        if self.pending:  # a step reaches into the next epoch
             for model in self.models().values():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
@@ -237,7 +239,7 @@ class Experiment:
         if stop:
             box.current_epoch = end - 1
         if box.current_epoch + 1 == end:
-            setattr(box, self.student_name, self.student)  # the next stage wraps it anew
+            setattr(box, self.student_name, self.student)  # the next stage wraps it again
         box.post_epoch_process(metrics=metric)
         if not hasattr(box, "stage_number"):
             box.current_epoch += 1
@@ -279,7 +281,7 @@ class Experiment:
 
     def _loader(self, config: Mapping[str, Any] | None, name: str) -> DataLoader:
         """A loader of this process's share, every image once over all processes."""
-        if not config:  # a later stage goes on with the loader of the one before
+        if not config:  # a later stage keeps the loader of the one before
             return getattr(self, name)
         dataset = self._datasets[config["dataset_id"]]
         if self.context.world_size > 1:

@@ -127,10 +127,10 @@ class Meter:
         """
         rows: list[dict[str, Any]] = []
         for labels, student, teacher in self._kept:
-            for place, label in enumerate(labels.tolist()):
-                of_teacher = None if teacher is None else teacher[place].tolist()
+            for index, label in enumerate(labels.tolist()):
+                of_teacher = None if teacher is None else teacher[index].tolist()
                 rows.append(
-                    {"label": label, "student": student[place].tolist(), "teacher": of_teacher}
+                    {"label": label, "student": student[index].tolist(), "teacher": of_teacher}
                 )
         shares = context.gather(rows)
         longest = max(map(len, shares))

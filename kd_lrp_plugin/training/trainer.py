@@ -1,8 +1,8 @@
-"""The driver: one torchdistill config in, one run folder out.
+"""The trainer: one torchdistill config in, one run folder out.
 
 It runs torchdistill's own boxes, with a teacher or without, and adds what its example script
 leaves out: overrides, a check before any work is done, validation of every loss term, a run that
-goes on after a kill as if nothing had happened, and several processes on CPUs as well.
+resumes after a kill as if nothing had happened, and several processes on CPUs as well.
 """
 
 import json
@@ -279,7 +279,8 @@ class Trainer:
         return since >= stopping.get("patience", math.inf)
 
     def _save(self, improved: bool) -> None:
-        # First what the next epoch needs; all else can be made again from it.
+        # First what the next epoch needs; all else can be made again from it. A kill between two
+        # of these files leaves the others behind by an epoch, which `restore` makes up for.
         self.folder.save(
             {
                 "format": FORMAT,

@@ -46,16 +46,17 @@ class DistributedContext:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Give every process the tensor of the first, in place."""
         if self.world_size > 1:
-            whole = tensor.contiguous()  # what is sent is memory, whatever the strides
-            distributed.broadcast(whole, 0)
-            tensor.copy_(whole)
+            # Memory is sent, whatever the strides: channels_last would arrive in another order.
+            buffer = tensor.contiguous()
+            distributed.broadcast(buffer, 0)
+            tensor.copy_(buffer)
 
     def all_reduce_mean(self, tensor: torch.Tensor) -> None:
         """Give every process the mean over all, in place."""
         if self.world_size > 1:
-            whole = tensor.contiguous()
-            distributed.all_reduce(whole)
-            tensor.copy_(whole / self.world_size)
+            buffer = tensor.contiguous()  # as in broadcast
+            distributed.all_reduce(buffer)
+            tensor.copy_(buffer / self.world_size)  # gloo has no mean of its own
 
     def run_on_rank_zero(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in the first process, on every process.
@@ -72,6 +73,8 @@ class DistributedContext:
                 failure = error
                 outcome[1] = f"{type(error).__name__}: {error}"
         if self.world_size > 1:
+            # A failure is sent as words: the others would wait for ever at the next exchange for a
+            # process that has raised, and not every exception can be pickled.
             distributed.broadcast_object_list(outcome)
         if failure is not None:
             raise failure
@@ -108,11 +111,11 @@ def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
         yield DistributedContext(kind)
         return
     if kind.type == "cuda":
-        place, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if place >= found:
+        local_rank, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= found:
             fix = "Lower --nproc_per_node, or use --device cpu."
-            raise ValueError(message("torchrun", f"at most {found} processes", place + 1, fix))
-        kind = torch.device("cuda", place)
+            raise ValueError(message("torchrun", f"at most {found} processes", local_rank + 1, fix))
+        kind = torch.device("cuda", local_rank)
         torch.cuda.set_device(kind)
     distributed.init_process_group("nccl" if kind.type == "cuda" else "gloo")
     try:

@@ -104,7 +104,7 @@ class TestDistill:
         self.first_epoch_only(words, parts)
         done = torchrun(*words, "--out", "parts", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert "going on after epoch 1" in done.stdout
+        assert "resumes after epoch 1" in done.stdout
         of_whole, of_parts = (load_file(f / "student.safetensors") for f in (whole, parts))
         assert all(torch.equal(of_whole[name], of_parts[name]) for name in of_whole)
 

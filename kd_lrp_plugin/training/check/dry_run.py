@@ -1,4 +1,4 @@
-"""All problems of a config at once, each with its place, before any work is lost to them."""
+"""All problems of a config at once, each with its location, before any work is lost to them."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -15,8 +15,9 @@ from kd_lrp_plugin.config.build import Assembly, BuiltModel, construct, get_stag
 from kd_lrp_plugin.config.document import Document, describe_mark
 from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.torchdistill.high_level import check_finite
+from kd_lrp_plugin.training.check.loaders import share
 from kd_lrp_plugin.training.check.problems import CheckReport, check_keys
-from kd_lrp_plugin.training.check.sections import SEE, build_models, check_sections, share
+from kd_lrp_plugin.training.check.sections import SEE, build_models, check_sections
 from kd_lrp_plugin.training.experiment import MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext
@@ -90,20 +91,20 @@ def _preserve_generators() -> Iterator[None]:
 
 
 def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
-    places: dict[str, str] = {}
+    key_paths: dict[str, str] = {}
     for key_path, stage in get_stages(content["train"]).items():
         for name in ("train_data_loader", "val_data_loader"):
             if stage.get(name):
-                places.setdefault(stage[name]["dataset_id"], f"{key_path}.{name}.dataset_id")
-    places.setdefault(
+                key_paths.setdefault(stage[name]["dataset_id"], f"{key_path}.{name}.dataset_id")
+    key_paths.setdefault(
         content["test"]["test_data_loader"]["dataset_id"], "test.test_data_loader.dataset_id"
     )
-    for name, key_path in places.items():
+    for name, key_path in key_paths.items():
         with report.at(key_path):
             broken = unreadable_images(content["datasets"][name])
             if broken:
                 shown = "; ".join(f"{file} ({why})" for file, why in list(broken.items())[:5])
-                fix = "Mend or remove them, or set skip_corrupt: True to leave them out."
+                fix = "Repair or remove them, or set skip_corrupt: True to leave them out."
                 got = f"{len(broken)} of {name} that cannot be read: {shown}"
                 raise ValueError(message("images", "readable files", got, fix))
 
@@ -240,7 +241,7 @@ def _check_evaluation(
 
 def _items(loader: DataLoader) -> list[Any]:
     """What a loader's first batch is made of, read in this process."""
-    return [loader.dataset[place] for place in next(iter(loader.batch_sampler))]  # type: ignore
+    return [loader.dataset[index] for index in next(iter(loader.batch_sampler))]  # type: ignore
 
 
 def _collated(loader: DataLoader, items: list[Any], device: torch.device) -> list[Any]:

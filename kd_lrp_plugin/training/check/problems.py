@@ -12,16 +12,19 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import yaml
+from torch import nn
+from torchdistill.common.module_util import get_module
 
 from kd_lrp_plugin.config.build import Assembly
 from kd_lrp_plugin.config.document import Document
+from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import check_known, message
 
 C = TypeVar("C")
 T = TypeVar("T")
 Check = Callable[["CheckReport", str, Any, C], T]
-# Every key that torchdistill or the driver reads, by kind of section.
+# Every key that torchdistill or the trainer reads, by kind of section.
 _STAGE = (
     "num_epochs train_data_loader val_data_loader teacher student model optimizer scheduler "
     "criterion log_freq pre_epoch_process pre_forward_process post_forward_process "
@@ -63,7 +66,7 @@ class CheckReport:
     failed: list[yaml.Mark] = field(default_factory=list)
     assembly: Assembly | None = None
 
-    def add(self, key_path: str, error: Exception | str, place: str | None = None) -> None:
+    def add(self, key_path: str, error: Exception | str, location: str | None = None) -> None:
         """Note a problem at a key."""
         words = " ".join(_describe_error(error).split())  # one line each
         named, separator, rest = words.partition(": expected ")
@@ -76,8 +79,8 @@ class CheckReport:
                 words = f"expected {rest}"
         if key_path and any(self.config.encloses(key_path, mark) for mark in self.failed):
             return
-        place = place or self.config.get_location(key_path)
-        problem = f"{place}  {key_path}: {words}" if key_path else f"{place}  {words}"
+        location = location or self.config.get_location(key_path)
+        problem = f"{location}  {key_path}: {words}" if key_path else f"{location}  {words}"
         if problem not in self.problems:
             self.problems.append(problem)
 
@@ -87,7 +90,7 @@ class CheckReport:
 
     @contextmanager
     def at(self, key_path: str) -> Iterator[None]:
-        """Note an error inside as a problem at a key, and go on."""
+        """Note an error inside as a problem at a key, and continue."""
         try:
             yield
         except Exception as error:
@@ -139,7 +142,7 @@ def section(kind: str, expected: str, fix: str) -> Callable[[Check[C, T]], Check
         fix: the end of that message.
 
     Returns:
-        A decorator. The check takes the report, the section's key_path name, the section, and what
+        A decorator. The check takes the report, the section's key path, the section, and what
         it needs of the rest; it returns None where something was wrong.
     """
 
@@ -224,3 +227,37 @@ def check_numbers(where: str, value: Any) -> None:
     parts = enumerate(value) if isinstance(value, list | tuple) else ()
     for key, part in value.items() if isinstance(value, Mapping) else parts:
         check_numbers(f"{where}.{key}", part)
+
+
+@dataclass(frozen=True)
+class ConfigParts:
+    """What the check of a section looks up in the parts.
+
+    Attributes:
+        train: the section.
+        datasets: by name.
+        roles: the models by role, None for one that cannot be built.
+        context: how many processes share the training images.
+    """
+
+    train: Mapping[str, Any]
+    datasets: Mapping[str, Any]
+    roles: Mapping[str, nn.Module | None]
+    context: DistributedContext
+
+    @property
+    def trained(self) -> str:
+        return "student" if "student" in self.roles else "model"
+
+
+def check_path(where: str, path: Any, model: nn.Module) -> None:
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    if path in modules:
+        return
+    if path == ".":
+        hooked = where.startswith("forward_hook")
+        fix = "Leave it out: without a hook, too, '.' is what the model returns." if hooked else ""
+        raise ValueError(message(where, "parts of the model", "'.'", fix))
+    found = get_module(model, path) if isinstance(path, str) else None  # a parameter, or layer.-1
+    if not isinstance(found, nn.Module | nn.Parameter):
+        raise ValueError(unknown_name(where, path, modules))

@@ -1,39 +1,35 @@
 """The checks of each section of a config for itself: its types, and the names that it uses."""
 
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
-from torchdistill.common.module_util import get_module
 from torchdistill.core.interfaces import registry as procedures
-from torchdistill.datasets.registry import BATCH_SAMPLER_DICT, COLLATE_FUNC_DICT
-from torchdistill.datasets.util import build_data_loader
-from torchdistill.losses import registry as losses
 from torchdistill.models.registry import MODEL_DICT
-from torchdistill.optim.registry import OPTIM_DICT, SCHEDULER_DICT
 
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, build_filled_model, get_stages
+from kd_lrp_plugin.training.check.loaders import check_loader
+from kd_lrp_plugin.training.check.optimisation import (
+    check_criterion,
+    check_optimizer,
+    check_scheduler,
+)
 from kd_lrp_plugin.training.check.problems import (
     KEYS,
     CheckReport,
+    ConfigParts,
     check_keys,
     check_keywords,
     check_mapping,
-    check_numbers,
+    check_path,
     check_scalars,
     is_number,
     section,
 )
 from kd_lrp_plugin.training.experiment import MONITOR, PRECISIONS
 from kd_lrp_plugin.utils.distributed import DistributedContext
-from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import check_known, message
 
 SEE = "See torchdistill_configs for examples."
@@ -43,27 +39,6 @@ _PROCESSES = {
     "post_forward_process": procedures.POST_FORWARD_PROC_FUNC_DICT,
     "post_epoch_process": procedures.POST_EPOCH_PROC_FUNC_DICT,
 }
-
-
-@dataclass(frozen=True)
-class ConfigParts:
-    """What the check of a section looks up in the parts.
-
-    Attributes:
-        train: the section.
-        datasets: by name.
-        roles: the models by role, None for one that cannot be built.
-        context: how many processes share the training images.
-    """
-
-    train: Mapping[str, Any]
-    datasets: Mapping[str, Any]
-    roles: Mapping[str, nn.Module | None]
-    context: DistributedContext
-
-    @property
-    def trained(self) -> str:
-        return "student" if "student" in self.roles else "model"
 
 
 def check_sections(report: CheckReport, assembly: Assembly, context: DistributedContext) -> None:
@@ -89,7 +64,7 @@ def check_sections(report: CheckReport, assembly: Assembly, context: Distributed
             if key_path != "train":
                 check_keys(report, "stage", key_path, stage)
             _check_stage(report, key_path, stage, parts)
-    _check_loader(report, "test.test_data_loader", test.get("test_data_loader"), parts)
+    check_loader(report, "test.test_data_loader", test.get("test_data_loader"), parts)
 
 
 def build_models(
@@ -109,8 +84,8 @@ def build_models(
             check_keys(report, "model", f"models.{role}", entry)
             if isinstance(entry, Mapping) and "kwargs" in entry:
                 check_mapping("kwargs", entry["kwargs"], "Write {} for none.")
-                make = MODEL_DICT.get(entry.get("key"), dict)
-                check_scalars("kwargs", make, entry["kwargs"])
+                if make := MODEL_DICT.get(entry.get("key")):
+                    check_scalars("kwargs", make, entry["kwargs"])
             said = "".join(report.config.get_text(k) for k in ("dependencies", f"models.{role}"))
             found = known.get(said) if known is not None else None
             built[role] = found or build_filled_model(entry, f"models.{role}")
@@ -193,12 +168,12 @@ def _check_stage(
         with report.at(f"{key_path}.{name}"):
             if name in stage:
                 check_known(name, stage[name], known)
-    _check_criterion(report, f"{key_path}.criterion", stage.get("criterion") or {}, parts)
+    check_criterion(report, f"{key_path}.criterion", stage.get("criterion") or {}, parts)
     optimizer, trial = stage.get("optimizer") or {}, None
     if optimizer or first:
-        trial = _check_optimizer(report, f"{key_path}.optimizer", optimizer, (stage, parts))
+        trial = check_optimizer(report, f"{key_path}.optimizer", optimizer, (stage, parts))
     if scheduler := stage.get("scheduler"):
-        _check_scheduler(report, f"{key_path}.scheduler", scheduler, (trial, stage, parts))
+        check_scheduler(report, f"{key_path}.scheduler", scheduler, (trial, stage, parts))
     if (stopping := stage.get("early_stopping")) is not None:
         with report.at(f"{key_path}.early_stopping"):
             patience = stopping.get("patience") if isinstance(stopping, Mapping) else None
@@ -211,7 +186,7 @@ def _check_stage(
             check_keys(report, "early_stopping", f"{key_path}.early_stopping", stopping)
     for name in ("train_data_loader", "val_data_loader"):
         if stage.get(name) is not None or first:
-            _check_loader(report, f"{key_path}.{name}", stage.get(name), parts)
+            check_loader(report, f"{key_path}.{name}", stage.get(name), parts)
 
 
 @section("role", "what a stage does with a model", "For example {requires_grad: False}.")
@@ -235,7 +210,7 @@ def _check_role(
             fix = "Set requires_grad: False; only the student is trained by several."
             raise ValueError(message("teacher", "a frozen one under torchrun", True, fix))
     for key, why in {
-        "wrapper": "under torchrun the driver wraps the student",
+        "wrapper": "under torchrun the trainer wraps the student",
         "dst_ckpt": "the run folder holds what is trained",
     }.items():
         if role.get(key):
@@ -255,7 +230,7 @@ def _check_paths(
             if str(path).startswith("+"):
                 check_known("adaptations", path[1:], added)
             else:
-                _check_path("sequential", path, model)
+                check_path("sequential", path, model)
     with report.at(f"{key_path}.frozen_modules"):
         for path in _paths("frozen_modules", role.get("frozen_modules", [])):
             kind = re.fullmatch(r"instance\((.*)\)", str(path))
@@ -263,7 +238,7 @@ def _check_paths(
                 kinds = {c.__name__ for m in model.modules() for c in type(m).__mro__}
                 check_known("frozen_modules", kind[1], kinds & set(vars(nn)))
             elif f"+{path}" not in rebuilt:
-                _check_path("frozen_modules", path, model)
+                check_path("frozen_modules", path, model)
     with report.at(f"{key_path}.forward_hook"):
         hooks = role.get("forward_hook", {})
         check_mapping("forward_hook", hooks, "For example {output: [layer4]}.")
@@ -271,7 +246,7 @@ def _check_paths(
             check_known("forward_hook", key, ("input", "output"))
             for path in _paths(f"forward_hook.{key}", paths):
                 if not (rebuilt and str(path).startswith("+")):
-                    _check_path(f"forward_hook.{key}", str(path).removeprefix("+"), model)
+                    check_path(f"forward_hook.{key}", str(path).removeprefix("+"), model)
 
 
 def _paths(where: str, value: Any) -> list[Any]:
@@ -279,197 +254,3 @@ def _paths(where: str, value: Any) -> list[Any]:
         fix = "For example [layer3, layer4]."
         raise ValueError(message(where, "a list of module paths", repr(value), fix))
     return value
-
-
-def _check_path(where: str, path: Any, model: nn.Module) -> None:
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    if path in modules:
-        return
-    if path == ".":
-        hooked = where.startswith("forward_hook")
-        fix = "Leave it out: without a hook, too, '.' is what the model returns." if hooked else ""
-        raise ValueError(message(where, "parts of the model", "'.'", fix))
-    found = get_module(model, path) if isinstance(path, str) else None  # a parameter, or layer.-1
-    if not isinstance(found, nn.Module | nn.Parameter):
-        raise ValueError(unknown_name(where, path, modules))
-
-
-@section("criterion", "a loss", "Give key and kwargs.")
-def _check_criterion(
-    report: CheckReport, key_path: str, criterion: Mapping[str, Any], parts: ConfigParts
-) -> None:
-    before = len(report.problems)
-    with report.at(f"{key_path}.key"):
-        check_known("key", criterion.get("key"), losses.HIGH_LEVEL_LOSS_DICT)
-    kwargs = criterion.get("kwargs") or {}
-    check_mapping("kwargs", kwargs, "")
-    if make := losses.HIGH_LEVEL_LOSS_DICT.get(criterion.get("key")):
-        check_scalars("kwargs", make, kwargs)
-    if criterion.get("key") == "WeightedSumLoss":
-        check_keys(report, "WeightedSumLoss", f"{key_path}.kwargs", kwargs)
-        terms = kwargs.get("sub_terms") or {}
-        check_mapping("kwargs.sub_terms", terms, "Give each term a name.")
-        for name, term in terms.items():
-            _check_term(report, f"{key_path}.kwargs.sub_terms.{name}", term)
-    if len(report.problems) == before:
-        losses.get_high_level_loss(criterion)
-
-
-def _check_term(report: CheckReport, key_path: str, term: Any) -> None:
-    known = losses.LOSS_DICT | losses.LOW_LEVEL_LOSS_DICT | losses.MIDDLE_LEVEL_LOSS_DICT
-    with report.at(key_path):
-        check_mapping("term", term, "Give criterion and weight.")
-        for key in ("criterion", "weight"):
-            check_known("key", key, term)
-        if not is_number(term["weight"]):
-            raise ValueError(message("weight", "a number", repr(term["weight"]), ""))
-        with report.at(f"{key_path}.criterion"):
-            entry = term["criterion"] or {}
-            check_mapping("criterion", entry, "Give key and kwargs.")
-            check_known("key", entry.get("key"), known)
-            losses.get_mid_level_loss(entry, term.get("criterion_wrapper"))
-
-
-_Stage = tuple[Mapping[str, Any], ConfigParts]
-
-
-@section("optimizer", "an optimizer", "For example {key: Adam, kwargs: {lr: 0.001}}.")
-def _check_optimizer(
-    report: CheckReport, key_path: str, optimizer: Mapping[str, Any], rest: _Stage
-) -> Optimizer:
-    """Also makes one, of a number per group, for the scheduler to be tried with."""
-    stage, parts = rest
-    check_known("key", optimizer.get("key"), OPTIM_DICT)
-    make = OPTIM_DICT[optimizer["key"]]
-    check_keywords("kwargs", make, optimizer["kwargs"])
-    steps = optimizer.get("grad_accum_step", 1)
-    if type(steps) is not int or steps < 1:
-        raise ValueError(message("grad_accum_step", "an integer >= 1", steps, ""))
-    norm = optimizer.get("max_grad_norm")
-    if norm is not None and not (is_number(norm) and norm > 0):
-        raise ValueError(message("max_grad_norm", "a number above 0", repr(norm), "For example 1."))
-    read, ignored = "module_wise_configs", "module_wise_kwargs"  # as torchdistill has it
-    if "teacher" not in parts.roles:
-        read, ignored = ignored, read
-    if optimizer.get(ignored):
-        raise ValueError(message(ignored, f"{read} with these models", ignored, "Rename it."))
-    defaults = make([nn.Parameter(torch.zeros(1))], **optimizer["kwargs"]).defaults
-    groups: list[dict[str, Any]] = []
-    for place, entry in enumerate(optimizer.get(read) or []):
-        where = f"{read}.{place}"
-        check_mapping(where, entry, "For example {module: layer4, kwargs: {lr: 0.001}}.")
-        check_known(f"{where}: key", "module", entry)
-        kwargs = entry.get("kwargs") or {}
-        check_numbers(f"{where}.kwargs", kwargs)
-        for key in kwargs:
-            check_known(f"{where}.kwargs", key, defaults)
-        groups.append({"params": [nn.Parameter(torch.zeros(1))], **kwargs})
-        role = "teacher" if entry.get("is_teacher") else parts.trained
-        model, how = parts.roles.get(role), stage.get(role)
-        redesigned = ("sequential", "auxiliary_model_wrapper")
-        if model and isinstance(how, Mapping) and not any(how.get(key) for key in redesigned):
-            _check_path(f"{where}.module", entry["module"], model)
-    groups = groups or [{"params": [nn.Parameter(torch.zeros(1))]}]
-    return make(groups, **optimizer["kwargs"])
-
-
-@section("scheduler", "a scheduler", "For example {key: StepLR, kwargs: {step_size: 5}}.")
-def _check_scheduler(
-    report: CheckReport,
-    key_path: str,
-    scheduler: Mapping[str, Any],
-    rest: tuple[Optimizer | None, Mapping[str, Any], ConfigParts],
-) -> None:
-    trial, stage, parts = rest
-    check_known("key", scheduler.get("key"), SCHEDULER_DICT)
-    make, kwargs = SCHEDULER_DICT[scheduler["key"]], scheduler["kwargs"]
-    check_keywords("kwargs", make, kwargs)
-    within = scheduler.get("scheduling_step", 0)
-    if type(within) is not int:
-        raise ValueError(message("scheduling_step", "an integer", repr(within), ""))
-    if trial is None:  # the optimizer is wrong, or that of an earlier stage
-        return
-    built = make(trial, **kwargs)
-    monitor = parts.train.get("monitor", MONITOR)
-    mode = "max" if str(monitor).endswith("accuracy") else "min"
-    if isinstance(built, ReduceLROnPlateau) and built.mode != mode:
-        got, fix = f"mode {built.mode!r}", f"Set scheduler.kwargs.mode to {mode}."
-        raise ValueError(message("scheduler", f"mode {mode!r} for {monitor}", got, fix))
-    if isinstance(built, ReduceLROnPlateau) and within > 0:
-        fix = "Leave it out: there is no metric within an epoch."
-        raise ValueError(message("scheduling_step", "none", within, fix))
-    trial.step()
-    epochs = stage.get("num_epochs")
-    for _ in range(epochs if type(epochs) is int and within <= 0 else 0):  # OneCycleLR ends
-        built.step(0.0) if isinstance(built, ReduceLROnPlateau) else built.step()
-
-
-# --- data ---------------------------------------------------------------------------------------
-
-
-@section("loader", "a loader", "Give dataset_id, sampler and kwargs.")
-def _check_loader(
-    report: CheckReport, key_path: str, loader: Mapping[str, Any], parts: ConfigParts
-) -> None:
-    check_known("dataset_id", loader.get("dataset_id"), parts.datasets)
-    for key in ("sampler", "kwargs"):
-        check_known("keys", key, loader)
-    fix = "For example {class_or_func: !import_get {key: torch.utils.data.RandomSampler}}."
-    check_mapping("sampler", loader["sampler"], fix)
-    check_keywords("kwargs", DataLoader, loader["kwargs"])
-    workers, most = loader["kwargs"].get("num_workers", 0), 8 * max(4, os.cpu_count() or 1)
-    if workers > most:
-        fix = "Each is a process that holds the data set; as many as processors are enough."
-        raise ValueError(message("kwargs.num_workers", f"at most {most}", workers, fix))
-    if loader["kwargs"].get("persistent_workers"):
-        fix = "Leave it out: workers that live on cannot be brought back when a run goes on."
-        raise ValueError(message("kwargs", "no persistent_workers", True, fix))
-    name = loader.get("collate_fn")
-    if name is not None and name not in COLLATE_FUNC_DICT:
-        fix = "!import_call of kd_lrp_plugin.torchdistill.mixup makes one."
-        raise ValueError(f"{unknown_name('collate_fn', name, COLLATE_FUNC_DICT)} {fix}")
-    if (batches := loader.get("batch_sampler")) is not None:
-        check_mapping("batch_sampler", batches, "Give key and kwargs.")
-        check_known("batch_sampler.key", batches.get("key"), BATCH_SAMPLER_DICT)
-    dataset = parts.datasets[loader["dataset_id"]]
-    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-        fix = "For example !import_call {key: kd_lrp_plugin.torchdistill.phantom, init: ...}."
-        name = f"datasets.{loader['dataset_id']}"
-        report.add(name, message("data set", "images that can be counted", dataset, fix))
-        return
-    trains = key_path.endswith("train_data_loader")
-    world_size = parts.context.world_size if trains else 1
-    if world_size > 1 and (kwargs := loader["sampler"].get("kwargs")):
-        expected, fix = "none under torchrun, which shares out the images", "Leave them out."
-        raise ValueError(message("sampler.kwargs", expected, [*kwargs], fix))
-    if not callable(loader["sampler"].get("class_or_func")):
-        got = repr(loader["sampler"].get("class_or_func"))
-        raise ValueError(message("sampler.class_or_func", "a class or function", got, fix))
-    for processes in (1, world_size):  # the check itself takes its step alone
-        built = share(dataset, loader, DistributedContext(parts.context.device, 0, processes))
-    if built.batch_sampler is None:
-        raise ValueError(message("kwargs.batch_size", "a number", None, "For example 32."))
-    size = getattr(built.batch_sampler, "batch_size", 1)
-    dropped = len(dataset) % size if getattr(built.batch_sampler, "drop_last", False) else 0
-    if not trains and dropped:
-        fix = f"Leave it out: the last images, {dropped} of {len(dataset)}, would not be counted."
-        raise ValueError(message("kwargs.drop_last", "False", True, fix))
-    if len(built) == 0:
-        got = "none" if world_size == 1 else f"none for each of {world_size} processes"
-        fix = "Lower batch_size, or set drop_last: False." if len(dataset) else "Add images."
-        raise ValueError(message("batches", "one or more in an epoch", got, fix))
-
-
-def share(dataset: Any, loader: Mapping[str, Any], context: DistributedContext) -> DataLoader:
-    """The loader that torchdistill makes of a section, for one process of those that train.
-
-    Args:
-        dataset: what it loads.
-        loader: the section.
-        context: the process; with others, the group of PyTorch need not have been joined.
-    """
-    if context.world_size > 1:
-        sampler = loader["sampler"]
-        place = {"num_replicas": context.world_size, "rank": context.rank}
-        loader = {**loader, "sampler": {**sampler, "kwargs": place | (sampler.get("kwargs") or {})}}
-    return build_data_loader(dataset, loader, context.world_size > 1)
