@@ -232,9 +232,9 @@ class Experiment:
             for model in self.models().values():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
-                        self.context.all_reduce_mean(
-                            parameter.grad
-                        )  # as the checkpoint holds one of each
+                        # Each process has its own, while a checkpoint holds but one: the mean is
+                        # what the step will take, and what a resumed run begins with.
+                        self.context.all_reduce_mean(parameter.grad)
         end = getattr(box, "stage_end_epoch", box.num_epochs)
         if stop:
             box.current_epoch = end - 1

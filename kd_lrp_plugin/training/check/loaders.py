@@ -30,10 +30,10 @@ def check_loader(
     fix = "For example {class_or_func: !import_get {key: torch.utils.data.RandomSampler}}."
     check_mapping("sampler", loader["sampler"], fix)
     check_keywords("kwargs", DataLoader, loader["kwargs"])
-    workers, most = loader["kwargs"].get("num_workers", 0), 8 * max(4, os.cpu_count() or 1)
-    if workers > most:
+    workers, most = loader["kwargs"].get("num_workers") or 0, 8 * max(4, os.cpu_count() or 1)
+    if not 0 <= workers <= most:
         fix = "Each is a process that holds the data set; as many as processors are enough."
-        raise ValueError(message("kwargs.num_workers", f"at most {most}", workers, fix))
+        raise ValueError(message("kwargs.num_workers", f"0 to {most}", workers, fix))
     if loader["kwargs"].get("persistent_workers"):
         fix = "Leave it out: workers that live on cannot be brought back when a run resumes."
         raise ValueError(message("kwargs", "no persistent_workers", True, fix))
