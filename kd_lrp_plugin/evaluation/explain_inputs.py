@@ -1,8 +1,5 @@
 """Finished runs opened to be explained, and images of their test sets to explain them with."""
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,12 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, attribute
-from kd_lrp_plugin.data.transforms import make_transforms
 from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.runs.loading import load_models, load_test_set
-from kd_lrp_plugin.runs.predictions import read_predictions
-from kd_lrp_plugin.utils.files import hash_contents
+from kd_lrp_plugin.runs.loading import load_models, load_test_set, load_transform
+from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
+from kd_lrp_plugin.utils.files import check_keys, hash_contents, read_json
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -64,8 +60,7 @@ class LoadedRun:
         return next(next(iter(self.models.values())).parameters()).device
 
     def class_name(self, number: int) -> str:
-        classes = self.summary["classes"]
-        return classes[number] if number < len(classes) else str(number)
+        return name_outputs(self.summary["classes"], number + 1)[number]
 
 
 @dataclass(frozen=True)
@@ -119,9 +114,8 @@ def open_run(
     """
     run = RunFolder(folder)
     summary = run.summary()
-    text = (run / "predictions.csv").read_text(encoding="utf-8")
-    labels, probabilities = read_predictions(text)
-    images = [line[:2] for line in csv.reader(io.StringIO(text))]
+    predictions = read_predictions(run)
+    labels = predictions.labels
     models = load_models(folder, roles, safe)
     if not models:
         fix = "Leave --model out."
@@ -138,9 +132,9 @@ def open_run(
         models,
         {},
         test_set,
-        hash_contents(images),
+        hash_contents(predictions.images, labels.tolist()),
         labels,
-        probabilities,
+        predictions.probabilities,
         {},
         {},
     )
@@ -162,7 +156,9 @@ def _check_predictions(run: LoadedRun, role: str, places: Sequence[int], images:
     with torch.no_grad():
         now = run.models[role](images).float().softmax(1).cpu().numpy()
     off = float(np.abs(now - run.probabilities[role][places]).max())
-    if off > 0.05:  # low precision in training, or another device, changes less
+    if (
+        not off <= 0.05
+    ):  # nan among them:  # low precision in training, or another device, changes less
         fix = "Put the weights and images back that the run was tested with."
         got = f"probabilities that differ by up to {off:.2f}"
         where = f"{role} of {run.folder.path}"
@@ -290,31 +286,27 @@ def _small(picture: Image.Image) -> Image.Image:
 
 
 def read_images(
-    runs: Sequence[LoadedRun], images: Sequence[str | Path]
+    runs: Sequence[LoadedRun], images: Sequence[str | Path], safe: bool = False
 ) -> Callable[[LoadedRun], list[DisplayImage]]:
     """Image files to picture, prepared as each run has it.
 
     Raises:
         FileNotFoundError: if one is not there.
-        ValueError: if one is no image, or a run has a preprocessing of its own.
+        ValueError: if one is no image, or the preprocessing of a run is not known.
     """
     pictures = []
     for file in images:
         try:
             with Image.open(file) as image:
-                pictures.append(image.convert("RGB"))
+                pictures.append(image.copy())
         except FileNotFoundError:
             raise FileNotFoundError(message("explain", "an image", f"none at {file}", "")) from None
         except OSError as error:
             raise ValueError(message(f"explain {file}", "an image", str(error), "")) from error
-    for run in runs:
-        if run.summary["preprocessing"] is None:
-            fix = "Leave --images out, to see images of the test set."
-            where = str(run.folder.path)
-            raise ValueError(message(where, "a known preprocessing", "a custom one", fix))
+    transforms = {run.name: load_transform(run.folder.path, safe) for run in runs}
 
     def shown(run: LoadedRun) -> list[DisplayImage]:
-        prepare = make_transforms(**run.summary["preprocessing"])
+        prepare = transforms[run.name]
         return [
             DisplayImage(
                 Path(file).stem, np.asarray(_small(picture)), prepare(picture), known=False
@@ -338,7 +330,11 @@ def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         if folder in names:
             found.append((folder, names[folder]))
             continue
-        content = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        fix = "Delete it, and give kd-lrp study again: it is made anew from the runs."
+        content = read_json(folder / "study.json", fix, runs=list)
+        for row in content["runs"]:
+            kinds = {"configuration": str, "point": dict, "seed": int, "state": str, "folder": str}
+            check_keys(folder / "study.json", row, fix, **kinds)
         done = [row for row in content["runs"] if row["state"] == "finished"]
         if not done:
             fix = "kd-lrp study, given again, goes on."

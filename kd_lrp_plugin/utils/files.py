@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -27,8 +28,15 @@ def put(file: Path, make: Callable[[Path], object]) -> None:
     Raises:
         OSError: if it cannot be written, such as on a full disk; the old one stays.
     """
-    # Another process may write the same file, as two studies do.
-    draft = file.with_name(f"{file.name}.{os.getpid()}{DRAFT}")
+    draft = file.with_name(file.name + DRAFT)
+    try:
+        draft.touch(exist_ok=False)
+    except (
+        FileExistsError
+    ):  # another process writes the same file, as two studies do, or was killed
+        draft = file.with_name(f"{file.name}.{os.getpid()}{DRAFT}")
+    except OSError:  # said in words below
+        pass
     write_draft(draft, make)
     draft.replace(file)
     sync(file.parent)
@@ -206,6 +214,20 @@ def _hash_file(file: Path, *_: int) -> str:
         while part := content.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()[:16]
+
+
+# --- what made a file ---------------------------------------------------------------------------
+
+
+def get_command() -> list[str] | None:
+    """The words of the command that this process runs, as typed; None outside of ``kd-lrp``."""
+    program = Path(sys.argv[0])
+    ours = program.name == "__main__.py" and program.parent.name in ("kd_lrp_plugin", "cli")
+    if not ours and program.stem != "kd-lrp":
+        return None
+    world = os.environ.get("WORLD_SIZE", "1")
+    start = ["torchrun", f"--nproc_per_node={world}", "-m", "kd_lrp_plugin.cli"]
+    return [*(start if world != "1" else ["kd-lrp"]), *sys.argv[1:]]
 
 
 # --- one process at a time ----------------------------------------------------------------------
