@@ -119,9 +119,9 @@ def load_transform(folder: str | Path, safe: bool = False) -> Callable[[Image.Im
     run = RunFolder(folder)
     summary = run.summary()
     if summary["preprocessing"] is not None:
-        prepare: Any = make_transforms(**summary["preprocessing"])
-    else:
-        prepare = _build_transform(_config(run, safe), f"transform of {run.path}")
+        known = make_transforms(**summary["preprocessing"])
+        return lambda image: known(image.convert("RGB"))
+    prepare = _build_transform(_config(run, safe), f"transform of {run.path}")
     mode = "L" if summary["image_shape"][0] == 1 else "RGB"
     return lambda image: prepare(image.convert(mode))
 
@@ -131,15 +131,14 @@ def _build_transform(config: Document, where: str) -> Any:
     stage = next(iter(get_stages(train).values()))
     name = str(stage["val_data_loader"]["dataset_id"])
     nodes = {key: node for key, (_, node) in walk_pairs(config.root).items()}
-    node = nodes["datasets"]
+    node: yaml.Node | None = nodes["datasets"]
     for key in (name, "init", "kwargs", "transform"):
-        node = walk_pairs(node).get(key, (None, None))[1]
-        if node is None:
-            break
+        pairs = walk_pairs(node) if node is not None else {}
+        node = pairs[key][1] if key in pairs else None
     if node is not None:  # so the images need not be here
-        key = yaml.ScalarNode("tag:yaml.org,2002:str", "transform")
         parts = config.only("dependencies").root
-        parts.value = [*parts.value, (key, node)]
+        title = yaml.ScalarNode("tag:yaml.org,2002:str", "transform")
+        parts.value = [*parts.value, (title, node)]
         found = construct(replace(config, root=parts))["transform"]
     else:
         dataset = _build_dataset(config, name)
