@@ -344,21 +344,33 @@ def _get_layer(run: LoadedRun, role: str, method: str, index: int) -> str:
     return run.layers[role][index] if ATTRIBUTIONS[method].layered else INPUT
 
 
+def read_explanations(folder: Path) -> dict[str, Any]:
+    """The content of a run's ``explanations.json``, intact.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged.
+    """
+    file = folder / FILE
+    fix = "Rename it, and give kd-lrp explain again: it computes the metrics anew."
+    content = read_json(file, fix, rows=list)
+    for row in content["rows"]:
+        check_keys(file, row, fix, **ROW)
+        for metric in row["figures"].values():
+            check_keys(file, metric, fix, mean=(float, int, NoneType), n=int)
+    return content
+
+
 def _read_rows(run: LoadedRun) -> dict[str, Any]:
     """What is known of the run already; not what other definitions of the metrics gave."""
     file = run.folder / FILE
-    about = {"test_set": run.test_hash, "explained": "the true class", "about": FIGURES}
-    content: dict[str, Any] = about
-    if file.is_file():
-        fix = "Rename it, and give kd-lrp explain again: it computes the metrics anew."
-        content = read_json(file, fix, about=dict, rows=list, test_set=str)
-        for row in content["rows"]:
-            check_keys(file, row, fix, **ROW)
-    if content["about"] != FIGURES:
-        content = about
-    if content["test_set"] != run.test_hash:
+    empty = {"test_set": run.test_hash, "explained": "the true class", "about": FIGURES}
+    content = read_explanations(run.folder.path) if file.is_file() else empty
+    if content.get("about") != FIGURES:
+        content = empty
+    if content.get("test_set") != run.test_hash:
         fix = "Rename it to explain the run again."
-        raise ValueError(message(str(file), "figures of this run", "those of another", fix))
+        raise ValueError(message(str(file), "metrics of this run", "those of another", fix))
     return {"rows": [], **content}
 
 

@@ -24,6 +24,8 @@ from kd_lrp_plugin.utils.validation import check_known, message
 SIDE = 256  # of pictures, in pixels at most
 TRIED = 32  # images, of all classes, on which a model must predict what it did
 
+REPAIR_STUDY = "Delete it, and give kd-lrp study again: it is made again from the runs, which stay."
+
 
 @dataclass
 class LoadedRun:
@@ -347,6 +349,20 @@ def read_images(
     return display
 
 
+def read_study(file: Path) -> dict[str, Any]:
+    """The content of a ``study.json``, intact.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged.
+    """
+    content = read_json(file, REPAIR_STUDY, runs=list)
+    for row in content["runs"]:
+        kinds = {"configuration": str, "point": dict, "seed": int, "state": str, "folder": str}
+        check_keys(file, row, REPAIR_STUDY, **kinds)
+    return content
+
+
 def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
     """Runs and what to call them; for the folder of a study's results, its finished runs.
 
@@ -360,11 +376,7 @@ def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         if folder in names:
             found.append((folder, names[folder]))
             continue
-        fix = "Delete it, and give kd-lrp study again: it is made anew from the runs."
-        content = read_json(folder / "study.json", fix, runs=list)
-        for row in content["runs"]:
-            kinds = {"configuration": str, "point": dict, "seed": int, "state": str, "folder": str}
-            check_keys(folder / "study.json", row, fix, **kinds)
+        content = read_study(folder / "study.json")
         done = [row for row in content["runs"] if row["state"] == "finished"]
         if not done:
             fix = "kd-lrp study, given again, resumes."

@@ -41,10 +41,6 @@ _REPAIRS = f"{AGAIN} repairs it from the checkpoint."
 _ANEW = f"Rename it, and give {AGAIN.replace(',', '', 1)} once more: checkpoints stay as they are."
 
 
-class Busy(BlockingIOError):
-    """Another process is running in a run folder."""
-
-
 class RunFolder:
     """One run's folder.
 
@@ -114,6 +110,13 @@ class RunFolder:
             raise files.damaged(self / name, "the file that the run has written", why, _REPAIRS)
         return self / name
 
+    @property
+    def threads(self) -> int | None:
+        """How many threads the run began with: their number changes its weights."""
+        sessions = self._about().get("sessions", [])
+        first = sessions[0] if sessions and isinstance(sessions[0], dict) else {}
+        return first.get("threads")
+
     def find_damage(self) -> dict[str, str]:
         """What of a finished run is not as it was written: by file, why."""
         found = {}
@@ -176,7 +179,7 @@ class RunFolder:
 
         Raises:
             FileExistsError: if the folder holds something else, or another run's checkpoint.
-            Busy: if another process is running in it.
+            BlockingIOError: if another process is running in it.
             OSError: if its file system has no locks.
             ValueError: if its environment.json is damaged.
         """
@@ -193,10 +196,10 @@ class RunFolder:
         with ExitStack() as stack:
             try:
                 stack.enter_context(files.locked(self / LOCK))
-            except BlockingIOError:
+            except files.Busy:
                 fix = "Wait for it, or choose another --out or --seed."
                 got = f"{self.path}, where another process is running"
-                raise Busy(message("run folder", "a free one", got, fix)) from None
+                raise files.Busy(message("run folder", "a free one", got, fix)) from None
             new = self._begin(config, about)
             for draft in self.path.glob(f"*{files.DRAFT}"):  # of a process that was killed
                 draft.unlink()

@@ -127,7 +127,7 @@ def read_text(file: Path, repair: str) -> str:
         raise damaged(file, "text in UTF-8", error, repair) from error
 
 
-def read_json(file: Path, repair: str, **kinds: type | tuple[type, ...]) -> Any:
+def read_json(file: Path, repair: str, /, **kinds: type | tuple[type, ...]) -> Any:
     """A JSON file of ours, intact.
 
     Args:
@@ -149,7 +149,7 @@ def read_json(file: Path, repair: str, **kinds: type | tuple[type, ...]) -> Any:
     return content
 
 
-def check_keys(file: Path, content: Any, repair: str, **kinds: type | tuple[type, ...]) -> None:
+def check_keys(file: Path, content: Any, repair: str, /, **kinds: type | tuple[type, ...]) -> None:
     """Raise ValueError unless a part of a file is a mapping that has these keys; see above."""
     if kinds and not isinstance(content, dict):
         raise damaged(file, "a mapping of keys", repr(content)[:60], repair)
@@ -255,6 +255,10 @@ def get_command() -> list[str] | None:
 # --- one process at a time ----------------------------------------------------------------------
 
 
+class Busy(BlockingIOError):
+    """Another process holds a lock."""
+
+
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
     """Hold the lock of a file, which is made if there is none and stays.
@@ -262,7 +266,7 @@ def locked(file: Path) -> Iterator[None]:
     The system releases the lock when the process ends, however it ends.
 
     Raises:
-        BlockingIOError: if another process holds it.
+        Busy: if another process holds it.
         OSError: if the file cannot be made, or the file system has no locks.
     """
     handle = _open_locked(file)
@@ -282,7 +286,7 @@ def _open_locked(file: Path) -> int:
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 got, fix = "one that another process holds", "Wait for it."
-                raise BlockingIOError(message(str(file), "a free lock", got, fix)) from None
+                raise Busy(message(str(file), "a free lock", got, fix)) from None
             # Going on without it, two processes would write into each other's files.
             fix = "Choose a folder on a local disk, or mount this one with locks."
             got = f"{errno.errorcode.get(error.errno or 0, '')} ({error.strerror})"
