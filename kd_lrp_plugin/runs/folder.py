@@ -88,15 +88,15 @@ class RunFolder:
             FileNotFoundError: if there are none.
             ValueError: if the file is damaged.
         """
-        file = self / "metrics.jsonl"
-        records = []
+        file = self.check_output("metrics.jsonl") if self.finished else self / "metrics.jsonl"
+        records: list[dict[str, Any]] = []
         for number, line in enumerate(files.read_text(file, _REPAIRS).splitlines(), 1):
             try:
                 records.append(json.loads(line))
             except ValueError as error:
                 raise files.damaged(file, f"JSON in line {number}", error, _REPAIRS) from error
             files.check_keys(file, records[-1], _REPAIRS, epoch=int)
-        if [record["epoch"] for record in records] != list(range(1, len(records) + 1)):
+        if not records or [record["epoch"] for record in records] != [*range(1, len(records) + 1)]:
             raise files.damaged(file, "a line for each epoch", "others", _REPAIRS)
         return records
 
@@ -113,7 +113,7 @@ class RunFolder:
     @property
     def threads(self) -> int | None:
         """How many threads the run began with: their number changes its weights."""
-        sessions = self._about().get("sessions", [])
+        sessions = self.read_environment().get("sessions", [])
         first = sessions[0] if sessions and isinstance(sessions[0], dict) else {}
         return first.get("threads")
 
@@ -131,7 +131,7 @@ class RunFolder:
         return found
 
     def _recorded_outputs(self) -> dict[str, str]:
-        return self._about().get("outputs", {})
+        return self.read_environment().get("outputs", {})
 
     def _find_damage(self, name: str, recorded: Mapping[str, str]) -> str | None:
         if not (self / name).is_file():
@@ -142,7 +142,7 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Note what the files of :data:`OUTPUTS` are, then write the summary."""
-        about = self._about()
+        about = self.read_environment()
         about["outputs"] = {
             name: files.hash_file(self / name) for name in OUTPUTS if (self / name).is_file()
         }
@@ -254,7 +254,9 @@ class RunFolder:
     def _check_same_run(self, config: str, about: Mapping[str, Any]) -> str:
         """The text of the config as it is noted; FileExistsError unless it is this very run."""
         differs = self.changed(about)
-        moved = "files" in self._about()  # then a teacher's content is compared, wherever it lies
+        moved = (
+            "files" in self.read_environment()
+        )  # then a teacher's content is compared, wherever it lies
         noted = files.read_text(self / "config.yaml", _ANEW)
         for line in difflib.unified_diff(noted.splitlines(), config.splitlines(), n=0, lineterm=""):
             if line[:1] in "+-" and line[:3] not in ("+++", "---"):
@@ -272,7 +274,7 @@ class RunFolder:
 
         Nothing for a run that has not begun. What is not known, then or now, counts as the same.
         """
-        before = self._about()
+        before = self.read_environment()
         found = []
         for key, value in about.items():
             if isinstance(value, dict) and isinstance(before.get(key), dict):
@@ -285,7 +287,7 @@ class RunFolder:
             ]
         return found
 
-    def _about(self) -> dict[str, Any]:
+    def read_environment(self) -> dict[str, Any]:
         """The content of environment.json; empty where there is none."""
         file = self / "environment.json"
         if not file.is_file():
@@ -308,7 +310,7 @@ class RunFolder:
 
     def add_session(self, session: Mapping[str, Any]) -> None:
         """Note under which circumstances the run resumes."""
-        about = self._about()
+        about = self.read_environment()
         about["sessions"].append({"command": files.get_command(), **session})
         files.write_json(self / "environment.json", about)
 
