@@ -19,6 +19,7 @@ from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.evaluation.explain import explain
+from kd_lrp_plugin.evaluation.explain_inputs import ExplainOptions
 from kd_lrp_plugin.plots import tables
 from kd_lrp_plugin.report import page
 from kd_lrp_plugin.selection import select, spec
@@ -64,11 +65,13 @@ def main() -> None:
         evaluations = {name: evaluate.evaluate(folder) for name, folder in folders.items()}
         explained = explain(
             list(folders.values()),
-            methods=["gradient_activation"],
-            layers=[LAYER],
-            n=4,
-            samples=8 if args.short else None,
-            out=args.out,
+            ExplainOptions(
+                methods=["gradient_activation"],
+                layers=[LAYER],
+                n=4,
+                samples=8 if args.short else None,
+                out=args.out,
+            ),
         )
         page_file = args.out / "report.html"
         page.write(list(folders.values()), page_file, selection=choice, maps=args.out)

@@ -69,13 +69,17 @@ def explain(
         kd-lrp explain RUN --images scan.jpg --method lrp_composite
     """
     from kd_lrp_plugin.attribution import summary
-    from kd_lrp_plugin.evaluation import explain
+    from kd_lrp_plugin.evaluation import explain, explain_inputs
 
     roles = tuple(model or ("student", "teacher"))
     last = "What is finished stays; the same command goes on from there."
     with RichProgress(), errors_in_words(last), init_distributed(device) as context:
-        options = (method or (), layer or (), roles, images or (), n, samples, out)
-        rows = explain.explain(runs, *options, context.device, safe)
+        options = explain_inputs.ExplainOptions(
+            *(method or (), layer or (), roles, images or (), n, samples, out),
+            device=context.device,
+            safe=safe,
+        )
+        rows = explain.explain(runs, options)
     if rows:
         print(tables.table(summary.records(rows)))
     if len({row["layer"] for row in rows} - {"input"}) > 1:

@@ -58,6 +58,7 @@ def study(
     """
     from kd_lrp_plugin.studies import (
         parser,
+        plan,
         runner,
         status,  # slow: scipy's statistics
     )
@@ -69,11 +70,12 @@ def study(
             planned = parser.read_plan(file, overrides or [], chosen, runs, only or [])
             print(tables.table(status.list_status(planned)))
             return
-        folder = out or runner.default_output_folder(file)
+        options = plan.StudyOptions(
+            overrides or (), chosen, only or (), runs, out, jobs, device, safe
+        )
+        folder = options.get_folder(file)
         with RichProgress():
-            found = runner.run_study(
-                *(file, overrides or [], chosen, folder, runs, jobs, device, safe, only or [])
-            )
+            found = runner.run_study(file, options)
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"written: {folder}/study.json, study.csv, table.md, study.png")
     if not found["final"]:

@@ -1,6 +1,5 @@
 """The full evaluation of a finished run, and its predictions on new images."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from kd_lrp_plugin.data.transforms import make_transforms
 from kd_lrp_plugin.metrics.agreement import compare_predictions
 from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.metrics.efficiency import cost
 from kd_lrp_plugin.plots.figures import confusion_figure, reliability_figure
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.runs.loading import build_untrained, load_run, read_model_entries
-from kd_lrp_plugin.runs.predictions import read_predictions
+from kd_lrp_plugin.runs.loading import build_untrained, load_run, load_transform, read_model_entries
+from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
+from kd_lrp_plugin.utils.files import write_json
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -30,30 +29,32 @@ def predict(
         safe: see :func:`load_run`.
 
     Returns:
-        One record per image: file, class and its probability, and all probabilities by class.
+        One record per image: file, class and its probability, and all probabilities by class; an
+        output beyond the classes has a name of its own.
 
     Raises:
         FileNotFoundError: if there is no run or no image.
-        ValueError: for a file that is no image, or a run with a preprocessing of its own.
+        ValueError: for a file that is no image, outputs that are not finite, or a run whose files
+            are damaged.
     """
     model, summary = load_run(folder, safe)
-    if summary["preprocessing"] is None:
-        fix = "Load the model with results.load_run, and prepare the images as in training."
-        raise ValueError(message("predict", "a known preprocessing", "a custom one", fix))
-    prepare = make_transforms(**summary["preprocessing"])
+    prepare = load_transform(folder, safe)
     records = []
     for file in images:
         try:
             with Image.open(file) as image:
-                batch = prepare(image.convert("RGB"))[None]
+                batch = prepare(image)[None]
         except FileNotFoundError:
             raise FileNotFoundError(message("predict", "an image", f"none at {file}", "")) from None
         except OSError as error:
             raise ValueError(message(f"predict {file}", "an image", str(error), "")) from error
         with torch.no_grad():
-            probabilities = model(batch)[0].softmax(0)
-        names = summary["classes"] or [str(place) for place in range(len(probabilities))]
-        by_class = dict(zip(names, probabilities.tolist(), strict=False))
+            logits = model(batch)[0]
+        if not logits.isfinite().all():
+            fix = "The student cannot handle this image: train it again, or leave the image out."
+            raise ValueError(message(f"predict {file}", "finite outputs", logits.tolist(), fix))
+        names = name_outputs(summary["classes"], len(logits))
+        by_class = dict(zip(names, logits.softmax(0).tolist(), strict=True))
         best = max(by_class, key=by_class.__getitem__)
         records.append(
             {"file": str(file), "class": best, "probability": by_class[best], "all": by_class}
@@ -72,7 +73,7 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         safe: see :func:`load_run`.
 
     Returns:
-        By "student", and "teacher" where the run has one: the figures of
+        By "student", and "teacher" where the run has one: the metrics of
         :func:`~kd_lrp_plugin.metrics.classification.classification_metrics` and, under "cost",
         those of :func:`~kd_lrp_plugin.metrics.efficiency.cost`, None for images that are not
         square. Under "student_and_teacher" those of
@@ -80,20 +81,22 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
+        ValueError: if a file of it is damaged, or its predictions are not finite.
     """
     run = RunFolder(folder)
     summary = run.summary()
-    labels, probabilities = read_predictions((run / "predictions.csv").read_text(encoding="utf-8"))
-    classes = summary["classes"] or [str(i) for i in range(probabilities["student"].shape[1])]
+    predictions = read_predictions(run)
+    labels, probabilities = predictions.labels, predictions.probabilities
+    run.check_output("best.pt")
     found: dict[str, Any] = {}
     entries = read_model_entries(run, summary, safe)
     for role, values in probabilities.items():
-        figures = classification_metrics(values, labels, classes, resamples)
+        outputs = name_outputs(summary["classes"], values.shape[1])
+        found[role] = classification_metrics(values, labels, outputs, resamples)
         channels, height, width = summary["image_shape"]
-        figures["cost"] = (
+        found[role]["cost"] = (
             cost(build_untrained(role, entries), height, channels) if height == width else None
         )
-        found[role] = figures
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(
             probabilities["student"], probabilities["teacher"], labels
@@ -106,5 +109,5 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     confusion, reliability = confusion_figure(matrices, names), reliability_figure(curves)
     run.put("confusion.png", lambda file: confusion.savefig(file, format="png"))
     run.put("reliability.png", lambda file: reliability.savefig(file, format="png"))
-    run.write("evaluation.json", json.dumps(found, indent=2))  # last: with it, all is there
+    write_json(run / "evaluation.json", found)  # last: with it, all is there
     return found

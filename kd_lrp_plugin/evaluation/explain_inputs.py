@@ -1,8 +1,5 @@
 """Finished runs opened to be explained, and images of their test sets to explain them with."""
 
-import csv
-import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,34 +13,35 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, attribute
-from kd_lrp_plugin.data.transforms import make_transforms
 from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.runs.loading import load_models, load_test_set
-from kd_lrp_plugin.runs.predictions import read_predictions
-from kd_lrp_plugin.utils.files import hash_contents
+from kd_lrp_plugin.runs.loading import load_models, load_test_set, load_transform
+from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
+from kd_lrp_plugin.utils.files import check_keys, hash_contents, name_folders, read_json
 from kd_lrp_plugin.utils.progress import current_progress
-from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.validation import check_known, message
 
 SIDE = 256  # of pictures, in pixels at most
 TRIED = 32  # images, of all classes, on which a model must predict what it did
 
+REPAIR_STUDY = "Delete it, and give kd-lrp study again: it is made again from the runs, which stay."
+
 
 @dataclass
 class LoadedRun:
-    """A finished run, opened.
+    """A finished run with its models and test set.
 
     Attributes:
         folder: of the run.
         name: what tells it from the other runs of the command.
         summary: of the run.
         models: by role, in evaluation mode.
-        prints: by role, what tells its weights and images from others'.
+        hashes: by role, of the weights and the size of the images.
         test_set: as the run was tested on it.
-        test_print: what tells it from others.
+        test_hash: of the names and labels of its images.
         labels: of the test set.
         probabilities: by role, as they are in predictions.csv.
-        layers: by role, the layers to look at; the places of one role and another belong together.
+        layers: by role, the layers to look at; those at one index belong together.
         methods: by role, those that can handle the model.
     """
 
@@ -51,9 +49,9 @@ class LoadedRun:
     name: str
     summary: dict[str, Any]
     models: dict[str, nn.Module]
-    prints: dict[str, str]
+    hashes: dict[str, str]
     test_set: Any
-    test_print: str
+    test_hash: str
     labels: Int[np.ndarray, " n"]
     probabilities: dict[str, Float[np.ndarray, "n outputs"]]
     layers: dict[str, list[str]]
@@ -64,8 +62,7 @@ class LoadedRun:
         return next(next(iter(self.models.values())).parameters()).device
 
     def class_name(self, number: int) -> str:
-        classes = self.summary["classes"]
-        return classes[number] if number < len(classes) else str(number)
+        return name_outputs(self.summary["classes"], number + 1)[number]
 
 
 @dataclass(frozen=True)
@@ -92,25 +89,54 @@ class DisplayImage:
     known: bool = True
 
 
-def open_run(
-    folder: str | Path,
-    name: str,
-    methods: Sequence[str],
-    layers: Sequence[str],
-    roles: Sequence[str],
-    device: torch.device | str,
-    safe: bool,
-) -> LoadedRun:
+@dataclass(frozen=True)
+class ExplainOptions:
+    """What is to be explained, and how.
+
+    Attributes:
+        methods: names of :data:`~kd_lrp_plugin.attribution.methods.ATTRIBUTIONS`, or of what a
+            module in a run's ``dependencies`` adds to it; without any, all that can handle a model.
+        layers: names of modules; without any, the deepest before the last reduction, where maps
+            still have locations to compare. Pictures show the first.
+        roles: "student", "teacher" or both; a run without a teacher has none to explain.
+        images: files to picture in place of test images; then nothing is computed in numbers.
+        n: test images to picture: classes in turn, right and wrong predictions in turn.
+        samples: images for all numbers, in place of the usual counts; half or a quarter of them
+            for the randomisation.
+        out: folder for all runs side by side.
+        device: to compute on.
+        safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
+
+    Raises:
+        ValueError: for an unknown role, or no images.
+    """
+
+    methods: Sequence[str] = ()
+    layers: Sequence[str] = ()
+    roles: Sequence[str] = ("student", "teacher")
+    images: Sequence[str | Path] = ()
+    n: int = 8
+    samples: int | None = None
+    out: str | Path | None = None
+    device: torch.device | str = "cpu"
+    safe: bool = False
+
+    def __post_init__(self) -> None:
+        for role in self.roles:
+            check_known("model", role, ("student", "teacher"))
+        if not self.roles or self.n < 1 or (self.samples is not None and self.samples < 1):
+            got = f"{len(self.roles)} models, n {self.n} and samples {self.samples}"
+            raise ValueError(message("explain", "one model and image at least", got, ""))
+
+
+def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRun:
     """A finished run with its models, checked against its predictions.
 
     Args:
         folder: of the run.
         name: to call it by.
-        methods: that must work; without any, all are tried, and those that do not are noted.
-        layers: names of modules; without any, the deepest before the last reduction.
-        roles: of the models to open.
-        device: for the models.
-        safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
+        options: methods that are named must work; without any, all are tried, and those that do
+            not work are noted.
 
     Raises:
         FileNotFoundError: if there is no finished run, or no file of a teacher's weights.
@@ -119,63 +145,65 @@ def open_run(
     """
     run = RunFolder(folder)
     summary = run.summary()
-    text = (run / "predictions.csv").read_text(encoding="utf-8")
-    labels, probabilities = read_predictions(text)
-    images = [line[:2] for line in csv.reader(io.StringIO(text))]
-    models = load_models(folder, roles, safe)
+    predictions = read_predictions(run)
+    labels = predictions.labels
+    models = load_models(folder, options.roles, options.safe)  # imports dependencies as well
+    for method in options.methods:
+        check_known("method", method, ATTRIBUTIONS)
     if not models:
         fix = "Leave --model out."
         raise ValueError(message(str(folder), "a run with a teacher", "one without", fix))
-    test_set = load_test_set(folder, safe)
+    test_set = load_test_set(folder, options.safe)
     if len(test_set) != len(labels) or list(getattr(test_set, "targets", labels)) != [*labels]:
         got = f"{len(test_set)} images, or other classes"
         fix = "Put the data back, or test the student anew."
         raise ValueError(message(str(folder), f"the {len(labels)} test images", got, fix))
     opened = LoadedRun(
-        run,
-        name,
-        summary,
-        models,
-        {},
-        test_set,
-        hash_contents(images),
-        labels,
-        probabilities,
-        {},
-        {},
+        folder=run,
+        name=name,
+        summary=summary,
+        models=models,
+        hashes={},
+        test_set=test_set,
+        test_hash=hash_contents(predictions.images, labels.tolist()),
+        labels=labels,
+        probabilities=predictions.probabilities,
+        layers={},
+        methods={},
     )
-    places = list(islice(interleave_classes(labels), TRIED))
-    tried = make_sample(opened, places, device)
+    indices = list(islice(interleave_classes(labels), TRIED))
+    tried = make_sample(opened, indices, options.device)
     for role, model in models.items():
-        model.to(device).requires_grad_(False)
-        _check_predictions(opened, role, places, tried.images)
+        model.to(options.device).requires_grad_(False)
+        _check_predictions(opened, role, indices, tried.images)
         weights = [tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()]
-        opened.prints[role] = hash_contents(summary["image_shape"], *weights)
-        opened.layers[role] = _layers(model, layers)
-        opened.methods[role] = _able(opened, role, methods, tried)
+        opened.hashes[role] = hash_contents(summary["image_shape"], *weights)
+        opened.layers[role] = _find_layers(model, options.layers)
+        opened.methods[role] = _find_methods(opened, role, options.methods, tried)
     return opened
 
 
-def _check_predictions(run: LoadedRun, role: str, places: Sequence[int], images: Tensor) -> None:
+def _check_predictions(run: LoadedRun, role: str, indices: Sequence[int], images: Tensor) -> None:
     if role not in run.probabilities:  # features were compared: there is no record of logits
         return
     with torch.no_grad():
         now = run.models[role](images).float().softmax(1).cpu().numpy()
-    off = float(np.abs(now - run.probabilities[role][places]).max())
-    if off > 0.05:  # low precision in training, or another device, changes less
+    off = float(np.abs(now - run.probabilities[role][indices]).max())
+    # Low precision in training, or another device, changes less; nan is never as it was.
+    if not off <= 0.05:
         fix = "Put the weights and images back that the run was tested with."
         got = f"probabilities that differ by up to {off:.2f}"
         where = f"{role} of {run.folder.path}"
         raise ValueError(message(where, "the predictions in predictions.csv", got, fix))
 
 
-def _layers(model: nn.Module, asked: Sequence[str]) -> list[str]:
+def _find_layers(model: nn.Module, asked: Sequence[str]) -> list[str]:
     """Those asked for, which must be there; else the deepest before the last reduction."""
     with record(model, [*asked] or "auto") as recording:
         return recording.layers if asked else recording.layers[-1:]
 
 
-def _able(run: LoadedRun, role: str, methods: Sequence[str], tried: Sample) -> list[str]:
+def _find_methods(run: LoadedRun, role: str, methods: Sequence[str], tried: Sample) -> list[str]:
     """The methods asked for, each of which must work; of all methods, those that do."""
     refused: dict[str, ValueError] = {}
     for method in methods or ATTRIBUTIONS:
@@ -193,21 +221,21 @@ def _able(run: LoadedRun, role: str, methods: Sequence[str], tried: Sample) -> l
 
 
 def make_sample(
-    run: LoadedRun, places: Sequence[int], device: torch.device | str = "cpu"
+    run: LoadedRun, indices: Sequence[int], device: torch.device | str = "cpu"
 ) -> Sample:
     """Images of the test set; with masks, if each of them has one."""
-    masks = [mask for place in places if (mask := _mask(run, place)) is not None]
+    masks = [mask for index in indices if (mask := _find_mask(run, index)) is not None]
     return Sample(
-        torch.stack([run.test_set[place][0] for place in places]).to(device),
-        torch.tensor([int(run.labels[place]) for place in places]).to(device),
-        torch.stack(masks) if len(masks) == len(places) else None,
+        torch.stack([run.test_set[index][0] for index in indices]).to(device),
+        torch.tensor([int(run.labels[index]) for index in indices]).to(device),
+        torch.stack(masks) if len(masks) == len(indices) else None,
     )
 
 
-def _mask(run: LoadedRun, place: int) -> Bool[Tensor, "h w"] | None:
+def _find_mask(run: LoadedRun, index: int) -> Bool[Tensor, "h w"] | None:
     """Where the test set knows it and the way from its image to the model's is a plain resize."""
     find = getattr(run.test_set, "mask", None)
-    mask = find(place) if find and run.summary["preprocessing"] else None
+    mask = find(index) if find and run.summary["preprocessing"] else None
     if mask is None or not mask.any():
         return None
     _, height, width = run.summary["image_shape"]
@@ -217,7 +245,7 @@ def _mask(run: LoadedRun, place: int) -> Bool[Tensor, "h w"] | None:
 
 
 def interleave_classes(labels: Int[np.ndarray, " n"]) -> Iterator[int]:
-    """All places, the classes in turn, each in an order of chance."""
+    """All indices, the classes in turn, each in a random order."""
     shuffle = np.random.default_rng(0).permutation
     rest = [list(shuffle(np.flatnonzero(labels == k))) for k in np.unique(labels)]
     while any(rest):
@@ -225,13 +253,13 @@ def interleave_classes(labels: Int[np.ndarray, " n"]) -> Iterator[int]:
 
 
 def sample_indices(run: LoadedRun, most: int) -> list[int]:
-    """Places of images with a mask; of any images where the test set has no masks."""
+    """Indices of images with a mask; of any images where the test set has no masks."""
     masked: list[int] = []
-    for place in interleave_classes(run.labels):
+    for index in interleave_classes(run.labels):
         if len(masked) == most:
             break
-        if _mask(run, place) is not None:
-            masked.append(place)
+        if _find_mask(run, index) is not None:
+            masked.append(index)
     return masked or list(interleave_classes(run.labels))[:most]
 
 
@@ -248,81 +276,91 @@ def choose_images(run: LoadedRun, n: int) -> Callable[[LoadedRun], list[DisplayI
     right = run.probabilities["student"].argmax(1) == run.labels
     classes = np.unique(run.labels)
     rest: dict[tuple[int, bool], list[int]] = {(k, r): [] for k in classes for r in (True, False)}
-    for place in interleave_classes(run.labels):
-        rest[run.labels[place], bool(right[place])].append(place)
-    places: list[int] = []
+    for index in interleave_classes(run.labels):
+        rest[run.labels[index], bool(right[index])].append(index)
+    indices: list[int] = []
     for turn in range(n):
         lap, number = divmod(turn, len(classes))
         wanted = (lap + number) % 2 == 0
         fits = rest[classes[number], wanted] or rest[classes[number], not wanted]
         if fits:
-            places.append(fits.pop(0))
+            indices.append(fits.pop(0))
 
-    def shown(other: LoadedRun) -> list[DisplayImage]:
-        return [_get_test_images(other, place) for place in places]
+    def display(other: LoadedRun) -> list[DisplayImage]:
+        return [_display_test_image(other, index) for index in indices]
 
-    return shown
+    return display
 
 
-def _get_test_images(run: LoadedRun, place: int) -> DisplayImage:
-    image = run.test_set[place][0]
-    name = run.class_name(int(run.labels[place]))
+def _display_test_image(run: LoadedRun, index: int) -> DisplayImage:
+    image = run.test_set[index][0]
+    name = run.class_name(int(run.labels[index]))
     if run.summary["preprocessing"] is None:  # only the tensor shows what the model saw
         low, high = image.min(), image.max()
         picture = ((image - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0).numpy()
         return DisplayImage(name, picture, image)
     if hasattr(run.test_set, "image"):
-        found = run.test_set.image(place)
+        found = run.test_set.image(index)
     else:
-        found = run.test_set.loader(run.test_set.samples[place][0])
-    small = _small(found)
+        found = run.test_set.loader(run.test_set.samples[index][0])
+    small = _shrink(found)
     find = getattr(run.test_set, "mask", None)
-    mask = find(place) if find else None
+    mask = find(index) if find else None
     if mask is not None:
         mask = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
     return DisplayImage(name, np.asarray(small), image, mask)
 
 
-def _small(picture: Image.Image) -> Image.Image:
+def _shrink(picture: Image.Image) -> Image.Image:
     copy = picture.convert("RGB")
     copy.thumbnail((SIDE, SIDE))
     return copy
 
 
 def read_images(
-    runs: Sequence[LoadedRun], images: Sequence[str | Path]
+    runs: Sequence[LoadedRun], images: Sequence[str | Path], safe: bool = False
 ) -> Callable[[LoadedRun], list[DisplayImage]]:
     """Image files to picture, prepared as each run has it.
 
     Raises:
         FileNotFoundError: if one is not there.
-        ValueError: if one is no image, or a run has a preprocessing of its own.
+        ValueError: if one is no image, or the preprocessing of a run is not known.
     """
     pictures = []
     for file in images:
         try:
             with Image.open(file) as image:
-                pictures.append(image.convert("RGB"))
+                pictures.append(image.copy())
         except FileNotFoundError:
             raise FileNotFoundError(message("explain", "an image", f"none at {file}", "")) from None
         except OSError as error:
             raise ValueError(message(f"explain {file}", "an image", str(error), "")) from error
-    for run in runs:
-        if run.summary["preprocessing"] is None:
-            fix = "Leave --images out, to see images of the test set."
-            where = str(run.folder.path)
-            raise ValueError(message(where, "a known preprocessing", "a custom one", fix))
+    transforms = {run.name: load_transform(run.folder.path, safe) for run in runs}
 
-    def shown(run: LoadedRun) -> list[DisplayImage]:
-        prepare = make_transforms(**run.summary["preprocessing"])
+    def display(run: LoadedRun) -> list[DisplayImage]:
+        prepare = transforms[run.name]
         return [
             DisplayImage(
-                Path(file).stem, np.asarray(_small(picture)), prepare(picture), known=False
+                Path(file).stem, np.asarray(_shrink(picture)), prepare(picture), known=False
             )
             for file, picture in zip(images, pictures, strict=True)
         ]
 
-    return shown
+    return display
+
+
+def read_study(file: Path) -> dict[str, Any]:
+    """The content of a ``study.json``, intact.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged.
+    """
+    content = read_json(file, REPAIR_STUDY, runs=list)
+    for row in content["runs"]:
+        kinds = {"configuration": str, "point": dict, "seed": int, "state": str, "folder": str}
+        check_keys(file, row, REPAIR_STUDY, **kinds)
+    return content
 
 
 def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
@@ -338,29 +376,16 @@ def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         if folder in names:
             found.append((folder, names[folder]))
             continue
-        content = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        content = read_study(folder / "study.json")
         done = [row for row in content["runs"] if row["state"] == "finished"]
         if not done:
-            fix = "kd-lrp study, given again, goes on."
+            fix = "kd-lrp study, given again, resumes."
             raise ValueError(message(str(folder), "a study with a finished run", "none", fix))
         for row in done:
             words = [row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())]
             found.append((Path(row["folder"]), ", ".join([*words, f"seed {row['seed']}"])))
     _check_different([path for path, _ in found])
     return found
-
-
-def name_folders(folders: Sequence[Path]) -> list[str]:
-    """What tells folders apart: their paths without what all of them share at either end."""
-    _check_different(folders)
-    parts = [folder.resolve().parts for folder in folders]
-    if len(parts) == 1:
-        return [str(folders[0])]
-    while len({p[:1] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    while len({p[-1:] for p in parts}) == 1:
-        parts = [p[:-1] for p in parts]
-    return ["/".join(p) or "." for p in parts]
 
 
 def _check_different(folders: Sequence[Path]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from kd_lrp_plugin.attribution.summary import FIGURES
 from kd_lrp_plugin.config.document import parse_document
 from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.evaluation.explain import read_explanations
 from kd_lrp_plugin.plots.figures import curves_figure
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.report.sections import (
@@ -17,12 +18,12 @@ from kd_lrp_plugin.report.sections import (
     list_explain_commands,
     list_map_sheets,
     read_data_check,
-    read_json,
     read_selection,
     read_study,
     short,
 )
 from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.files import hash_contents, read_csv
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -146,7 +147,7 @@ def _first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]
 
 def _run(path: Path, name: str, safe: bool) -> dict[str, Any]:
     folder = RunFolder(path)
-    summary, about = folder.summary(), read_json(path / "environment.json")
+    summary, about = folder.summary(), folder.read_environment()
     problem = None
     if not (path / "evaluation.json").is_file():
         try:
@@ -155,27 +156,37 @@ def _run(path: Path, name: str, safe: bool) -> dict[str, Any]:
             problem = str(error)  # the page has its other figures all the same
             current_progress().note(f"{path}: not evaluated: {problem}")
     text = (path / "config.yaml").read_text(encoding="utf-8")
-    sessions = about["sessions"] or [{}]
+    sessions = about.get("sessions") or [{}]
     session = sessions[-1]
-    epochs = (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    folder.check_output("predictions.csv")
     return {
         "name": name,
         "folder": short(path),
         "summary": summary,
-        "evaluation": read_json(path / "evaluation.json"),
+        "evaluation": _read_evaluation(path),
         "problem": problem,
         "session": session,
         "sessions": len(sessions),
-        "processes": about["processes"],
+        "processes": about.get("processes", 1),
         "question": _question(session.get("config")),
         "config": parse_document(path / "config.yaml", text).values,
         "text": text,
-        "curves": _curves([json.loads(line) for line in epochs]),
+        "curves": _curves(folder.read_metrics()),
         "test_set": _test_set(path / "predictions.csv"),
         "config_file": short(session["config"]) if session.get("config") else None,
-        "explanations": read_json(path / "explanations.json"),
+        "explanations": _read_maps(path),
         "command": _distill(path, session, about),
     }
+
+
+def _read_evaluation(path: Path) -> dict[str, Any] | None:
+    file = path / "evaluation.json"
+    fix = "Delete it, and give kd-lrp evaluate again."
+    return files.read_json(file, fix, student=dict) if file.is_file() else None
+
+
+def _read_maps(path: Path) -> dict[str, Any] | None:
+    return read_explanations(path) if (path / "explanations.json").is_file() else None
 
 
 def _question(config: str | None) -> str | None:
@@ -217,7 +228,7 @@ def _test_set(predictions: Path) -> str:
 
 
 def _distill(path: Path, session: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    many = about["processes"] > 1
+    many = about.get("processes", 1) > 1
     start = f"torchrun --nproc_per_node={about['processes']} -m kd_lrp_plugin.cli" if many else ""
     sets = [word for override in session.get("overrides", ()) for word in ("--set", override)]
     config = short(session["config"]) if "config" in session else "CONFIG"

@@ -30,4 +30,4 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         got = f"{type(error).__name__}: {error}"
     except pickle.UnpicklingError as error:
         got = f"other objects: {str(error).splitlines()[0]}"
-    raise ValueError(message(str(file), "a whole checkpoint of plain tensors", got, ""))
+    raise ValueError(message(str(file), "an intact checkpoint of plain tensors", got, ""))

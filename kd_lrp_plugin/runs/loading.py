@@ -1,17 +1,22 @@
 """Finished runs: the student again, its predictions on new images, and its full evaluation."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import yaml
+from PIL import Image
+from torch import Tensor, nn
 
-from kd_lrp_plugin.config.build import build_model_entry, construct
-from kd_lrp_plugin.config.document import Document, resolve_config
+from kd_lrp_plugin.config.build import build_model_entry, construct, get_stages
+from kd_lrp_plugin.config.document import Document, resolve_config, walk_pairs
 from kd_lrp_plugin.config.safety import unsafe_tags
+from kd_lrp_plugin.data.transforms import make_transforms
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.runs.provenance import check_weights_file
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -59,27 +64,90 @@ def load_models(
     models = {}
     for role in sorted(set(roles) & set(entries)):
         models[role] = build_untrained(role, entries)
-        file = run / "best.pt" if role == "student" else _teacher_file(run, entries[role])
+        if role == "student":
+            file = run.check_output("best.pt")
+        else:
+            file = check_weights_file(_find_teacher_file(run, entries[role]))
         load_weights(models[role], file, f"{role} of {run.path}", strict=True)
+        _check_finite(models[role], f"{role} of {run.path}")
         models[role].eval()
     return models
 
 
-def _teacher_file(run: RunFolder, entry: Mapping[str, Any]) -> Path:
+def _check_finite(model: nn.Module, where: str) -> None:
+    """Raise ValueError where weights are nan or infinite, as after a training that diverged."""
+    state = model.state_dict()
+    broken = [key for key, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        got = f"{len(broken)} of {len(state)} that are not, first {broken[0]}"
+        fix = "Train it again, for example with a lower learning rate, in another --out."
+        raise ValueError(message(where, "tensors of finite numbers", got, fix))
+
+
+def _find_teacher_file(run: RunFolder, entry: Mapping[str, Any]) -> Path:
     source = entry.get("src_ckpt") or entry["kwargs"].get("weights")
     where = f"teacher of {run.path}"
     if not source:
         fix = "Train the teacher first and name its file, or leave it out: --model student."
         raise ValueError(message(where, "a src_ckpt in the config", "none", fix))
     named = Path(os.path.expandvars(source)).expanduser()
-    places = [base / named for base in (Path(), *run.path.resolve().parents)]
-    found = next((place for place in places if place.is_file()), None)
+    candidates = [base / named for base in (Path(), *run.path.resolve().parents)]
+    found = next((file for file in candidates if file.is_file()), None)
     if found is None:
         fix = (
             "Put it back, or give the command in the folder in which the run was started; "
             "--model student does without."
         )
         raise FileNotFoundError(message(where, f"its weights {named}", "no such file", fix))
+    return found
+
+
+def load_transform(folder: str | Path, safe: bool = False) -> Callable[[Image.Image], Tensor]:
+    """How a run prepares images for its models in validation.
+
+    A transform of the config's own, such as torchvision's ``Compose``, is built from the config,
+    without its images where they are not needed for it.
+
+    Args:
+        folder: a finished run.
+        safe: see :func:`load_run`.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+        ValueError: if the transform is not known, or the config is not safe, if it must be.
+    """
+    run = RunFolder(folder)
+    summary = run.summary()
+    if summary["preprocessing"] is not None:
+        known = make_transforms(**summary["preprocessing"])
+        return lambda image: known(image.convert("RGB"))
+    prepare = _build_transform(_config(run, safe), f"transform of {run.path}")
+    mode = "L" if summary["image_shape"][0] == 1 else "RGB"
+    return lambda image: prepare(image.convert(mode))
+
+
+def _build_transform(config: Document, where: str) -> Any:
+    train = config.values.get("train") or {}
+    stage = next(iter(get_stages(train).values()))
+    name = str(stage["val_data_loader"]["dataset_id"])
+    nodes = {key: node for key, (_, node) in walk_pairs(config.root).items()}
+    node: yaml.Node | None = nodes["datasets"]
+    for key in (name, "init", "kwargs", "transform"):
+        pairs = walk_pairs(node) if node is not None else {}
+        node = pairs[key][1] if key in pairs else None
+    if node is not None:  # so the images need not be here
+        parts = config.only("dependencies").root
+        title = yaml.ScalarNode("tag:yaml.org,2002:str", "transform")
+        parts.value = [*parts.value, (title, node)]
+        found = construct(replace(config, root=parts))["transform"]
+    else:
+        dataset = _build_dataset(config, name)
+        while hasattr(dataset, "dataset"):  # a subset
+            dataset = dataset.dataset
+        found = getattr(dataset, "transform", None)
+    if not callable(found):
+        fix = "Load the model with runs.loading.load_run, and prepare the images as in training."
+        raise ValueError(message(where, f"a transform of {name!r}", repr(found), fix))
     return found
 
 
@@ -98,6 +166,10 @@ def load_test_set(folder: str | Path, safe: bool = False) -> Any:
     run.summary()
     config = _config(run, safe)
     name = construct(config.only("test"))["test"]["test_data_loader"]["dataset_id"]
+    return _build_dataset(config, name)
+
+
+def _build_dataset(config: Document, name: str) -> Any:
     config = config.only("dependencies", "datasets")
     for key, section in config.root.value:
         if key.value == "datasets":

@@ -1,13 +1,45 @@
 """``predictions.csv``: probabilities of student and teacher on the test set."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
-from kd_lrp_plugin.utils.files import to_csv
+from kd_lrp_plugin.runs.folder import AGAIN, RunFolder
+from kd_lrp_plugin.utils.files import damaged, read_csv, to_csv
+
+_REPAIR = f"Delete it, and give {AGAIN.rstrip(',')} again: it tests the weights that are kept."
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What ``predictions.csv`` holds.
+
+    Attributes:
+        images: names or numbers of the images.
+        labels: their classes.
+        probabilities: by role, "student" or "teacher".
+        outputs: names of the outputs, see :func:`name_outputs`.
+    """
+
+    images: list[str]
+    labels: Int[np.ndarray, " n"]
+    probabilities: dict[str, Float[np.ndarray, "n outputs"]]
+    outputs: list[str]
+
+
+def name_outputs(classes: Sequence[str], n: int) -> list[str]:
+    """Names of a model's outputs: the classes, then what a wider head has beyond them.
+
+    Example:
+        >>> name_outputs(["cat", "dog"], 3), name_outputs([], 2)
+        (['cat', 'dog', 'output 2'], ['0', '1'])
+    """
+    if not classes:
+        return [str(i) for i in range(n)]
+    return [classes[i] if i < len(classes) else f"output {i}" for i in range(n)]
 
 
 def predictions_csv(
@@ -17,36 +49,54 @@ def predictions_csv(
 
     Args:
         predictions: of :meth:`kd_lrp_plugin.training.meter.Meter.predictions`.
-        classes: their names; outputs beyond them go by number.
+        classes: their names, see :func:`name_outputs`.
         names: of the images.
     """
     roles = [role for role in ("student", "teacher") if predictions and predictions[0][role]]
-
-    def name(place: int) -> str:
-        return classes[place] if place < len(classes) else str(place)
-
-    titles = [f"{role}: {name(i)}" for role in roles for i in range(len(predictions[0][role]))]
+    widths = [len(predictions[0][role]) for role in roles]
+    known = name_outputs(classes, max([*widths, 1, *(row["label"] + 1 for row in predictions)]))
+    titles = [
+        f"{role}: {known[i]}" for role, n in zip(roles, widths, strict=True) for i in range(n)
+    ]
     rows = [
-        [names[i] if names else i, name(row["label"])]
+        [names[i] if names else i, known[row["label"]]]
         + [f"{p:.9g}" for role in roles for p in row[role]]
         for i, row in enumerate(predictions)
     ]
     return to_csv(["image", "label", *titles], rows)
 
 
-def read_predictions(text: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """What :func:`predictions_csv` has written.
+def read_predictions(folder: RunFolder) -> Predictions:
+    """What :func:`predictions_csv` has written, as it was at the end of the run.
 
-    Returns:
-        Labels (n,), and by role ("student", "teacher") probabilities (n, outputs).
+    Raises:
+        ValueError: if it is damaged, or holds no probabilities, as those of a student whose weights
+            are not finite.
     """
-    titles, *rows = csv.reader(io.StringIO(text))
-    places: dict[str, list[int]] = {}
-    for place, title in enumerate(titles[2:], start=2):
-        places.setdefault(title.partition(": ")[0], []).append(place)
-    names = [titles[place].partition(": ")[2] for place in places["student"]]
-    labels = np.array([names.index(row[1]) for row in rows])
-    return labels, {
-        role: np.array([[float(row[place]) for place in columns] for row in rows])
-        for role, columns in places.items()
-    }
+    file = folder.check_output("predictions.csv")
+    titles, *rows = read_csv(file, _REPAIR)
+    columns: dict[str, list[int]] = {}
+    for index, title in enumerate(titles[2:], start=2):
+        columns.setdefault(title.partition(": ")[0], []).append(index)
+    if titles[:2] != ["image", "label"] or not rows or "student" not in columns:
+        raise damaged(file, "predictions of a student", f"columns {titles[:3]}", _REPAIR)
+    if columns.keys() - {"student", "teacher"}:
+        raise damaged(file, "columns of student and teacher", f"{sorted(columns)}", _REPAIR)
+    outputs = [titles[index].partition(": ")[2] for index in columns["student"]]
+    if unknown := sorted({row[1] for row in rows} - set(outputs)):
+        raise damaged(file, f"labels among {outputs}", unknown[:3], _REPAIR)
+    probabilities = {}
+    for role, indices in columns.items():
+        try:
+            values = np.array([[float(row[index]) for index in indices] for row in rows])
+        except ValueError as error:
+            raise damaged(file, "numbers", error, _REPAIR) from error
+        if not np.isfinite(values).all():
+            fix = f"Its weights, or those it was trained with, are broken: train the {role} again."
+            got = f"{int((~np.isfinite(values)).any(1).sum())} of {len(values)} that are not"
+            raise damaged(file, f"finite predictions of the {role}", got, fix)
+        if values.min() < 0 or np.abs(values.sum(1) - 1).max() > 1e-3:
+            raise damaged(file, f"probabilities of the {role}", "other numbers", _REPAIR)
+        probabilities[role] = values
+    labels = np.array([outputs.index(row[1]) for row in rows])
+    return Predictions([row[0] for row in rows], labels, probabilities, outputs)

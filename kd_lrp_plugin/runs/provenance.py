@@ -9,6 +9,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.data.folder import find_folder
+from kd_lrp_plugin.runs.folder import OUTPUTS, RunFolder
 from kd_lrp_plugin.utils.files import hash_contents, hash_file
 
 
@@ -22,6 +23,9 @@ def list_files(config: Document) -> dict[str, str | None]:
 
     Returns:
         By place in the config; "none" where it names no file, None where none lies there.
+
+    Raises:
+        ValueError: if a finished run has written a file that is no longer as it was.
 
     Example:
         >>> from kd_lrp_plugin.config.document import parse_document
@@ -40,6 +44,16 @@ def list_files(config: Document) -> dict[str, str | None]:
         for key, file in (("src_ckpt", _mapping(entry).get("src_ckpt")), ("weights", weights)):
             found[f"models.{role}.{key}"] = _of_file(str(file)) if file else "none"
     return found
+
+
+def check_weights_file(file: Path) -> Path:
+    """A file of weights, which must be intact if a finished run has written it.
+
+    Raises:
+        ValueError: if it is not as that run has written it; says how to repair it.
+    """
+    run = RunFolder(file.resolve().parent)
+    return file if file.name not in OUTPUTS or not run.finished else run.check_output(file.name)
 
 
 def _mapping(value: Any) -> dict[Any, Any]:
@@ -67,4 +81,4 @@ def _of_images(kwargs: Mapping[str, Any]) -> str | None:
 
 def _of_file(name: str) -> str | None:
     file = Path(os.path.expandvars(name)).expanduser()
-    return hash_file(file) if file.is_file() else None
+    return hash_file(check_weights_file(file)) if file.is_file() else None

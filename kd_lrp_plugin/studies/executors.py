@@ -13,18 +13,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation.evaluate import evaluate
-from kd_lrp_plugin.runs.folder import LOCK, Busy, RunFolder
-from kd_lrp_plugin.studies.plan import StudyRun
-from kd_lrp_plugin.studies.status import count_epochs_left, get_log, is_finished, is_running
+from kd_lrp_plugin.runs.folder import LOCK, RunFolder
+from kd_lrp_plugin.studies.plan import StudyOptions, StudyRun
+from kd_lrp_plugin.studies.status import (
+    count_epochs_left,
+    get_log,
+    is_finished,
+    is_running,
+    is_trained,
+)
 from kd_lrp_plugin.training.trainer import distill
+from kd_lrp_plugin.utils.files import Busy, locked
 from kd_lrp_plugin.utils.progress import current_progress
 
 logger = logging.getLogger(__name__)
-BUSY = 75  # exit code of a process that found another one at work (EX_TEMPFAIL)
+BUSY = 75  # exit code of a process whose run another one is running (EX_TEMPFAIL)
 COMMAND = (sys.executable, "-c", "from kd_lrp_plugin.studies.executors import run_job; run_job()")
 FAILED = "The run has failed: "  # before the words of an error, in its log
 
@@ -34,9 +39,9 @@ class StudyExecutor:
 
     Args:
         todo: runs; what a run needs is among them or finished.
-        jobs: processes at the same time.
-        device: theirs.
-        safe: see :func:`run_study`.
+        options: how many at the same time, and where.
+        threads: of each process; a run that resumes keeps those that it began with, for their
+            number changes its weights.
         failed: filled with the words of what fails, by folder.
         after: called after each run.
     """
@@ -44,19 +49,18 @@ class StudyExecutor:
     def __init__(
         self,
         todo: Sequence[StudyRun],
-        jobs: int,
-        device: str | None,
-        safe: bool,
+        options: StudyOptions,
+        threads: int,
         failed: dict[Path, str],
         after: Callable[[], object],
     ) -> None:
-        self.waiting, self.jobs, self.device, self.safe = list(todo), jobs, device, safe
+        self.waiting, self.options, self.threads = list(todo), options, threads
         self.failed, self.after = failed, after
         self.active: dict[Path, tuple[StudyRun, subprocess.Popen[bytes]]] = {}
-        self._told: set[Path] = set()
+        self._noted: set[Path] = set()
 
-    def off(self) -> Iterator[None]:
-        """Work off everything; yields once for each epoch that is finished, by whomever."""
+    def work(self) -> Iterator[None]:
+        """Run everything; yields once for each epoch that is finished, by whomever."""
         runs, left = list(self.waiting), sum(map(count_epochs_left, self.waiting))
         try:
             while self.waiting or self.active:
@@ -71,33 +75,33 @@ class StudyExecutor:
 
     def _begin(self) -> None:
         for run in list(self.waiting):
-            lost = [need for need in run.needs if need in self.failed]
-            if is_finished(run) or lost:
+            failed = [need for need in run.needs if need in self.failed]
+            if is_finished(run) or failed:
                 self.waiting.remove(run)
-                if lost:
-                    self.failed[run.folder] = f"not begun, for {lost[0]} has failed"
+                if failed:
+                    self.failed[run.folder] = f"not begun, for {failed[0]} has failed"
                     current_progress().note(f"{run.label}: {self.failed[run.folder]}")
                 self.after()
-            elif len(self.active) < self.jobs and all(RunFolder(n).finished for n in run.needs):
+            elif len(self.active) < self.options.jobs and all(map(is_trained, run.needs)):
                 if not is_running(run.folder):
                     self.waiting.remove(run)
-                    self.active[run.folder] = run, self._started(run)
-                elif run.folder not in self._told:
-                    self._told.add(run.folder)
-                    current_progress().note(
-                        f"{run.label}: another process is at work on it; waiting"
-                    )
+                    self.active[run.folder] = run, self.start(run)
+                elif run.folder not in self._noted:
+                    self._noted.add(run.folder)
+                    current_progress().note(f"{run.label}: another process is running it; waiting")
 
-    def _started(self, run: StudyRun) -> subprocess.Popen[bytes]:
-        job = run.spec(self.device, self.safe)
+    def start(self, run: StudyRun) -> subprocess.Popen[bytes]:
+        """The process of a run; it ends when its standard input is closed."""
+        job = run.spec(self.options.device, self.options.safe)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
+        threads = RunFolder(run.folder).threads or self.threads
         with get_log(run).open("wb") as log:
             return subprocess.Popen(
                 [*COMMAND, json.dumps(job.to_json())],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={"OMP_NUM_THREADS": str(max(1, _cores() // self.jobs)), **os.environ},
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                 start_new_session=True,  # Ctrl-C is for this process alone, which ends that one
             )
 
@@ -132,8 +136,13 @@ class StudyExecutor:
                 process.wait()
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_threads(jobs: int) -> int:
+    """Threads for each of so many processes, unless ``OMP_NUM_THREADS`` says how many."""
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(given) > 0:
+        return int(given)
+    can_tell = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if can_tell else os.cpu_count() or 1
+    return max(1, cores // jobs)
 
 
 def _read_failure(log: Path, code: int) -> str:
@@ -148,15 +157,18 @@ def _read_failure(log: Path, code: int) -> str:
 def run_job() -> None:
     """One run, in a process of its own; ends when its standard input does."""
     job = RunSpec(**json.loads(sys.argv[1]))
+    sets = [word for override in job.overrides for word in ("--set", override)]
+    command = ["distill", str(job.config), *sets, "--seed", str(job.seed), "--out", str(job.folder)]
+    sys.argv = ["kd-lrp", *command]  # what would do the same, for the run's record
     logging.basicConfig(level=logging.INFO)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & switch it off
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         distill(job)
-        with FileLock(job.folder / LOCK, blocking=False):
+        with locked(job.folder / LOCK):
             if not (job.folder / "evaluation.json").exists():
                 evaluate(job.folder, safe=job.safe)
-    except (Busy, Timeout):
+    except Busy:
         sys.exit(BUSY)
     except KeyboardInterrupt:
         os._exit(130)

@@ -28,14 +28,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from kd_lrp_plugin.config.document import resolve_config
-from kd_lrp_plugin.studies.plan import COLUMNS, MEASURES, Plan, StudyRun
+from kd_lrp_plugin.studies.plan import COLUMNS, MEASURES, Plan, StudyRun, check_measure
 from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -66,44 +66,49 @@ def read_plan(
     file = Path(file)
     content = _read(file)
     with _errors_at(f"{file}: seeds"):
-        chosen = _seeds(content.get("seeds", 3) if seeds is None else seeds)
+        chosen = _list_seeds(content.get("seeds", 3) if seeds is None else seeds)
     measures = _list(f"{file}: measures", content.get("measures", list(MEASURES)))
-    axes = _axes(file, content.get("grid") or {})
+    axes = _read_axes(file, content.get("grid") or {})
     for axis in axes:
         if axis in (*COLUMNS, *measures):
             got, fix = repr(axis), "Rename it: results have a column of this name."
             raise ValueError(message(f"{file}: grid", "a name of its own for an axis", got, fix))
-    common = _overrides_of(f"{file}: set", content.get("set"))
-    made: dict[str, StudyRun] = {}
-    for name, entry in _entries(file, content, "prepare", ("config", "set", "seed")).items():
+    common = _list_overrides(f"{file}: set", content.get("set"))
+    planner = RunPlanner(file, Path(root))
+    made = planner.prepared
+    for name, entry in _read_entries(file, content, "prepare", ("config", "set", "seed")).items():
         where = f"{file}: prepare {name!r}"
-        own = _overrides_of(where, entry.get("set"))
+        own = _list_overrides(where, entry.get("set"))
         with _errors_at(where):
-            (seed,) = _seeds([entry.get("seed", 0)])
+            (seed,) = _list_seeds([entry.get("seed", 0)])
             changes = (*common, *own, *overrides)
-            made[name] = _run(file, entry, name, {}, seed, changes, made, Path(root))
+            made[name] = planner.plan(name, entry["config"], {}, seed, changes)
     runs = []
-    entries = _entries(file, content, "configurations", ("config", "set", "axes"))
+    entries = _read_entries(file, content, "configurations", ("config", "set", "axes"))
     for name, entry in entries.items():
         where = f"{file}: configuration {name!r}"
-        own = _overrides_of(where, entry.get("set"))
+        own = _list_overrides(where, entry.get("set"))
         crossed = _list(f"{where}: axes", entry.get("axes", list(axes)))
         for axis in crossed:
             check_known(f"{where}: axes", axis, axes)
         for values in itertools.product(*(axes[axis] for axis in crossed)):
             point = dict(zip(crossed, values, strict=True))
-            placed = [o for axis, value in point.items() for o in axes[axis][value]]
+            of_point = [o for axis, value in point.items() for o in axes[axis][value]]
             with _errors_at(where):
-                changes = (*common, *own, *placed, *overrides)
+                changes = (*common, *own, *of_point, *overrides)
                 run = None
                 for seed in chosen:
                     if run is None or any("{seed}" in change for change in changes):
-                        run = _run(file, entry, name, point, seed, changes, made, Path(root))
+                        run = planner.plan(name, entry["config"], point, seed, changes)
                     runs.append(replace(run, seed=seed, folder=run.folder.parent / str(seed)))
+    _check_different(file, runs)
+    terms = {term for run in (*made.values(), *runs) for term in run.terms}
+    for measure in measures:
+        check_measure(f"{file}: measures", str(measure), terms)
     compare_to = content.get("compare_to")
     if compare_to is not None:
         check_known(f"{file}: compare_to", compare_to, entries)
-    kept = _kept(only, {"configuration": list(entries), **axes})
+    kept = _choose_values(only, {"configuration": list(entries), **axes})
     runs = [
         run
         for run in runs
@@ -156,7 +161,7 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _entries(
+def _read_entries(
     file: Path, content: Mapping[str, Any], section: str, known: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
     entries = content.get(section) or {}
@@ -179,7 +184,7 @@ def _entries(
     return found
 
 
-def _seeds(given: Any) -> tuple[int, ...]:
+def _list_seeds(given: Any) -> tuple[int, ...]:
     seeds = list(range(given)) if type(given) is int else given
     fix = "Give a number of seeds, or a list of them."
     if not isinstance(seeds, list | tuple) or not seeds:
@@ -195,12 +200,12 @@ def _list(where: str, given: Any) -> list[Any]:
     return given
 
 
-def _overrides_of(where: str, given: Any) -> list[str]:
+def _list_overrides(where: str, given: Any) -> list[str]:
     """A list of overrides; lists within it, which an alias may bring, are laid flat."""
     found: list[str] = []
     for item in _list(where, given or []):
         if isinstance(item, list):
-            found += _overrides_of(where, item)
+            found += _list_overrides(where, item)
         elif isinstance(item, str) and "=" in item:
             found.append(item)
         else:
@@ -209,7 +214,7 @@ def _overrides_of(where: str, given: Any) -> list[str]:
     return found
 
 
-def _axes(file: Path, grid: Any) -> dict[str, dict[Any, list[str]]]:
+def _read_axes(file: Path, grid: Any) -> dict[str, dict[Any, list[str]]]:
     """The overrides of each value of each axis."""
     if not isinstance(grid, dict):
         raise ValueError(message(f"{file}: grid", "a mapping of axes", repr(grid)[:60], _SEE))
@@ -227,22 +232,24 @@ def _axes(file: Path, grid: Any) -> dict[str, dict[Any, list[str]]]:
             axes[str(axis)] = {_name(v): [f"{given['key']}={_text(v)}"] for v in values}
         else:
             axes[str(axis)] = {
-                value: _overrides_of(f"{where}: {value!r}", changes)
+                value: _list_overrides(f"{where}: {value!r}", changes)
                 for value, changes in given.items()
             }
     return axes
 
 
-def _kept(only: Sequence[str], places: Mapping[str, Iterable[Any]]) -> dict[str, list[Any]]:
+def _choose_values(
+    only: Sequence[str], values: Mapping[str, Iterable[Any]]
+) -> dict[str, list[Any]]:
     """The values of each axis that are left; of an axis that is not named, all."""
     named: dict[str, list[Any]] = {}
     for choice in only:
         axis, _, value = choice.partition("=")
-        check_known("--only", axis, places)
-        known = {_text(place): place for place in places[axis]}
+        check_known("--only", axis, values)
+        known = {_text(one): one for one in values[axis]}
         check_known(f"--only {axis}", value, known)
         named.setdefault(axis, []).append(known[value])
-    return {axis: named.get(axis, list(values)) for axis, values in places.items()}
+    return {axis: named.get(axis, list(all_)) for axis, all_ in values.items()}
 
 
 def _text(value: Any) -> str:
@@ -257,39 +264,56 @@ def _name(value: Any) -> Any:
     return value if isinstance(value, str | int | float) else json.dumps(value)
 
 
-def _run(
-    file: Path,
-    entry: Mapping[str, Any],
-    name: str,
-    point: Mapping[str, Any],
-    seed: int,
-    overrides: Sequence[str],
-    prepared: Mapping[str, StudyRun],
-    root: Path,
-) -> StudyRun:
-    config = Path(os.path.normpath(file.parent / entry["config"]))
-    used = [n for n in prepared if any(f"{{{n}}}" in override for override in overrides)]
+@dataclass
+class RunPlanner:
+    """Makes the runs of a study, one after another.
 
-    def filled(values: Mapping[str, str]) -> tuple[str, ...]:
-        known = {"seed": str(seed), **values}
+    Attributes:
+        file: of the study; configs lie beside it.
+        root: folder of the runs.
+        prepared: runs that overrides may name in braces.
+    """
 
-        def fill(match: re.Match[str]) -> str:
-            check_known("set: in braces", match[1], known)
-            return known[match[1]]
+    file: Path
+    root: Path
+    prepared: dict[str, StudyRun] = field(default_factory=dict)
 
-        return tuple(re.sub(r"\{(\w+)\}", fill, override) for override in overrides)
+    def plan(
+        self, name: str, config: str, point: Mapping[str, Any], seed: int, overrides: Sequence[str]
+    ) -> StudyRun:
+        """One run of a configuration at a point of the grid."""
+        path = Path(os.path.normpath(self.file.parent / config))
+        prepared = self.prepared
+        used = [n for n in prepared if any(f"{{{n}}}" in override for override in overrides)]
+        # What a prepared run is, not where it lies: moved along with it, a run stays known.
+        names = {n: f"{run.folder.parent.name}/{run.seed}" for n, run in prepared.items()}
+        document = resolve_config(path, _fill(overrides, {"seed": str(seed), **names}))
+        _check_files(document.values, list(names.values()))
+        key = hash_contents(document.text.encode())[:10]
+        dataset, method = path.resolve().parent.parent.name, path.resolve().parent.name
+        files = {n: str(run.folder / "best.pt") for n, run in prepared.items()}
+        stages = _list_stages(document.values)
+        return StudyRun(
+            name=name,
+            point=dict(point),
+            seed=seed,
+            config=path,
+            overrides=_fill(overrides, {"seed": str(seed), **files}),
+            folder=self.root / dataset / method / f"{path.stem}-{key}" / str(seed),
+            needs=tuple(prepared[n].folder for n in used),
+            epochs=sum(n for stage in stages if type(n := stage.get("num_epochs")) is int),
+            terms=tuple(term for stage in stages for term in _list_terms(stage)),
+        )
 
-    # What a prepared run is, not where it lies: moved along with it, a run stays known.
-    names = {n: f"{run.folder.parent.name}/{run.seed}" for n, run in prepared.items()}
-    document = resolve_config(config, filled(names))
-    content = document.values
-    _check_files(content, list(names.values()))
-    key = hash_contents(document.text.encode())[:10]
-    dataset, method = config.resolve().parent.parent.name, config.resolve().parent.name
-    folder = root / dataset / method / f"{config.stem}-{key}" / str(seed)
-    final = filled({n: str(run.folder / "best.pt") for n, run in prepared.items()})
-    needs = tuple(prepared[n].folder for n in used)
-    return StudyRun(name, dict(point), seed, config, final, folder, needs, _epochs(content))
+
+def _fill(overrides: Sequence[str], known: Mapping[str, str]) -> tuple[str, ...]:
+    """Overrides with what stands for the names in braces."""
+
+    def fill(match: re.Match[str]) -> str:
+        check_known("set: in braces", match[1], known)
+        return known[match[1]]
+
+    return tuple(re.sub(r"\{(\w+)\}", fill, override) for override in overrides)
 
 
 def _check_files(content: Mapping[str, Any], promised: Sequence[str]) -> None:
@@ -313,8 +337,26 @@ def _check_files(content: Mapping[str, Any], promised: Sequence[str]) -> None:
                 raise FileNotFoundError(message(where, "a file", f"none at {path}", fix))
 
 
-def _epochs(content: Mapping[str, Any]) -> int:
+def _list_stages(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     train = content.get("train") or {}
     stages = [train[key] for key in train if re.fullmatch(r"stage\d+", str(key))] or [train]
-    planned = [stage.get("num_epochs") for stage in stages if isinstance(stage, dict)]
-    return sum(number for number in planned if type(number) is int)
+    return [stage for stage in stages if isinstance(stage, dict)]
+
+
+def _list_terms(stage: Mapping[str, Any]) -> list[str]:
+    """The names of a criterion's terms."""
+    node: Any = stage
+    for key in ("criterion", "kwargs", "sub_terms"):
+        node = node.get(key) if isinstance(node, dict) else None
+    return list(map(str, node)) if isinstance(node, dict) else []
+
+
+def _check_different(file: Path, runs: Sequence[StudyRun]) -> None:
+    """Raise ValueError where two configurations are one: a comparison would be of noise."""
+    found: dict[Path, str] = {}
+    for run in runs:
+        other = found.setdefault(run.folder, run.cell)
+        if other != run.cell:
+            got = f"{other!r} and {run.cell!r} with the same config"
+            fix = "Leave one out, or the override that makes them alike."
+            raise ValueError(message(str(file), "configurations that differ", got, fix))

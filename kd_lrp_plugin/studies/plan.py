@@ -1,14 +1,94 @@
 """Which runs a study is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kd_lrp_plugin.attribution.summary import FIGURES
 from kd_lrp_plugin.config.run_spec import RunSpec
+from kd_lrp_plugin.utils.validation import check_known
 
 MEASURES = ("val_accuracy", "test_accuracy", "macro_f1", "calibration_error")
 COLUMNS = ("configuration", "seed", "state", "folder")  # of the results, beside axes and measures
+
+
+# What a measure may be called, beside paths into the maps; see check_measure.
+OF_RUN = (
+    *("test_accuracy", "val_accuracy", "test_loss", "val_loss"),
+    *("best_epoch", "epochs", "parameters", "seconds"),
+)
+OF_EPOCH = (
+    *("train_accuracy", "train_loss", "val_accuracy", "val_loss", "epoch", "stage", "lr"),
+    *("images_per_second", "memory_mb", "seconds"),
+)
+OF_MODEL = (
+    *("n", "accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "macro_auc"),
+    *("log_loss", "calibration_error", "confusion_matrix", "per_class", "cost"),
+)
+OF_COST = (
+    *("parameters", "parameters_and_statistics", "macs", "flops", "memory_access_cost"),
+    *("megabytes", "latency_ms_batch_1", "latency_ms_batch_32", "images_per_second_batch_1"),
+    *("images_per_second_batch_32", "macs_by_torch", "macs_by_thop", "counters_differ_by"),
+)
+OF_BOTH = (
+    *("n", "agreement", "agreement_where_teacher_right", "agreement_where_teacher_wrong"),
+    *("kl_divergence", "both_right", "only_student_right", "only_teacher_right", "both_wrong"),
+    *("accuracy_difference", "p_value"),
+)
+
+
+def check_measure(where: str, measure: str, terms: Iterable[str]) -> None:
+    """Raise ValueError for a measure that no finished run of a study can have.
+
+    Args:
+        where: the measure stands.
+        measure: a path of keys, see :func:`kd_lrp_plugin.studies.results.collect_results`.
+        terms: names of the loss terms of all configs, which are measures too.
+    """
+    names = [name for term in terms for name in (term, f"{term}_zero_maps")]
+    of_terms = [f"{part}_{name}" for name in names for part in ("train", "val", "test")]
+    roles = ("student", "teacher")
+    head, _, rest = measure.partition(".")
+    if head in roles and rest.count(".") >= 2 and rest.rpartition(".")[2] in FIGURES:
+        return  # of the maps: method.layer.metric
+    inner = {"last": (*OF_EPOCH, *of_terms), "student_and_teacher": OF_BOTH, "cost": OF_COST}
+    inner |= dict.fromkeys(roles, (*OF_MODEL, *FIGURES))
+    if head not in inner:
+        check_known(where, head, (*OF_RUN, *OF_MODEL, *of_terms, *inner))
+        return
+    check_known(f"{where}: {head}.", rest.partition(".")[0], inner[head])
+    if head in roles and rest.startswith("cost."):
+        check_known(f"{where}: {head}.cost.", rest.removeprefix("cost."), OF_COST)
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """How a study is to be run.
+
+    Attributes:
+        overrides: further ones for every run.
+        seeds: how many, or which; those of the file if None.
+        only: a part of it, see :func:`kd_lrp_plugin.studies.parser.read_plan`.
+        root: folder of the runs, which other studies may share.
+        out: folder for the results; ``runs/studies/<study>`` if None.
+        jobs: runs at the same time.
+        device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
+        safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
+    """
+
+    overrides: Sequence[str] = ()
+    seeds: int | Sequence[int] | None = None
+    only: Sequence[str] = ()
+    root: str | Path = "runs"
+    out: str | Path | None = None
+    jobs: int = 1
+    device: str | None = None
+    safe: bool = False
+
+    def get_folder(self, file: str | Path) -> Path:
+        """For the results of the study in ``file``."""
+        return Path(self.out) if self.out is not None else Path("runs", "studies", Path(file).stem)
 
 
 @dataclass(frozen=True)
@@ -24,6 +104,7 @@ class StudyRun:
         folder: known by what the run is.
         needs: folders of prepared runs that come first.
         epochs: planned.
+        terms: names of the terms of its criteria.
     """
 
     name: str
@@ -34,6 +115,7 @@ class StudyRun:
     folder: Path
     needs: tuple[Path, ...]
     epochs: int
+    terms: tuple[str, ...] = ()
 
     def spec(self, device: str | None = None, safe: bool = False) -> RunSpec:
         """What :func:`kd_lrp_plugin.training.trainer.distill` takes."""

@@ -1,16 +1,18 @@
 """What the finished runs of a plan say together."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lrp_plugin.evaluation.explain import FILE as EXPLANATIONS
+from kd_lrp_plugin.evaluation.explain import read_explanations
+from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.studies.comparison import compare, summarise, value_at
 from kd_lrp_plugin.studies.figure import study_figure
 from kd_lrp_plugin.studies.markdown import study_markdown
 from kd_lrp_plugin.studies.plan import COLUMNS, Plan, StudyRun
 from kd_lrp_plugin.studies.status import describe_status, is_finished
-from kd_lrp_plugin.utils.files import put, to_csv, write_json, write_text
+from kd_lrp_plugin.utils.files import get_command, put, read_json, to_csv, write_json, write_text
 
 
 def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dict[str, Any]:
@@ -55,12 +57,11 @@ def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dic
 def _row(run: StudyRun, measures: Sequence[str]) -> dict[str, Any]:
     sources: list[Any] = []
     if is_finished(run):
-        names = ("summary.json", "evaluation.json", "explanations.json")
-        files = [run.folder / name for name in names]
-        found = [json.loads(f.read_text(encoding="utf-8")) if f.exists() else {} for f in files]
-        lines = (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        last = {"last": json.loads(lines[-1])}
-        sources = [found[0], found[1]["student"], found[1], _means(found[2]), last]
+        folder, fix = RunFolder(run.folder), "Delete it, and give kd-lrp study again: it is remade."
+        evaluation = read_json(folder / "evaluation.json", fix, student=dict)
+        maps = read_explanations(run.folder) if (folder / EXPLANATIONS).exists() else {}
+        last = {"last": folder.read_metrics()[-1]}
+        sources = [folder.summary(), evaluation["student"], evaluation, average_maps(maps), last]
     values = {}
     for measure in measures:
         numbers = (value_at(source, measure) for source in sources)
@@ -75,8 +76,8 @@ def _row(run: StudyRun, measures: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _means(explanations: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of maps by model, method, layer and name; those of more images count."""
+def average_maps(explanations: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of maps by model, method, layer and name; those of more images count."""
     found: dict[str, Any] = {}
     images: dict[tuple, int] = {}
     for row in explanations.get("rows", []):
@@ -90,10 +91,13 @@ def _means(explanations: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_results(
-    plan: Plan, folder: Path, failed: Mapping[Path, str] | None = None
+    plan: Plan, folder: Path, failed: Mapping[Path, str], threads: int
 ) -> dict[str, Any]:
-    """Write study.json, study.csv, table.md and study.png, and return the content of the first."""
-    content = collect_results(plan, failed)
+    """Write study.json, study.csv, table.md and study.png, and return the content of the first.
+
+    Beside what :func:`collect_results` returns it holds the command and the threads of its runs.
+    """
+    content = {"command": get_command(), "threads": threads, **collect_results(plan, failed)}
     axes = list(plan.axes)
     columns = [COLUMNS[0], *axes, *COLUMNS[1:], *plan.measures]
     flat = [{**row, **row["point"], **row["measures"]} for row in content["runs"]]

@@ -1,13 +1,13 @@
 """Studies: the runs of a plan in processes of their own, and what they say together.
 
 Every run is one of the driver's, in a process that ends when this one does, however that ends. A
-run at which another process is already, such as another study, is left to it and waited for. What
+run that another process is running, such as another study, is left to it and waited for. What
 is finished is never run again; :mod:`kd_lrp_plugin.studies.parser` says when two runs are the same.
 """
 
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,89 +20,76 @@ from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import list_files
 from kd_lrp_plugin.selection.select import preview
-from kd_lrp_plugin.studies.executors import StudyExecutor
+from kd_lrp_plugin.studies.executors import StudyExecutor, count_threads
 from kd_lrp_plugin.studies.parser import read_plan
-from kd_lrp_plugin.studies.plan import Plan
+from kd_lrp_plugin.studies.plan import Plan, StudyOptions
 from kd_lrp_plugin.studies.results import write_results
-from kd_lrp_plugin.studies.status import check_output_folder, count_epochs_left, is_finished
+from kd_lrp_plugin.studies.status import (
+    check_output_folder,
+    count_epochs_left,
+    get_threads,
+    is_finished,
+    is_trained,
+)
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.utils.distributed import init_distributed
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 
-def run_study(
-    file: str | Path,
-    overrides: Sequence[str] = (),
-    seeds: int | Sequence[int] | None = None,
-    out: str | Path | None = None,
-    root: str | Path = "runs",
-    jobs: int = 1,
-    device: str | None = None,
-    safe: bool = False,
-    only: Sequence[str] = (),
-) -> dict[str, Any]:
+def run_study(file: str | Path, options: StudyOptions | None = None) -> dict[str, Any]:
     """Train and evaluate every run of a study that is not finished, and compare.
 
     Args:
         file: see :mod:`kd_lrp_plugin.studies.parser`.
-        overrides: further ones for every run.
-        seeds: how many, or which; those of the file if None.
-        out: folder for the results, :func:`default_output_folder` if None; they are written anew
-            after every run.
-        root: folder of the runs, which other studies may share.
-        jobs: runs at the same time.
-        device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
-        safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
-        only: a part of it, see :func:`kd_lrp_plugin.studies.parser.read_plan`.
+        options: how; results are written again after every run.
 
     Returns:
         The content of ``study.json``; see :func:`kd_lrp_plugin.studies.results.collect_results`.
 
     Raises:
-        FileExistsError: if ``out`` holds the results of another study, or of seeds beyond these,
-            or a run was made with other images or weights than lie there now.
+        FileExistsError: if the folder of the results holds those of another study, or of seeds
+            beyond these, or a run was made with other images or weights than lie there now.
         FileNotFoundError: if there is no such file, or none that a config names.
-        ValueError: for a study or a config that cannot be run.
+        ValueError: for a study or a config that cannot be run, or a damaged file.
     """
-    plan = read_plan(file, overrides, seeds, root, only)
-    folder = Path(out) if out is not None else default_output_folder(file)
+    options = options or StudyOptions()
+    plan = read_plan(file, options.overrides, options.seeds, options.root, options.only)
+    folder = options.get_folder(file)
     check_output_folder(folder, plan)
     _refuse_other_files(plan)
-    _refuse_problems(plan, device, safe)
+    _refuse_problems(plan, options.device, options.safe)
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Path, str] = {}
+    # With another --jobs, all runs have the threads that the study began with.
+    threads = get_threads(folder) or count_threads(options.jobs)
 
-    def keep() -> None:
+    def save() -> None:
         try:
             check_output_folder(folder, plan)
-            write_results(plan, folder, failed)
+            write_results(plan, folder, failed, threads)
         except FileExistsError as error:  # another process has begun to write there since
             current_progress().note(f"results are not written: {error}")
 
-    keep()
-    rounds = {seed: place for place, seed in enumerate(plan.seeds)}
-    # Seed by seed, so that a study which is still at work compares like with like.
+    save()
+    rounds = {seed: index for index, seed in enumerate(plan.seeds)}
+    # Seed by seed, so that a study which is still running compares like with like.
     in_turn = sorted(plan.trainings(), key=lambda run: rounds.get(run.seed, 0))
     todo = [run for run in in_turn if not is_finished(run)]
     if not todo:
         current_progress().note(f"all {len(plan.trainings())} runs are finished already")
-    work = StudyExecutor(todo, jobs, device, safe, failed, keep)
-    for _ in current_progress().track(work.off(), "epochs", sum(map(count_epochs_left, todo))):
+    executor = StudyExecutor(todo, options, threads, failed, save)
+    epochs = sum(map(count_epochs_left, todo))
+    for _ in current_progress().track(executor.work(), "epochs", epochs):
         pass
     check_output_folder(folder, plan)
-    return write_results(plan, folder, failed)
-
-
-def default_output_folder(file: str | Path) -> Path:
-    """``runs/studies/<study>``."""
-    return Path("runs", "studies", Path(file).stem)
+    return write_results(plan, folder, failed, threads)
 
 
 def _refuse_other_files(plan: Plan) -> None:
     """Raise FileExistsError where a run that has begun saw other images or weights."""
     for run in plan.trainings():
-        if not run.folder.exists():
+        if not run.folder.exists() or not all(map(is_trained, run.needs)):
             continue
         files = list_files(resolve_config(run.config, run.overrides))
         if changed := RunFolder(run.folder).changed({"files": files}):
@@ -116,7 +103,7 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
 
     So a teacher that does not fit is found before it is trained; no student is chosen by it.
     """
-    prepare = {run.folder for run in plan.prepared if not RunFolder(run.folder).finished}
+    prepare = {run.folder for run in plan.prepared if not is_trained(run.folder)}
     new = [run for run in plan.prepared if run.folder in prepare]
     seen = {run.folder.parent for run in new}  # one seed of each is enough
     seen |= {run.folder.parent for run in plan.trainings() if (run.folder / "last.pt").exists()}
@@ -127,12 +114,12 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
     problems: list[str] = []
     built: dict[str, BuiltModel] = {}  # configurations share models: none is built twice
     with (
-        tempfile.TemporaryDirectory() as place,
+        tempfile.TemporaryDirectory() as scratch,
         init_distributed(device) as context,
         _quiet(),
         preview(),
     ):
-        untrained = {folder: Path(place, folder.parent.name, folder.name) for folder in prepare}
+        untrained = {folder: Path(scratch, folder.parent.name, folder.name) for folder in prepare}
         for run in current_progress().track(new, "checking", len(new)):
             changes, missing = run.overrides, [need for need in run.needs if need in prepare]
             for need in missing:

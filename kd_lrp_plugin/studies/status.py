@@ -1,27 +1,31 @@
 """How far the runs of a plan are, and what they say together."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from kd_lrp_plugin.evaluation.explain_inputs import REPAIR_STUDY, read_study
 from kd_lrp_plugin.runs.folder import LOCK, RunFolder
 from kd_lrp_plugin.studies.plan import Plan, StudyRun
+from kd_lrp_plugin.utils.files import check_keys, locked
 from kd_lrp_plugin.utils.validation import message
 
 
 def count_epochs_done(run: StudyRun) -> int:
     """Finished epochs of a run."""
     try:
-        return (run.folder / "metrics.jsonl").read_text(encoding="utf-8").count("\n")
+        return (run.folder / "metrics.jsonl").read_bytes().count(b"\n")
     except OSError:
         return 0
 
 
 def is_finished(run: StudyRun) -> bool:
-    """Whether a run is trained, tested and evaluated."""
-    return RunFolder(run.folder).finished and (run.folder / "evaluation.json").is_file()
+    """Whether a run is trained, tested and evaluated, and all that it has written is intact."""
+    return is_trained(run.folder) and (run.folder / "evaluation.json").is_file()
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a run is trained and tested, and all that it has written is intact."""
+    return RunFolder(folder).finished and not RunFolder(folder).find_damage()
 
 
 def get_log(run: StudyRun) -> Path:
@@ -43,7 +47,7 @@ def describe_status(run: StudyRun) -> str:
         return "finished"
     done = count_epochs_done(run)
     words = f"epoch {done} of {run.epochs}" if done else "not begun"
-    return f"{words}, at work" if is_running(run.folder) else words
+    return f"{words}, running" if is_running(run.folder) else words
 
 
 def is_running(folder: Path) -> bool:
@@ -51,15 +55,21 @@ def is_running(folder: Path) -> bool:
     if not (folder / LOCK).exists():
         return False
     try:
-        with FileLock(folder / LOCK, blocking=False):
+        with locked(folder / LOCK):
             return False
-    except Timeout:
+    except BlockingIOError:
         return True
 
 
 def count_epochs_left(run: StudyRun) -> int:
     """Epochs that are still to train."""
     return 0 if is_finished(run) else max(0, run.epochs - count_epochs_done(run))
+
+
+def get_threads(folder: Path) -> int | None:
+    """How many threads the runs of the results in a folder have; None where there are none."""
+    file = folder / "study.json"
+    return read_study(file).get("threads") if file.exists() else None
 
 
 def check_output_folder(folder: Path, plan: Plan) -> None:
@@ -70,7 +80,9 @@ def check_output_folder(folder: Path, plan: Plan) -> None:
     file = folder / "study.json"
     if not file.exists():
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_study(file)
+    kinds = {"file": str, "question": str, "overrides": list, "only": list, "seeds": list}
+    check_keys(file, before, REPAIR_STUDY, **kinds)
     differs = []
     if Path(before["file"]).name != plan.file.name or before["question"] != plan.question:
         differs.append(f"the study {before['file']} ({before['question']})")

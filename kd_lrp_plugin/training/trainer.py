@@ -84,7 +84,7 @@ def distill(spec: RunSpec) -> dict[str, Any]:
             stack.enter_context(folder.claimed(config.text, about))
 
         context.run_on_rank_zero(claim)
-        if context.run_on_rank_zero(lambda: folder.finished):
+        if context.run_on_rank_zero(folder.is_intact):
             current_progress().note(f"{folder.path} is finished already")
             return context.run_on_rank_zero(folder.summary)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -359,7 +359,7 @@ class Trainer:
             folder.put("student.safetensors", lambda file: file.write_bytes(save(state, about)))
             figure = curves_figure(self.records)
             folder.put("curves.png", lambda file: figure.savefig(file, format="png"))
-            folder.write("summary.json", json.dumps(summary, indent=2))
+            folder.finish(summary)
             (folder / "previous.pt").unlink(missing_ok=True)
         return self.context.run_on_rank_zero(lambda: summary)
 

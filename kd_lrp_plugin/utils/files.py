@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -27,8 +28,15 @@ def put(file: Path, make: Callable[[Path], object]) -> None:
     Raises:
         OSError: if it cannot be written, such as on a full disk; the old one stays.
     """
-    # Another process may write the same file, as two studies do.
-    draft = file.with_name(f"{file.name}.{os.getpid()}{DRAFT}")
+    draft = file.with_name(file.name + DRAFT)
+    try:
+        draft.touch(exist_ok=False)
+    except (
+        FileExistsError
+    ):  # another process writes the same file, as two studies do, or was killed
+        draft = file.with_name(f"{file.name}.{os.getpid()}{DRAFT}")
+    except OSError:  # said in words below
+        pass
     write_draft(draft, make)
     draft.replace(file)
     sync(file.parent)
@@ -119,7 +127,7 @@ def read_text(file: Path, repair: str) -> str:
         raise damaged(file, "text in UTF-8", error, repair) from error
 
 
-def read_json(file: Path, repair: str, **kinds: type | tuple[type, ...]) -> Any:
+def read_json(file: Path, repair: str, /, **kinds: type | tuple[type, ...]) -> Any:
     """A JSON file of ours, intact.
 
     Args:
@@ -141,7 +149,7 @@ def read_json(file: Path, repair: str, **kinds: type | tuple[type, ...]) -> Any:
     return content
 
 
-def check_keys(file: Path, content: Any, repair: str, **kinds: type | tuple[type, ...]) -> None:
+def check_keys(file: Path, content: Any, repair: str, /, **kinds: type | tuple[type, ...]) -> None:
     """Raise ValueError unless a part of a file is a mapping that has these keys; see above."""
     if kinds and not isinstance(content, dict):
         raise damaged(file, "a mapping of keys", repr(content)[:60], repair)
@@ -208,7 +216,47 @@ def _hash_file(file: Path, *_: int) -> str:
     return digest.hexdigest()[:16]
 
 
+def name_folders(folders: Sequence[Path]) -> list[str]:
+    """What tells folders apart: their paths without what all of them share at either end.
+
+    Of runs that differ without it, the seed is left out as well.
+
+    Example:
+        >>> name_folders([Path("runs/kd/small/0"), Path("runs/ce/small/0")])
+        ['kd', 'ce']
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    if len(parts) == 1:
+        return [str(folders[0])]
+    unseeded = [p[:-1] if p[-1].isdigit() else p for p in parts]
+    if len(set(unseeded)) == len(set(parts)):
+        parts = unseeded
+    for _ in range(2):  # what all begin with, then what all end with
+        while parts and all(parts) and len({p[0] for p in parts}) == 1:
+            parts = [p[1:] for p in parts]
+        parts = [p[::-1] for p in parts]
+    return ["/".join(p) or "." for p in parts]
+
+
+# --- what made a file ---------------------------------------------------------------------------
+
+
+def get_command() -> list[str] | None:
+    """The words of the command that this process runs, as typed; None outside of ``kd-lrp``."""
+    program = Path(sys.argv[0])
+    ours = program.name == "__main__.py" and program.parent.name in ("kd_lrp_plugin", "cli")
+    if not ours and program.stem != "kd-lrp":
+        return None
+    world = os.environ.get("WORLD_SIZE", "1")
+    start = ["torchrun", f"--nproc_per_node={world}", "-m", "kd_lrp_plugin.cli"]
+    return [*(start if world != "1" else ["kd-lrp"]), *sys.argv[1:]]
+
+
 # --- one process at a time ----------------------------------------------------------------------
+
+
+class Busy(BlockingIOError):
+    """Another process holds a lock."""
 
 
 @contextmanager
@@ -218,7 +266,7 @@ def locked(file: Path) -> Iterator[None]:
     The system releases the lock when the process ends, however it ends.
 
     Raises:
-        BlockingIOError: if another process holds it.
+        Busy: if another process holds it.
         OSError: if the file cannot be made, or the file system has no locks.
     """
     handle = _open_locked(file)
@@ -238,7 +286,7 @@ def _open_locked(file: Path) -> int:
             os.close(handle)
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 got, fix = "one that another process holds", "Wait for it."
-                raise BlockingIOError(message(str(file), "a free lock", got, fix)) from None
+                raise Busy(message(str(file), "a free lock", got, fix)) from None
             # Going on without it, two processes would write into each other's files.
             fix = "Choose a folder on a local disk, or mount this one with locks."
             got = f"{errno.errorcode.get(error.errno or 0, '')} ({error.strerror})"

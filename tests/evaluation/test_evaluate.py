@@ -16,6 +16,7 @@ from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.runs import loading, predictions
+from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training import trainer
 
 DROPOUT = "+models.student_model.kwargs.dropout=0.25"
@@ -83,22 +84,24 @@ class TestPredict:
 
 class TestEvaluate:
     def test_its_figures_are_those_of_the_predictions(self, run):
-        found = evaluate.evaluate(run, 200)
+        record = evaluate.evaluate(run, 200)
         summary = json.loads((run / "summary.json").read_text())
-        assert found["student"]["accuracy"] == pytest.approx(summary["test_accuracy"])
-        assert found["student"]["cost"]["parameters"] == summary["parameters"]
-        assert found["teacher"]["cost"]["parameters"] == 4_924_540
-        labels, values = predictions.read_predictions((run / "predictions.csv").read_text())
+        assert record["student"]["accuracy"] == pytest.approx(summary["test_accuracy"])
+        assert record["student"]["cost"]["parameters"] == summary["parameters"]
+        assert record["teacher"]["cost"]["parameters"] == 4_924_540
+        found = predictions.read_predictions(RunFolder(run))
+        labels, values = found.labels, found.probabilities
         alike = (values["student"].argmax(1) == values["teacher"].argmax(1)).mean()
-        assert found["student_and_teacher"]["agreement"] == pytest.approx(alike)
-        assert found == json.loads((run / "evaluation.json").read_text())
+        assert record["student_and_teacher"]["agreement"] == pytest.approx(alike)
+        assert record == json.loads((run / "evaluation.json").read_text())
         assert len(labels) == 8
         for name in ("confusion.png", "reliability.png"):
             assert (run / name).read_bytes().startswith(b"\x89PNG")
 
     def test_its_teacher_is_the_teacher_of_the_run(self, run):
         """The probabilities in predictions.csv, against both models by themselves."""
-        labels, values = predictions.read_predictions((run / "predictions.csv").read_text())
+        found = predictions.read_predictions(RunFolder(run))
+        labels, values = found.labels, found.probabilities
         data = Phantom("test", size=8, image_size=48)
         model, _ = loading.load_run(run)
         images = torch.stack([image for image, _ in data])

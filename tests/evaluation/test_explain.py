@@ -2,9 +2,8 @@
 
 import csv
 import json
-import shlex
 import shutil
-from functools import partial
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,14 +28,29 @@ from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.relevance.recording import relevance_maps
 from kd_lrp_plugin.runs import loading
 from kd_lrp_plugin.training import trainer
+from kd_lrp_plugin.utils.files import name_folders
 from kd_lrp_plugin.utils.progress import NullProgress
 
 QUICK = ("grad_cam", "lrp_gamma")
-explain = partial(explaining.explain, n=1)  # figures take seconds
+
+
+def explain(folders, methods=(), layers=(), **options):
+    """With one picture, since figures take seconds."""
+    chosen = explain_inputs.ExplainOptions(methods, layers, **{"n": 1, **options})
+    return explaining.explain(folders, chosen)
+
+
 TEACHER = [
     "models.teacher_model.kwargs.name=test_resnet",
     "models.teacher_model.src_ckpt=teacher/best.pt",
 ]
+
+
+def forget_outputs(run: Path) -> None:
+    """As a run of an older version: its files are not known by their bytes."""
+    about = json.loads((run / "environment.json").read_text())
+    del about["outputs"]
+    (run / "environment.json").write_text(json.dumps(about))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +85,7 @@ def less_work(monkeypatch):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """They take longer than the figures."""
-    monkeypatch.setattr(explaining.Explainer, "figure_of_run", lambda *_: None)
+    monkeypatch.setattr(explaining.Explainer, "draw_run", lambda *_: None)
     monkeypatch.setattr(explaining, "_save", lambda *_: None)
 
 
@@ -124,7 +138,7 @@ class TestFigures:
                 assert row["figures"][name]["n"] == 3
 
     def test_of_several_layers_become_a_table_of_methods_and_layers(self, project):
-        rows = explain(["runs/kd/0"], QUICK, ["layer2", "layer3"], ["teacher"], samples=2)
+        rows = explain(["runs/kd/0"], QUICK, ["layer2", "layer3"], roles=["teacher"], samples=2)
         table = by_layer(rows, "mass_inside")
         assert [line["method"] for line in table] == list(QUICK)
         for line in table:
@@ -140,12 +154,12 @@ class TestFigures:
             test_set=SimpleNamespace(mask=lambda _: mask),
             summary={"preprocessing": {"image_size": 40}, "image_shape": [3, 40, 40]},
         )
-        found = explain_inputs._mask(run, 0)
+        found = explain_inputs._find_mask(run, 0)
         assert found.shape == (40, 40)
         assert found[10:30, 10:30].all()
         assert int(found.sum()) == 400
         run.summary["preprocessing"] = None  # perhaps a crop: where the mask is, is not known
-        assert explain_inputs._mask(run, 0) is None
+        assert explain_inputs._find_mask(run, 0) is None
 
     def test_a_set_of_two_classes_with_few_masks_works(self, tmp_path):
         generator = np.random.default_rng(0)
@@ -187,8 +201,8 @@ class TestWhatIsKept:
         computed = []
         monkeypatch.setattr(
             explaining.Explainer,
-            "_row",
-            lambda *args, real=explaining.Explainer._row: computed.append(args) or real(*args),
+            "_make_row",
+            lambda *args, real=explaining.Explainer._make_row: computed.append(args) or real(*args),
         )
         rows = explain(["runs/kd/0"], QUICK, samples=2)
         assert len(rows) == 4
@@ -271,14 +285,12 @@ class TestSeveralRuns:
         shutil.copytree("runs/kd/0", "runs/kd/1")
         folders = ["runs/kd/0", "runs/kd/1", "runs/ce/0"]
         opened = [
-            explain_inputs.open_run(folder, name, QUICK, (), ("student", "teacher"), "cpu", False)
-            for folder, name in zip(
-                folders, explain_inputs.name_folders([*map(Path, folders)]), strict=True
-            )
+            explain_inputs.open_run(folder, name, explain_inputs.ExplainOptions(QUICK))
+            for folder, name in zip(folders, name_folders([*map(Path, folders)]), strict=True)
         ]
         shown = explain_inputs.choose_images(opened[0], 2)
-        work = explaining.Explainer()
-        figure = work.figure_of_all(opened, [shown(run) for run in opened], QUICK)
+        explainer = explaining.Explainer()
+        figure = explainer.draw_all(opened, [shown(run) for run in opened], QUICK)
         titles = [ax.get_title() for ax in figure.get_axes()]
         assert titles[:5] == ["image", "teacher", "kd\n0", "kd\n1", "ce\n0"]
         assert len(figure.get_axes()) == 5 * 2 * len(QUICK) + 1  # and the colour bar
@@ -304,15 +316,17 @@ class TestSeveralRuns:
             explain_inputs.list_runs([tmp_path])
 
     def test_that_lie_within_each_other_have_names(self):
-        found = explain_inputs.name_folders([Path("runs/x"), Path("runs/x/0"), Path("runs/x/1")])
+        found = name_folders([Path("runs/x"), Path("runs/x/0"), Path("runs/x/1")])
         assert found == [".", "0", "1"]
 
     def test_of_other_weights_are_refused_whatever_image_shows_it(self, project):
         """The first images are of one class, which most models know."""
+        forget_outputs(project / "runs/ce/0")
         file = project / "runs/ce/0/predictions.csv"
         *lines, last = file.read_text().splitlines()
         values = last.split(",")
-        values[2:] = [str(1 - float(value)) if "." in value else value for value in values[2:]]
+        largest = max(range(2, 6), key=lambda i: float(values[i]))
+        values[2:] = ["0" if i == largest else str(1 / 3) for i in range(2, 6)]
         file.write_text("\n".join([*lines, ",".join(values)]) + "\n")
         with pytest.raises(ValueError, match=r"the predictions in predictions\.csv"):
             explain(["runs/ce/0"], QUICK[:1])
@@ -323,6 +337,7 @@ class TestSeveralRuns:
         text = config.read_text().replace("size: 8,", "size: 4,")
         assert text != config.read_text()
         config.write_text(text)
+        forget_outputs(project / "runs/ce/0")
         predictions.write_text("".join(predictions.read_text().splitlines(True)[:5]))
         with pytest.raises(ValueError, match=r"same test images, got \{'kd': 8, 'ce': 4\}"):
             explain(["runs/kd/0", "runs/ce/0"], QUICK, samples=2)
@@ -418,7 +433,7 @@ class TestPictures:
             explain(["runs/kd/0"], QUICK, images=["two.png"])
 
     def test_show_every_class_and_what_is_wrong(self, monkeypatch):
-        monkeypatch.setattr(explain_inputs, "_get_test_images", lambda _, place: place)
+        monkeypatch.setattr(explain_inputs, "_display_test_image", lambda _, place: place)
         labels = np.repeat([0, 1, 2], 20)
         wrong = np.arange(60) % 5 == 0
         predicted = np.where(wrong, (labels + 1) % 3, labels)
@@ -439,17 +454,19 @@ class TestPictures:
 
 
 class TestTheCommand:
-    def test_prints_tables_and_writes_files(self, project):
+    def test_prints_tables_and_writes_files(self, project, monkeypatch):
         words = ["explain", "runs/kd/0", "--method", "grad_cam", "--samples", "2", "--n", "1"]
         words += ["--model", "teacher", "--layer", "layer2", "--layer", "layer3", "--out", "out"]
+        monkeypatch.setattr(sys, "argv", ["/usr/bin/kd-lrp", *words])
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
         assert "inside by chance" in result.output
         assert "| layer2 | layer3 |" in result.output
         made = {path.name for path in Path("out").iterdir()}
         assert made == {"maps.png", "maps.json", "explanations.csv"}
-        again = shlex.split(json.loads(Path("out/maps.json").read_text())["command"])
-        assert CliRunner().invoke(app, again[1:]).output == result.output
+        for file in ("out/maps.json", "runs/kd/0/explanations.json"):
+            assert json.loads(Path(file).read_text())["command"] == ["kd-lrp", *words]
+        assert CliRunner().invoke(app, words).output == result.output
 
     def test_says_what_is_wrong_in_a_line(self, project):
         result = CliRunner().invoke(app, ["explain", "runs", "--method", "grad_cam"])

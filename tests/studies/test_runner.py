@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from filelock import FileLock
 from matplotlib import image as pictures
 from matplotlib.figure import Figure
 from small_runs import BASELINE, CONFIGS, KD, SMALL
@@ -30,8 +30,10 @@ from kd_lrp_plugin.studies.comparison import compare, summarise, value_at
 from kd_lrp_plugin.studies.figure import study_figure
 from kd_lrp_plugin.studies.markdown import study_markdown
 from kd_lrp_plugin.studies.parser import read_plan
+from kd_lrp_plugin.studies.plan import StudyOptions
 from kd_lrp_plugin.studies.status import list_status
 from kd_lrp_plugin.training.trainer import distill
+from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.progress import NullProgress
 
 TEACHER = CONFIGS / "phantom/ce/resnet10t.yaml"
@@ -65,6 +67,10 @@ class Notes(NullProgress):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+def run_study(file: Path, overrides=(), **options) -> dict:
+    return runner.run_study(file, StudyOptions(overrides, **options))
 
 
 @pytest.fixture
@@ -391,17 +397,28 @@ if how.get("+note") == "hangs" and first:
     sys.exit(130)
 if how.get("+note") == "busy" and first:
     sys.exit(75)
-(out / "metrics.jsonl").write_text(json.dumps({"val_accuracy": 0.5}) + "\\n")
-(out / "evaluation.json").write_text(json.dumps({"student": {"macro_f1": 0.6}}))
-summary = {"test_accuracy": (0.7 if how.get("+note") else 0.5) + job["seed"] / 100, "seconds": 1}
+accuracy = (0.7 if how.get("+note") else 0.5) + job["seed"] / 100
+"""
+FINISH = """
+for name in ("best.pt", "student.safetensors", "predictions.csv"):
+    (out / name).touch()
+(out / "metrics.jsonl").write_text(json.dumps({"epoch": 1, "val_accuracy": 0.5}) + "\\n")
+(out / "evaluation.json").write_text(json.dumps({"student": {"macro_f1": f1}}))
+summary = {"test_accuracy": accuracy, "seconds": 1, "epochs": 1, "parameters": 9, "classes": []}
+summary |= {"preprocessing": None, "image_shape": [3, 8, 8]}
 (out / "summary.json").write_text(json.dumps(summary))
 """
+
+
+def finish(out: Path, accuracy: float, f1: float) -> None:
+    """Leave in a folder what a finished run leaves."""
+    exec(FINISH, {"json": json, "out": out, "accuracy": accuracy, "f1": f1})
 
 
 @pytest.fixture
 def pretending(tmp_path, monkeypatch):
     """Runs are pretended, and nothing is checked before."""
-    (tmp_path / "pretend.py").write_text(PRETEND)
+    (tmp_path / "pretend.py").write_text(f"{PRETEND}f1 = 0.6\n{FINISH}")
     monkeypatch.setattr(executors, "COMMAND", (sys.executable, str(tmp_path / "pretend.py")))
     monkeypatch.setattr(runner, "_refuse_problems", lambda *_: None)
     monkeypatch.setattr(results, "study_figure", lambda _: Figure(figsize=(0.1, 0.1)))
@@ -434,7 +451,7 @@ class TestRunning:
     def test_results_are_one_row_per_run_and_paired_by_seed(self, written, tmp_path, monkeypatch):
         monkeypatch.setattr(results, "study_figure", study_figure)
         file = written(configurations=noted("well"), prepare={}, seeds=3)
-        content = runner.run_study(file, out="out", jobs=3)
+        content = run_study(file, out="out", jobs=3)
         assert content["final"]
         assert json.loads((tmp_path / "out/study.json").read_text()) == content
         with (tmp_path / "out/study.csv").open() as lines:
@@ -446,14 +463,14 @@ class TestRunning:
         assert pictures.imread(tmp_path / "out/study.png").std() > 0.05
 
     def test_nothing_runs_twice_in_this_study_or_another(self, written, tmp_path):
-        runner.run_study(written(), out="out", jobs=2)
+        run_study(written(), out="out", jobs=2)
         before, notes = starts(tmp_path), Notes()
         assert set(before.values()) == {1}
         assert len(before) == 5
         with notes:
-            runner.run_study(written(), out="out")
+            run_study(written(), out="out")
         assert notes.notes == ["all 5 runs are finished already"]
-        runner.run_study(written(**{**ALONE, "seeds": 3}), out="other")
+        run_study(written(**{**ALONE, "seeds": 3}), out="other")
         after = starts(tmp_path)
         assert {name: after[name] for name in before} == before
         assert len(after) == 6
@@ -461,7 +478,7 @@ class TestRunning:
     def test_every_configuration_has_a_seed_before_one_has_two(self, written):
         notes = Notes()
         with notes:
-            runner.run_study(written(configurations=noted("well"), prepare={}), out="out")
+            run_study(written(configurations=noted("well"), prepare={}), out="out")
         ended = [note.partition(":")[0] for note in notes.notes]
         assert ended == ["CE, seed 0", "other, seed 0", "CE, seed 1", "other, seed 1"]
 
@@ -469,7 +486,7 @@ class TestRunning:
         notes = Notes()
         file = written(configurations=noted("fails"), prepare={})
         with notes:
-            content = runner.run_study(file, out="out")
+            content = run_study(file, out="out")
         assert list(content["failed"]) == ["other, seed 0", "other, seed 1"]
         assert content["failed"]["other, seed 0"] == "Error: it is broken"
         assert content["state"] == "Not final: 2 of 4 runs are finished."
@@ -482,7 +499,7 @@ class TestRunning:
 
     def test_what_needs_a_failed_run_is_not_begun(self, written, tmp_path):
         prepare = {"teacher": {"config": str(TEACHER), "set": ["+note=fails"]}}
-        content = runner.run_study(written(prepare=prepare), out="out", jobs=2)
+        content = run_study(written(prepare=prepare), out="out", jobs=2)
         assert list(content["failed"]) == ["teacher, seed 0", "KD, seed 0", "KD, seed 1"]
         assert "not begun" in content["failed"]["KD, seed 0"]
         assert sorted(Path(run).parent.name.split("-")[0] for run in starts(tmp_path)) == [
@@ -494,7 +511,7 @@ class TestRunning:
     ):
         file = written(configurations=noted("hangs"), prepare={}, seeds=1)
         process = multiprocessing.get_context("fork").Process(
-            target=runner.run_study, args=(file,), kwargs={"out": "out", "jobs": 2}
+            target=run_study, args=(file,), kwargs={"out": "out", "jobs": 2}
         )
         process.start()
         runs = {run.name: run.folder for run in read_plan(file).runs}
@@ -504,7 +521,7 @@ class TestRunning:
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         until(lambda: not alive(pid))  # the run ends with the study
-        assert runner.run_study(file, out="out")["final"]
+        assert run_study(file, out="out")["final"]
         assert len(runs["CE"].with_name("0.starts").read_text().split()) == 1
         assert len(hanging.read_text().split()) == 2
 
@@ -517,7 +534,7 @@ class TestRunning:
         quick, hangs = (run.folder for run in read_plan(file).runs)
         hanging, results = hangs.with_name("0.starts"), Path("out/study.json")
         with pytest.raises(KeyboardInterrupt), Stops():
-            runner.run_study(file, out="out", jobs=2)
+            run_study(file, out="out", jobs=2)
         assert not hanging.exists() or not alive(int(hanging.read_text() or -1))
         found = {
             row["folder"]: row["state"] for row in json.loads(until(results.read_text))["runs"]
@@ -528,46 +545,44 @@ class TestRunning:
         file = written(**{**ALONE, "seeds": 1})
         folder, notes = read_plan(file).runs[0].folder, Notes()
         folder.mkdir(parents=True)
-        lock = FileLock(folder / ".lock", thread_local=False)
-        lock.acquire()
+        lock = ExitStack()
+        lock.enter_context(files.locked(folder / ".lock"))
 
         def other() -> None:
-            (folder / "metrics.jsonl").write_text('{"val_accuracy": 0.5}\n')
-            (folder / "evaluation.json").write_text('{"student": {"macro_f1": 0.1}}')
-            (folder / "summary.json").write_text('{"test_accuracy": 0.9, "seconds": 1}')
-            lock.release()
+            finish(folder, 0.9, 0.1)
+            lock.close()
 
         timer = threading.Timer(0.6, other)
         timer.start()
-        assert list_status(read_plan(file))[0]["state"] == "not begun, at work"
+        assert list_status(read_plan(file))[0]["state"] == "not begun, running"
         with notes:
-            content = runner.run_study(file, out="out")
-        assert notes.notes == ["CE, seed 0: another process is at work on it; waiting"]
+            content = run_study(file, out="out")
+        assert notes.notes == ["CE, seed 0: another process is running it; waiting"]
         assert content["runs"][0]["measures"]["test_accuracy"] == 0.9
         assert starts(tmp_path) == {}
 
     def test_a_process_that_finds_another_one_at_work_is_tried_again(self, written, tmp_path):
         file = written(configurations=noted("busy"), prepare={}, seeds=1)
-        assert runner.run_study(file, out="out")["final"]
+        assert run_study(file, out="out")["final"]
         assert sorted(starts(tmp_path).values()) == [1, 2]
 
     def test_results_of_another_study_or_of_more_seeds_are_not_overwritten(self, written):
         file = written(**ALONE)
-        runner.run_study(file, out="out")
+        run_study(file, out="out")
         with pytest.raises(FileExistsError, match=r"further seeds \[1\]"):
-            runner.run_study(file, seeds=1, out="out")
+            run_study(file, seeds=1, out="out")
         with pytest.raises(FileExistsError, match=r"which holds --set \[\]"):
-            runner.run_study(file, ["batch_size=4"], out="out")
+            run_study(file, ["batch_size=4"], out="out")
         with pytest.raises(FileExistsError, match="which holds the whole study"):
-            runner.run_study(file, out="out", only=["configuration=CE"])
+            run_study(file, out="out", only=["configuration=CE"])
         other = written(**{**ALONE, "question": "Else?"})
         with pytest.raises(FileExistsError, match=r"which holds the study .*\(Does KD help\?\)"):
-            runner.run_study(other, out="out")
+            run_study(other, out="out")
         with pytest.raises(FileExistsError, match=r"which holds the study .*study\.yaml"):
-            runner.run_study(written(**ALONE).rename(file.with_name("b.yaml")), out="out")
+            run_study(written(**ALONE).rename(file.with_name("b.yaml")), out="out")
         b = file.with_name("b.yaml")
-        assert runner.run_study(b, out="b", only=["configuration=CE"])["final"]
-        assert runner.run_study(b, out="b")["only"] == []
+        assert run_study(b, out="b", only=["configuration=CE"])["final"]
+        assert run_study(b, out="b")["only"] == []
 
     def test_two_studies_at_once_do_not_write_into_one_folder(self, written):
         """The other one begins while this one is at work."""
@@ -576,11 +591,11 @@ class TestRunning:
             def note(self, text: str) -> None:
                 super().note(text)
                 if len(self.notes) == 1:
-                    runner.run_study(file, out="out")
+                    run_study(file, out="out")
 
         file = written(configurations=noted("well"), prepare={}, seeds=1)
         with pytest.raises(FileExistsError, match="the whole study"), Meanwhile():
-            runner.run_study(file, out="out", only=["configuration=CE"])
+            run_study(file, out="out", only=["configuration=CE"])
         assert json.loads(Path("out/study.json").read_text())["only"] == []
 
     def test_a_process_that_cannot_be_started_is_no_busy_one(self, monkeypatch):
@@ -600,19 +615,19 @@ class TestRunning:
 
     def test_a_run_of_other_weights_is_not_taken_over(self, written):
         file = written(seeds=1)
-        runner.run_study(file, out="out")
+        run_study(file, out="out")
         (teacher,), (_, student) = (read_plan(file).prepared, read_plan(file).runs)
         (teacher.folder / "best.pt").write_bytes(b"as it was")
         key = "models.teacher_model.src_ckpt"
         about = {"seed": 0, "files": {key: "0123456789abcdef"}, "sessions": []}
         (student.folder / "environment.json").write_text(json.dumps(about))
         with pytest.raises(FileExistsError, match=rf"KD, seed 0 .*{key} '0123456789abcdef', now '"):
-            runner.run_study(file, out="out")
+            run_study(file, out="out")
 
     def test_more_seeds_are_added_to_the_results(self, written):
         file = written(**ALONE)
-        runner.run_study(file, seeds=1, out="out")
-        assert runner.run_study(file, seeds=[0, 3], out="out")["seeds"] == [0, 3]
+        run_study(file, seeds=1, out="out")
+        assert run_study(file, seeds=[0, 3], out="out")["seeds"] == [0, 3]
 
     def test_the_command_prints_the_table_and_fails_where_a_run_does(self, written):
         file = written(configurations=noted("fails"), prepare={}, seeds=1)
@@ -649,7 +664,7 @@ class TestMeasures:
             | {"figures": {"mass_inside": {"mean": mean, "n": n, "undefined": 4}}}
             for samples, n, mean in ((None, 32, 0.1), (400, 400, 0.4), (8, 8, 0.2))
         ]
-        found = results._means({"rows": rows})
+        found = results.average_maps({"rows": rows})
         assert value_at(found, "student.grad_cam.blocks.6.mass_inside") == 0.4
 
 
@@ -674,14 +689,14 @@ class TestRealRuns:
         (teacher,), (student,) = plan.prepared, plan.runs
         distill(teacher.spec("cpu"))
         evaluate(teacher.folder, resamples=100)
-        process = executors.StudyExecutor([], 1, "cpu", True, {}, print)._started(student)
+        process = executors.StudyExecutor(
+            [], StudyOptions(device="cpu", safe=True), 1, {}, print
+        ).start(student)
         begun = student.folder / "metrics.jsonl"
         until(lambda: begun.exists() or process.poll() is not None, 200)
         process.stdin.close()
         code, before = process.wait(timeout=60), begun.read_text()
-        found = runner.run_study(
-            file, out=place / "out", root=place / "runs", device="cpu", safe=True
-        )
+        found = run_study(file, out=place / "out", root=place / "runs", device="cpu", safe=True)
         return {"found": found, "plan": plan, "code": code, "before": before}
 
     def test_a_run_ends_with_its_study_and_goes_on_with_the_next(self, done):
@@ -713,7 +728,7 @@ class TestRealRuns:
         wrong |= {"teacher": {"config": str(TEACHER)}}  # is prepared as well
         file = written(configurations=wrong, seeds=2, set=SMALL)
         with pytest.raises(ValueError, match="the weights of this model") as error:
-            runner.run_study(file, out=tmp_path / "out", root=tmp_path / "runs", device="cpu")
+            run_study(file, out=tmp_path / "out", root=tmp_path / "runs", device="cpu")
         assert re.search(r"study\.yaml: CE: .*Did you mean 'weight_decay'", str(error.value))
         assert not list(tmp_path.rglob("*.pt"))
         assert not (tmp_path / "out").exists()

@@ -181,7 +181,7 @@ class TestDamage:
             raise error
 
         monkeypatch.setattr("zipfile.ZipFile.testzip", broken)
-        with pytest.raises(ValueError, match="a whole checkpoint of plain tensors"):
+        with pytest.raises(ValueError, match="an intact checkpoint of plain tensors"):
             checkpoints.read_checkpoint(tmp_path / "last.pt")
 
     def test_without_a_whole_checkpoint_nothing_is_trained_on(self, out):
@@ -191,7 +191,7 @@ class TestDamage:
         (out / "previous.pt").unlink(missing_ok=True)
         before = sorted(file.name for file in out.iterdir())
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"(?s)a whole checkpoint.*Delete the folder"):
+            with pytest.raises(ValueError, match=r"(?s)an intact checkpoint.*Put one back"):
                 distill(out)
         assert sorted(file.name for file in out.iterdir()) == before
 
@@ -203,7 +203,7 @@ class TestDamage:
         with pytest.raises(Stopped):
             distill(out, StopsAt("epoch 2"))
         torch.save({"experiment": Evil()}, out / "last.pt")
-        with pytest.raises(ValueError, match="a whole checkpoint"):
+        with pytest.raises(ValueError, match="an intact checkpoint"):
             distill(out)
         assert not (tmp_path / "broken in").exists()
         with pytest.raises(ValueError, match="plain tensors, got other objects"):
@@ -346,7 +346,7 @@ class TestFolder:
     def test_two_processes_do_not_share_a_folder(self, out):
         with (
             folder.RunFolder(out).claimed("a: 1", {}),
-            pytest.raises(BlockingIOError, match="another process is at work"),
+            pytest.raises(BlockingIOError, match="another process is running"),
         ):
             distill(out, config=BASELINE, overrides=SMALL)
 

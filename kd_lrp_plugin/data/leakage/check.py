@@ -43,7 +43,15 @@ from kd_lrp_plugin.data.leakage.images import (
 )
 from kd_lrp_plugin.data.leakage.summary import count_leaks, summarise_leaks
 from kd_lrp_plugin.data.splits import read_groups
-from kd_lrp_plugin.utils.files import hash_contents, put, read_json, to_csv, write_json, write_text
+from kd_lrp_plugin.utils.files import (
+    get_command,
+    hash_contents,
+    put,
+    read_json,
+    to_csv,
+    write_json,
+    write_text,
+)
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -123,7 +131,7 @@ def check_data(
         if len(order):
             figure = pairs_figure(root, checked, order)
             put(out / "pairs.png", lambda draft: figure.savefig(draft, format="png"))
-        write_json(out / "summary.json", summary)
+        write_json(out / "summary.json", {"command": get_command(), **summary})
     return summary
 
 
