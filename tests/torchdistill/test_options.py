@@ -477,8 +477,9 @@ def test_each_process_relates_the_samples_of_its_own_part_of_the_batch(key):
     )
     comparison = rim.COMPARISONS[key]
     recordings = [(logits._kd_lrp_recording, logits) for logits in (of_student, of_teacher)]
+    signed = comparison.signed
     both = [
-        r.activations if comparison.methods is None else r.maps(logits, targets, signed=True)
+        r.activations if comparison.methods is None else r.maps(logits, targets, signed=signed)
         for r, logits in recordings
     ]
     own = [comparison.distance(s[:2], t[:2]) for s, t in zip(*both, strict=True)]
