@@ -166,7 +166,9 @@ def _trace(model: nn.Module, side: int) -> list[_Output]:
         return module.register_forward_hook(read)
 
     images = torch.zeros(2, channels, side, side, device=weight.device, dtype=weight.dtype)
-    handles = [listen(name, module) for name, module in model.named_modules() if name]
+    named = [(name, module) for name, module in model.named_modules() if name]
+    # A parametrization hands out weights, which have four axes, too.
+    handles = [listen(n, m) for n, m in named if "parametrizations" not in n.split(".")]
     try:
         with _unchanged(model), torch.no_grad():
             logits = model.eval()(images)
