@@ -39,6 +39,7 @@ def main() -> None:
     ):
         print("$ kd-lrp", *command, flush=True)
         app(command, standalone_mode=False)
+    print(f"written: {args.out}/student.safetensors, {args.out}/explanations.json")
 
 
 if __name__ == "__main__":
