@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -449,4 +450,5 @@ def share(dataset: Any, loader: Mapping[str, Any], context: DistributedContext) 
         sampler = loader["sampler"]
         place = {"num_replicas": context.world_size, "rank": context.rank}
         loader = {**loader, "sampler": {**sampler, "kwargs": place | (sampler.get("kwargs") or {})}}
-    return build_data_loader(dataset, loader, context.world_size > 1)
+    # A copy, since a wrapper (torchdistill's for SSKD) may change what it wraps.
+    return build_data_loader(copy(dataset), loader, context.world_size > 1)
