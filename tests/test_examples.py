@@ -52,6 +52,10 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["proof/whole", "proof/killed"],
     ),
+    "own_method.py": (
+        ["--out", "own"],
+        ["own/student.safetensors", "own/explanations.json", "runs/extension/student.json"],
+    ),
     "plain_loop.py": (["--epochs", "3"], []),
     "relevance_maps.py": (["--steps", "2", "--out", "maps.png"], ["maps.png"]),
     "torchdistill_script.py": (

@@ -15,8 +15,8 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from kd_lrp_plugin.relevance.hooks import Propagation
+from kd_lrp_plugin.relevance.layers import choose_layers, resolve_layers
 from kd_lrp_plugin.relevance.methods import METHODS
-from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import check_known, check_targets, message
 
 
@@ -67,8 +67,8 @@ def record(
     Args:
         model: any module that ends in logits (n, classes). Of a ``DistributedDataParallel`` the
             module inside is recorded.
-        layers: names of modules with output (n, c, h, w), or "auto" for timm's ``feature_info``:
-            one per reduction, without the last.
+        layers: names of modules with output (n, c, h, w), or "auto" for one per reduction of the
+            image, without the last; see :func:`kd_lrp_plugin.relevance.layers.choose_layers`.
         method: a name of :data:`kd_lrp_plugin.relevance.methods.METHODS`.
 
     Yields:
@@ -216,25 +216,15 @@ def _check_as_written(model: nn.Module) -> None:
 
 
 def _layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:
-    if layers == "auto":
-        info = getattr(model, "feature_info", None)
-        if not info:
-            fix = "Name the layers; auto works for timm models."
-            got = type(model).__name__
-            raise ValueError(message("layers", "a model with feature_info for 'auto'", got, fix))
-        last = max(entry["reduction"] for entry in info)
-        by_reduction = {e["reduction"]: e["module"] for e in info if e["reduction"] < last}
-        layers = list(by_reduction.values())
     if getattr(model, "output_fmt", "NCHW") not in ("NCHW", None):
         got = f"{type(model).__name__}, whose maps are {model.output_fmt}"
         raise ValueError(message("record", "layers with output (n, c, h, w)", got, "Use a CNN."))
+    if layers == "auto":
+        return choose_layers(model)
     names = [layers] if isinstance(layers, str) else list(layers)
-    known = [name for name, _ in model.named_modules() if name]
     if not names:
         raise ValueError(message("layers", "at least one layer name", names, "Name the layers."))
-    for name in names:
-        if name not in known:
-            raise ValueError(unknown_name("layer", name, known))
+    names = resolve_layers(model, names)
     if len(set(names)) < len(names):
         raise ValueError(message("layers", "different names", names, "Name each layer once."))
     return names

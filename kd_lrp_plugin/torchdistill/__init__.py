@@ -4,8 +4,10 @@
 where in YAML          names
 =====================  ==========================================================================
 forward procedures     by ``!import_call`` of :func:`recorder`
-mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``GradCAML2Loss``,
-                       ``GradCAMCosineLoss``, ``RelationCosineLoss``, ``RelationL2Loss``
+mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``LRPRelativeL2Loss``
+                       (``target: label | teacher | contrast``, ``signed``, ``every``);
+                       ``GradCAML2Loss``, ``GradCAMCosineLoss`` (``target``, ``every``);
+                       ``RelationCosineLoss``, ``RelationL2Loss`` (``every``)
 high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_call`` of
                        :func:`class_weights`
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
@@ -14,6 +16,30 @@ models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``,
 datasets               ``phantom``, ``folder_images``; in ``datasets`` by ``!import_call`` of
                        :func:`phantom` and :func:`folder_images`
 =====================  ==========================================================================
+
+The mid-level losses stand beside torchdistill's own in one ``WeightedSumLoss``: the recorder takes
+the place of ``forward_batch_only``, and ``forward_hook`` serves the others as ever:
+
+.. code-block:: yaml
+
+    student:
+      forward_proc: !import_call
+        key: kd_lrp_plugin.torchdistill.recorder
+        init: {kwargs: {layers: auto, method: gradient_activation}}
+      forward_hook: {input: [], output: [layer3]}  # for ATLoss
+    criterion:
+      key: WeightedSumLoss
+      kwargs:
+        sub_terms:
+          at: {criterion: {key: ATLoss, kwargs: ...}, weight: 1000.0}
+          maps:
+            criterion: {key: LRPRelativeL2Loss, kwargs: {signed: True, target: contrast}}
+            weight: 0.97
+
+A module of your own, named in ``dependencies``, adds to this: :func:`register_recorded_loss` makes
+a mid-level loss of a distance, :func:`recorded` gives any loss the recording, and a method that is
+registered in :data:`kd_lrp_plugin.relevance.methods.METHODS` is one for the recorder and the
+losses. ``examples/extension`` shows all of it.
 
 Everything here is a thin shell around the core, and takes exactly the keywords that it lists:
 torchdistill itself would drop a misspelled one without a word.

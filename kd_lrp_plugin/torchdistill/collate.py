@@ -23,7 +23,7 @@ def mixup(
 
     Targets become weights (n, classes), which ``DisWOTPlusLoss`` and the relevance of the "label"
     take as they are. Use it for the training loader, as ``collate_fn``, with batches of an even
-    size. timm draws from NumPy's global generator, which the driver seeds for each epoch, and
+    size. timm draws from NumPy's global generator, which the trainer seeds for each epoch, and
     PyTorch for each worker of a loader.
 
     Args:

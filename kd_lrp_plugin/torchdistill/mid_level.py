@@ -39,7 +39,7 @@ class Comparison:
     def methods(self) -> list[str] | None:
         """Names of the methods whose maps it takes; None where it compares features.
 
-        Asked for anew each time, since a user's module may register methods at any time.
+        Looked up each time, since a user's module may register methods at any time.
         """
         if self.kind == "features":
             return None

@@ -26,7 +26,7 @@ def weight_schedule(terms: Mapping[str, Mapping[str, int]]) -> str:
     ``DisWOTPlusLoss`` sum to one only after the last warm-up. The weight depends on the epoch
     alone, so that a resumed run needs no state.
 
-    Epochs count from 0, as torchdistill's scripts and the driver give them to
+    Epochs count from 0, as torchdistill's scripts and the trainer give them to
     ``pre_epoch_process``, and in a multi-stage training over all stages (``box.current_epoch``).
     Each stage that is to follow a schedule names one. The process does what torchdistill's default
     does, too.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.interfaces.registry import register_post_forward_proc_func
 from torchdistill.core.training import get_training_box
 from torchdistill.datasets.util import build_data_loader
+from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from kd_lrp_plugin.config.build import Assembly, check_classes, get_stages
 from kd_lrp_plugin.data.transforms import preprocessing
@@ -44,6 +46,17 @@ def scaled_step(box: Any, loss: Tensor, metrics: Any = None, **_: Any) -> None:
         box.lr_scheduler.step()
 
 
+class _Datasets(dict[str, Any]):
+    """Data sets by name, each handed out as a shallow copy.
+
+    A wrapper around a data set may change it (torchdistill's for SSKD takes its transform away),
+    and of one data set several loaders are made.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        return copy(super().__getitem__(name))
+
+
 class Experiment:
     """Models, data and torchdistill's box of one config.
 
@@ -64,7 +77,7 @@ class Experiment:
         self.context = context
         self.train = content["train"]
         self._seed = seed
-        self._datasets = content["datasets"]
+        self._datasets = _Datasets(content["datasets"])
         stage = next(iter(get_stages(self.train).values()))
         self._test_loader = content["test"]["test_data_loader"]
         parts = {
@@ -139,6 +152,11 @@ class Experiment:
     def teacher(self) -> nn.Module | None:
         return getattr(self.box, "teacher_model", None)
 
+    @property
+    def original_teacher(self) -> nn.Module | None:
+        """The teacher as ``models`` describes it, whatever a stage makes of it."""
+        return getattr(self.box, "org_teacher_model", None)
+
     # --- one step -----------------------------------------------------------------------------
 
     def loss(self, images: Tensor, targets: Tensor, supplement: Any = None) -> Tensor:
@@ -146,6 +164,16 @@ class Experiment:
         kind = PRECISIONS[self.train.get("precision") or "float32"]
         with torch.autocast(self.context.device.type, kind, enabled=kind != torch.float32):
             return self.box.forward_process(images, targets, supplement)
+
+    def missing_wrapper(self, loader: DataLoader) -> str | None:
+        """The data set wrapper that the training's loader has and this one lacks, if there is one.
+
+        It adds to a batch what the criterion needs (negative samples for CRD, rotated images for
+        SSKD), so that without it there is an accuracy, but no loss.
+        """
+        plain = {BaseDatasetWrapper, Subset, *map(type, self._datasets.values())}
+        wrapper = type(self.box.train_data_loader.dataset)
+        return None if wrapper in plain | {type(loader.dataset)} else wrapper.__name__
 
     def training_loss(self, images: Tensor, targets: Tensor, supplement: Any) -> Tensor:
         """:meth:`loss`; the processes wait for each other in the last batch of a step only."""

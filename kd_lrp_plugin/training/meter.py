@@ -5,10 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchdistill.losses import mid_level
 
 from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import message
+
+COMPARING = (
+    RecordedLoss,
+    mid_level.CCKDLoss,
+    mid_level.DISTLoss,
+    mid_level.PKTLoss,
+    mid_level.RKDLoss,
+    mid_level.SKDDirectionLoss,
+    mid_level.SPKDLoss,
+)
+"""Losses that set the samples of a batch in relation, and say nothing of one alone."""
 
 
 class Meter:
@@ -39,8 +51,8 @@ class Meter:
 
     @property
     def compares(self) -> bool:
-        """Whether a term compares recordings, some of which need more than one image."""
-        return any(isinstance(term, RecordedLoss) for term in self._terms.values())
+        """Whether a term is of :data:`COMPARING`, and so may need more than one image."""
+        return any(isinstance(term, COMPARING) for term in self._terms.values())
 
     def __enter__(self) -> "Meter":
         def read_outputs(_: nn.Module, inputs: tuple) -> None:

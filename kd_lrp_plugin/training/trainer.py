@@ -147,6 +147,7 @@ class Trainer:
         self.records: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}  # content of best.pt
         self.monitor = experiment.monitor
+        self._said_missing = False
 
     @property
     def epoch(self) -> int:
@@ -307,21 +308,28 @@ class Trainer:
     ) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
         """Means of accuracy and every loss term, relevance included; the predictions if kept.
 
-        One image alone has no relation to others: where the criterion compares recordings, a batch
-        of one counts for the accuracy only.
+        One image alone has no relation to others: where the criterion compares samples, a batch
+        of one counts for the accuracy only. So does every batch where the loader lacks what the
+        training's data set wrapper adds.
         """
         experiment = self.experiment
         redesigned = experiment.student is not experiment.original
         with experiment.evaluating(), Meter(experiment.box.criterion, keep) as meter:
             experiment.original.eval()
-            least = 2 if meter.compares else 1
-            for images, targets, *_ in current_progress().track(loader, what, len(loader)):
+            missing = experiment.missing_wrapper(loader)
+            if missing and not self._said_missing:
+                self._said_missing = True
+                current_progress().note(f"{what}: accuracy only, for its images lack {missing}")
+            least = math.inf if missing else 2 if meter.compares else 1
+            for images, targets, *rest in current_progress().track(loader, what, len(loader)):
                 images, targets = images.to(self.context.device), targets.to(self.context.device)
                 if len(targets) >= least:
                     logits = experiment.original(images) if redesigned else None
-                    meter.update(experiment.loss(images, targets), targets, logits)
+                    loss = experiment.loss(images, targets, rest[0] if rest else {})
+                    meter.update(loss, targets, logits)
                 else:
-                    of_teacher = experiment.teacher(images) if experiment.teacher else None
+                    teacher = experiment.original_teacher
+                    of_teacher = teacher(images) if teacher else None
                     meter.count(experiment.original(images), targets, of_teacher)
         return meter.summary(prefix, self.context), meter.predictions(self.context)
 

@@ -563,10 +563,6 @@ class TestUnknownNames:
         with pytest.raises(ValueError, match=r"midle.*'middle'"):
             relevance_maps(*small_net(), ["midle"])
 
-    def test_auto_needs_a_model_that_knows_its_features(self):
-        with pytest.raises(ValueError, match="feature_info"):
-            relevance_maps(*small_net(), "auto")
-
     def test_no_layers_are_refused(self):
         with pytest.raises(ValueError, match="at least one layer"):
             relevance_maps(*small_net(), [])

@@ -1,4 +1,4 @@
-"""The rim, inside torchdistill's own boxes and stock losses."""
+"""The plug-in, inside torchdistill's own boxes and stock losses."""
 
 import copy
 
@@ -13,7 +13,7 @@ from torchdistill.losses.registry import HIGH_LEVEL_LOSS_DICT, MIDDLE_LEVEL_LOSS
 from torchdistill.models.registry import MODEL_DICT
 
 from kd_lrp_plugin import losses, record
-from kd_lrp_plugin import torchdistill as rim
+from kd_lrp_plugin import torchdistill as plugin
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 
 LRP = ("LRPSemanticCosineLoss", "LRPSemanticL2Loss", "LRPRelativeL2Loss")
@@ -21,21 +21,21 @@ SEMANTIC = (*LRP, "GradCAML2Loss", "GradCAMCosineLoss")
 
 
 def test_every_key_is_registered():
-    assert set(rim.COMPARISONS) <= set(MIDDLE_LEVEL_LOSS_DICT)
+    assert set(plugin.COMPARISONS) <= set(MIDDLE_LEVEL_LOSS_DICT)
     assert "DisWOTPlusLoss" in HIGH_LEVEL_LOSS_DICT
     assert "timm_model" in MODEL_DICT
     assert {"phantom", "folder_images"} <= set(DATASET_DICT)
 
 
-@pytest.mark.parametrize("key", sorted(rim.COMPARISONS))
+@pytest.mark.parametrize("key", sorted(plugin.COMPARISONS))
 def test_a_mid_level_loss_is_the_mean_of_its_distance_over_the_layers(key):
     teacher, student = models()
     images, targets = batch()
-    procedure = rim.recorder(LAYERS, method_for(key))
+    procedure = plugin.recorder(LAYERS, method_for(key))
     value = MIDDLE_LEVEL_LOSS_DICT[key]()(
         io(student, procedure, images), io(teacher, procedure, images), targets
     )
-    comparison = rim.COMPARISONS[key]
+    comparison = plugin.COMPARISONS[key]
     recorded = []
     for model in (student, teacher.eval()):
         with record(model, LAYERS, method_for(key)) as recording:
@@ -53,19 +53,19 @@ def test_a_mid_level_loss_is_the_mean_of_its_distance_over_the_layers(key):
 def test_maps_of_another_size_are_resized_to_the_students():
     teacher, student = models()
     images, targets = batch()
-    of_teacher = io(teacher, rim.recorder(["layer1"], "lrp_zplus"), images)
-    of_student = io(student, rim.recorder(["layer3"], "lrp_zplus"), images)
-    assert 0 <= rim.RecordedLoss("LRPSemanticCosineLoss")(of_student, of_teacher, targets) <= 2
+    of_teacher = io(teacher, plugin.recorder(["layer1"], "lrp_zplus"), images)
+    of_student = io(student, plugin.recorder(["layer3"], "lrp_zplus"), images)
+    assert 0 <= plugin.RecordedLoss("LRPSemanticCosineLoss")(of_student, of_teacher, targets) <= 2
 
 
 def test_target_teacher_explains_its_first_choice():
     teacher, student = models()
     images, _ = batch()
-    procedure = rim.recorder(LAYERS, "lrp_zplus")
+    procedure = plugin.recorder(LAYERS, "lrp_zplus")
     of_student, of_teacher = io(student, procedure, images), io(teacher, procedure, images)
     choice = of_teacher["."]["output"].argmax(1)
-    loss = rim.RecordedLoss("LRPSemanticCosineLoss", target="teacher")
-    by_label = rim.RecordedLoss("LRPSemanticCosineLoss")
+    loss = plugin.RecordedLoss("LRPSemanticCosineLoss", target="teacher")
+    by_label = plugin.RecordedLoss("LRPSemanticCosineLoss")
     wrong = (choice + 1) % 4
     torch.testing.assert_close(
         loss(of_student, of_teacher, wrong), by_label(of_student, of_teacher, choice)
@@ -75,12 +75,12 @@ def test_target_teacher_explains_its_first_choice():
 def test_target_contrast_explains_the_label_minus_the_mean_of_the_others():
     teacher, student = models()
     images, targets = batch()
-    of_student, of_teacher = (io(m, rim.recorder(LAYERS), images) for m in (student, teacher))
-    loss = rim.RecordedLoss("LRPRelativeL2Loss", target="contrast", signed=True)
+    of_student, of_teacher = (io(m, plugin.recorder(LAYERS), images) for m in (student, teacher))
+    loss = plugin.RecordedLoss("LRPRelativeL2Loss", target="contrast", signed=True)
     value = loss(of_student, of_teacher, targets).detach()
     maps = []
     for parts in (of_student, of_teacher):
-        logits, recording = rim.recorded(parts, "student")
+        logits, recording = plugin.recorded(parts, "student")
         per_class = [recording.maps(logits, torch.full((4,), c), signed=True) for c in range(4)]
         maps.append([])
         for layer in range(2):
@@ -101,13 +101,13 @@ def test_target_contrast_explains_the_label_minus_the_mean_of_the_others():
 def test_signed_is_a_choice_of_the_losses_of_relevance(key, signed):
     teacher, student = models()
     images, targets = batch()
-    parts = [io(model, rim.recorder(LAYERS), images) for model in (student, teacher)]
+    parts = [io(model, plugin.recorder(LAYERS), images) for model in (student, teacher)]
     value = MIDDLE_LEVEL_LOSS_DICT[key](signed=signed)(*parts, targets).detach()
     maps = []
     for role in parts:
-        logits, recording = rim.recorded(role, "student")
+        logits, recording = plugin.recorded(role, "student")
         maps.append(recording.maps(logits, targets, signed=signed))
-    distance = rim.COMPARISONS[key].distance
+    distance = plugin.COMPARISONS[key].distance
     expected = sum(distance(s, t) for s, t in zip(*maps, strict=True)) / 2
     torch.testing.assert_close(value, expected.detach(), rtol=1e-4, atol=1e-5)
     if not signed:
@@ -140,7 +140,7 @@ def test_signed_maps_of_a_net_without_biases_sum_to_what_they_explain(method):
 def test_a_resized_map_keeps_its_total_where_the_distance_sees_it():
     """A teacher whose maps have twice the size spreads its relevance over four times the pixels."""
     small = torch.rand(4, 3, 3)
-    loss = rim.RecordedLoss("LRPRelativeL2Loss", signed=True)
+    loss = plugin.RecordedLoss("LRPRelativeL2Loss", signed=True)
     large = torch.nn.functional.interpolate(small[:, None], scale_factor=2)[:, 0] / 4
     # 2 x 2 pixels of one value each, brought back to one: antialiasing mixes in the neighbours.
     flat = torch.full((4, 6, 6), 1 / 36)
@@ -149,12 +149,12 @@ def test_a_resized_map_keeps_its_total_where_the_distance_sees_it():
 
 
 class TestOptionsOfRelevance:
-    @pytest.mark.parametrize("key", sorted(set(rim.COMPARISONS) - set(LRP)))
+    @pytest.mark.parametrize("key", sorted(set(plugin.COMPARISONS) - set(LRP)))
     def test_signed_says_nothing_elsewhere_and_is_refused(self, key):
         with pytest.raises(ValueError, match=f"{key}: keyword: expected .*'signed'"):
             MIDDLE_LEVEL_LOSS_DICT[key](signed=True)
         with pytest.raises(ValueError, match=f"{key}: expected no signed"):
-            rim.RecordedLoss(key, signed=True)
+            plugin.RecordedLoss(key, signed=True)
 
     @pytest.mark.parametrize("signed", [1, "True", 0.0])
     def test_signed_is_true_or_false(self, signed):
@@ -168,16 +168,16 @@ class TestOptionsOfRelevance:
     def test_contrast_of_labels_outside_the_head_is_refused(self):
         teacher, student = models()
         images, _ = batch()
-        parts = [io(model, rim.recorder(LAYERS), images) for model in (student, teacher)]
-        loss = rim.RecordedLoss("LRPSemanticL2Loss", target="contrast")
+        parts = [io(model, plugin.recorder(LAYERS), images) for model in (student, teacher)]
+        loss = plugin.RecordedLoss("LRPSemanticL2Loss", target="contrast")
         with pytest.raises(ValueError, match=r"labels in \[0, 4\)"):
             loss(*parts, torch.tensor([0, 1, 2, 4]))
 
     def test_contrast_of_one_output_is_refused(self):
         images, _ = batch()
         nets = [nn.Sequential(nn.Conv2d(3, 2, 3), nn.AvgPool2d(46), nn.Flatten(), nn.Linear(2, 1))]
-        parts = [io(net, rim.recorder(["0"]), images) for net in nets * 2]
-        loss = rim.RecordedLoss("LRPSemanticL2Loss", target="contrast")
+        parts = [io(net, plugin.recorder(["0"]), images) for net in nets * 2]
+        loss = plugin.RecordedLoss("LRPSemanticL2Loss", target="contrast")
         with pytest.raises(ValueError, match=r"two logits or more, got \(4, 1\)"):
             loss(*parts, torch.zeros(4, dtype=torch.long))
 
@@ -186,7 +186,7 @@ def test_a_frozen_teacher_does_not_drift_under_stock_losses():
     teacher, student = models()
     data = Phantom("train", size=16, image_size=48)
 
-    key = rim.recorder(LAYERS)
+    key = plugin.recorder(LAYERS)
     loader = {"dataset_id": "phantom", "sampler": {"class_or_func": RandomSampler}}
     path = {"student_module_path": ".", "student_module_io": "output"}
     path |= {"teacher_module_path": ".", "teacher_module_io": "output"}
@@ -240,16 +240,16 @@ class TestDisWOTPlus:
     def io(self, method: str = "lrp_zplus") -> tuple[dict, torch.Tensor]:
         teacher, student = models()
         images, targets = batch()
-        key = rim.recorder(LAYERS, method)
+        key = plugin.recorder(LAYERS, method)
         return {"student": io(student, key, images), "teacher": io(teacher, key, images)}, targets
 
     def test_is_the_weighted_sum_of_its_terms(self):
         io_dict, targets = self.io()
-        loss = rim.DisWOTPlusLoss(0.3, 0.3, 0.25, 0.15, temperature=3.0)
+        loss = plugin.DisWOTPlusLoss(0.3, 0.3, 0.25, 0.15, temperature=3.0)
         total = loss(io_dict, {}, targets)
         student, teacher = (io_dict[role]["."]["output"] for role in ("student", "teacher"))
-        semantic = rim.RecordedLoss("LRPSemanticCosineLoss")
-        relation = rim.RecordedLoss("RelationCosineLoss")
+        semantic = plugin.RecordedLoss("LRPSemanticCosineLoss")
+        relation = plugin.RecordedLoss("RelationCosineLoss")
         parts = io_dict["student"], io_dict["teacher"], targets
         expected = (
             0.3 * nn.functional.cross_entropy(student, targets)
@@ -263,7 +263,7 @@ class TestDisWOTPlus:
 
     def test_keeps_its_terms_in_validation_too(self):
         io_dict, targets = self.io()
-        loss = rim.DisWOTPlusLoss()
+        loss = plugin.DisWOTPlusLoss()
         trained = loss(io_dict, {}, targets).detach()
         with torch.no_grad():
             validated = loss(io_dict, {}, targets)
@@ -272,43 +272,43 @@ class TestDisWOTPlus:
 
     def test_leaves_out_a_term_of_weight_zero(self):
         io_dict, targets = self.io()
-        loss = rim.DisWOTPlusLoss(0.5, 0.5, 0.0, 0.0)
+        loss = plugin.DisWOTPlusLoss(0.5, 0.5, 0.0, 0.0)
         loss(io_dict, {}, targets)
         assert set(loss.terms) == {"ce", "kl"}
 
     @pytest.mark.parametrize("weights", [(0.4, 0.4, 0.1, 0.2), (1.2, -0.2, 0.0, 0.0)])
     def test_refuses_weights_that_are_not_shares_of_one(self, weights):
         with pytest.raises(ValueError, match="sum 1"):
-            rim.DisWOTPlusLoss(*weights)
+            plugin.DisWOTPlusLoss(*weights)
 
     def test_names_the_term_that_is_not_finite(self):
         io_dict, targets = self.io()
         io_dict["teacher"]["."]["output"].data[0, 0] = torch.nan
         with pytest.raises(FloatingPointError, match=r"\['kl'\] not finite"):
-            rim.DisWOTPlusLoss()(io_dict, {}, targets)
+            plugin.DisWOTPlusLoss()(io_dict, {}, targets)
 
     def test_names_labels_outside_the_head(self):
         io_dict, _ = self.io()
         with pytest.raises(ValueError, match=r"labels in \[0, 4\)"):
-            rim.DisWOTPlusLoss()(io_dict, {}, torch.tensor([0, 1, 2, 4]))
+            plugin.DisWOTPlusLoss()(io_dict, {}, torch.tensor([0, 1, 2, 4]))
 
     def test_names_an_unknown_loss(self):
         with pytest.raises(ValueError, match="Did you mean 'GradCAML2Loss'"):
-            rim.DisWOTPlusLoss(semantic={"key": "GradCamL2Loss"})
+            plugin.DisWOTPlusLoss(semantic={"key": "GradCamL2Loss"})
 
     def test_asks_for_a_teacher(self):
         io_dict, targets = self.io()
         with pytest.raises(ValueError, match="teacher_model"):
-            rim.DisWOTPlusLoss()({"student": io_dict["student"], "teacher": {}}, {}, targets)
+            plugin.DisWOTPlusLoss()({"student": io_dict["student"], "teacher": {}}, {}, targets)
 
 
 class TestErrors:
     def test_logits_without_a_recording_name_the_key_to_set(self):
         teacher, student = models()
         images, targets = batch()
-        of_student = io(student, rim.recorder(LAYERS), images)
+        of_student = io(student, plugin.recorder(LAYERS), images)
         with pytest.raises(ValueError, match=r"train\.teacher\.forward_proc"):
-            rim.RecordedLoss("LRPSemanticCosineLoss")(
+            plugin.RecordedLoss("LRPSemanticCosineLoss")(
                 of_student, {".": {"output": teacher(images)}}, targets
             )
 
@@ -317,26 +317,26 @@ class TestErrors:
         teacher, student = models()
         images, targets = batch()
         other = "lrp_zplus" if key.startswith("GradCAM") else "grad_cam"
-        procedure = rim.recorder(LAYERS, other)
+        procedure = plugin.recorder(LAYERS, other)
         parts = io(student, procedure, images), io(teacher, procedure, images), targets
         with pytest.raises(ValueError, match=f"{key}.*{other}"):
-            rim.RecordedLoss(key)(*parts)
+            plugin.RecordedLoss(key)(*parts)
 
     def test_a_different_number_of_layers_is_named(self):
         teacher, student = models()
         images, targets = batch()
         parts = (
-            io(student, rim.recorder(LAYERS), images),
-            io(teacher, rim.recorder(["layer2"]), images),
+            io(student, plugin.recorder(LAYERS), images),
+            io(teacher, plugin.recorder(["layer2"]), images),
         )
         with pytest.raises(ValueError, match="same number of layers"):
-            rim.RecordedLoss("RelationCosineLoss")(*parts, targets)
+            plugin.RecordedLoss("RelationCosineLoss")(*parts, targets)
 
     @pytest.mark.parametrize(
         ("call", "near"),
         [
-            (lambda: rim.recorder(layer=["x"]), "layers"),
-            (lambda: rim.recorder(["x"], "lrp_zplos"), "lrp_zplus"),
+            (lambda: plugin.recorder(layer=["x"]), "layers"),
+            (lambda: plugin.recorder(["x"], "lrp_zplos"), "lrp_zplus"),
             (lambda: MIDDLE_LEVEL_LOSS_DICT["GradCAML2Loss"](taget="label"), "target"),
             (lambda: HIGH_LEVEL_LOSS_DICT["DisWOTPlusLoss"](aplha=1.0), "alpha"),
             (lambda: MODEL_DICT["timm_model"](nam="resnet18", num_classes=2), "name"),
@@ -354,9 +354,9 @@ def test_zero_maps_are_counted():
     images, targets = batch()
     with torch.no_grad():
         student.fc.weight.zero_()
-    procedure = rim.recorder(LAYERS)
+    procedure = plugin.recorder(LAYERS)
     of_student, of_teacher = io(student, procedure, images), io(teacher, procedure, images)
-    loss = rim.RecordedLoss("LRPSemanticCosineLoss")
+    loss = plugin.RecordedLoss("LRPSemanticCosineLoss")
     value = loss(of_student, of_teacher, targets)
     with record(teacher.eval(), LAYERS) as recording:
         logits = teacher(images)

@@ -1,4 +1,4 @@
-"""What a YAML can switch on in the rim: sparing steps, schedules, imbalance, mixup, autocast."""
+"""What a YAML can switch on here: sparing steps, schedules, imbalance, mixup, autocast."""
 
 import pickle
 
@@ -16,18 +16,18 @@ from torchdistill.losses.high_level import WeightedSumLoss
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT
 
 from kd_lrp_plugin import losses
-from kd_lrp_plugin import torchdistill as rim
+from kd_lrp_plugin import torchdistill as plugin
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.relevance import recording
 from kd_lrp_plugin.torchdistill import class_weights, mixup, weight_schedule
 
-COMPARISONS = sorted(rim.COMPARISONS)
+COMPARISONS = sorted(plugin.COMPARISONS)
 
 
 def recorded(method: str = "lrp_zplus") -> tuple[dict, dict, Tensor]:
     teacher, student = models()
     images, targets = batch()
-    key = rim.recorder(LAYERS, method)
+    key = plugin.recorder(LAYERS, method)
     return io(student, key, images), io(teacher, key, images), targets
 
 
@@ -44,7 +44,7 @@ class TestEvery:
     def test_the_first_of_n_batches_is_compared_and_the_others_count_as_zero(self, key):
         parts = recorded(method_for(key))
         loss = MIDDLE_LEVEL_LOSS_DICT[key](every=3)
-        full = float(rim.RecordedLoss(key)(*parts).detach())
+        full = float(plugin.RecordedLoss(key)(*parts).detach())
         values, computed = [], []
         for _ in range(7):
             values.append(float(loss(*parts).detach()))
@@ -53,9 +53,9 @@ class TestEvery:
         assert values == pytest.approx([full, 0, 0, full, 0, 0, full])
         assert full > 0
 
-    def test_counting_begins_anew_with_each_epoch(self):
+    def test_counting_begins_again_with_each_epoch(self):
         parts = recorded()
-        loss = rim.RecordedLoss("LRPSemanticCosineLoss", every=2)
+        loss = plugin.RecordedLoss("LRPSemanticCosineLoss", every=2)
         loss(*parts)
         loss.reset()
         loss(*parts)
@@ -63,7 +63,7 @@ class TestEvery:
 
     def test_validation_compares_every_batch_and_is_not_counted(self):
         parts = recorded()
-        loss = rim.RecordedLoss("LRPSemanticCosineLoss", every=2)
+        loss = plugin.RecordedLoss("LRPSemanticCosineLoss", every=2)
         loss(*parts)
         with torch.no_grad():
             for _ in range(3):
@@ -74,7 +74,7 @@ class TestEvery:
 
     def test_a_batch_that_is_left_out_makes_no_maps_and_has_a_backward_pass(self, monkeypatch):
         parts = recorded()
-        loss = rim.RecordedLoss("LRPSemanticCosineLoss", every=2)
+        loss = plugin.RecordedLoss("LRPSemanticCosineLoss", every=2)
         loss(*parts)
         monkeypatch.delattr(recording.Recording, "maps")
         (of_logits,) = torch.autograd.grad(loss(*parts), parts[0]["."]["output"])
@@ -82,7 +82,9 @@ class TestEvery:
 
     def test_the_sum_leaves_the_term_out_of_its_terms(self):
         parts, targets = io_dict()
-        loss = rim.DisWOTPlusLoss(semantic={"key": "LRPSemanticCosineLoss", "kwargs": {"every": 2}})
+        loss = plugin.DisWOTPlusLoss(
+            semantic={"key": "LRPSemanticCosineLoss", "kwargs": {"every": 2}}
+        )
         first = loss(parts, {}, targets)
         terms = loss.terms
         second = loss(parts, {}, targets)
@@ -256,7 +258,7 @@ class Labelled:
 class TestCrossEntropy:
     def value(self, targets: Tensor, **options: object) -> tuple[Tensor, Tensor]:
         parts, _ = io_dict()
-        loss = rim.DisWOTPlusLoss(1.0, 0.0, 0.0, 0.0, **options)
+        loss = plugin.DisWOTPlusLoss(1.0, 0.0, 0.0, 0.0, **options)
         return loss(parts, {}, targets), parts["student"]["."]["output"]
 
     def test_smoothing_and_weights_are_those_of_the_formula(self):
@@ -273,7 +275,7 @@ class TestCrossEntropy:
         torch.testing.assert_close(soft, self.value(targets)[0])
 
     def test_weights_move_with_the_loss_and_are_no_part_of_its_state(self):
-        loss = rim.DisWOTPlusLoss(class_weights=torch.ones(4))
+        loss = plugin.DisWOTPlusLoss(class_weights=torch.ones(4))
         term, _ = loss.term_dict["ce"]
         assert term.to("meta").weights.is_meta
         assert not term.state_dict()
@@ -281,7 +283,7 @@ class TestCrossEntropy:
     @pytest.mark.parametrize("weights", [[1.0, 0.0], [1.0, float("nan")], [1.0, -1.0], [[1.0]]])
     def test_refuses_weights_that_are_not_positive(self, weights):
         with pytest.raises(ValueError, match="class_weights: expected a positive weight"):
-            rim.DisWOTPlusLoss(class_weights=weights)
+            plugin.DisWOTPlusLoss(class_weights=weights)
 
     def test_refuses_another_number_of_weights_than_outputs(self):
         with pytest.raises(ValueError, match=r"expected 4 class_weights.*got 3"):
@@ -290,7 +292,7 @@ class TestCrossEntropy:
     @pytest.mark.parametrize("smoothing", [-0.1, 1.0])
     def test_refuses_smoothing_that_is_no_share(self, smoothing):
         with pytest.raises(ValueError, match=r"label_smoothing: expected a number in \[0, 1\)"):
-            rim.DisWOTPlusLoss(label_smoothing=smoothing)
+            plugin.DisWOTPlusLoss(label_smoothing=smoothing)
 
 
 class TestClassWeights:
@@ -390,11 +392,11 @@ class TestMixup:
             iter(DataLoader(data, batch_size=4, collate_fn=get_collate_func(mixup(4))))
         )
         for key in COMPARISONS:
-            procedure = rim.recorder(LAYERS, method_for(key))
+            procedure = plugin.recorder(LAYERS, method_for(key))
             parts = {"student": io(student, procedure, images)}
             parts["teacher"] = io(teacher, procedure, images)
             role = "relation" if key.startswith("Relation") else "semantic"
-            loss = rim.DisWOTPlusLoss(
+            loss = plugin.DisWOTPlusLoss(
                 0.4,
                 0.4,
                 *((0.0, 0.2) if role == "relation" else (0.2, 0.0)),
@@ -431,8 +433,8 @@ class TestMixup:
 def test_under_autocast_maps_and_distances_are_float32(key):
     teacher, student = models()
     images, targets = batch()
-    procedure = rim.recorder(LAYERS, method_for(key))
-    loss = rim.RecordedLoss(key)
+    procedure = plugin.recorder(LAYERS, method_for(key))
+    loss = plugin.RecordedLoss(key)
     with torch.autocast("cpu", torch.bfloat16):
         parts = io(student, procedure, images), io(teacher, procedure, images), targets
         inside = loss(*parts)
@@ -452,7 +454,7 @@ def test_under_autocast_the_sum_is_float32_with_and_without_a_recording():
         plain = {"student": {".": {"output": student(images)}}}
         plain["teacher"] = {".": {"output": teacher(images)}}
         assert plain["student"]["."]["output"].dtype == torch.bfloat16
-        loss = rim.DisWOTPlusLoss(0.5, 0.5, 0.0, 0.0)
+        loss = plugin.DisWOTPlusLoss(0.5, 0.5, 0.0, 0.0)
         inside = loss(plain, {}, targets)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, loss(plain, {}, targets))
@@ -463,11 +465,11 @@ def test_under_autocast_the_sum_is_float32_with_and_without_a_recording():
 def test_each_process_relates_the_samples_of_its_own_part_of_the_batch(key):
     teacher, student = (model.eval() for model in models())  # so that images do not mix
     images, targets = batch()
-    procedure = rim.recorder(LAYERS, method_for(key))
+    procedure = plugin.recorder(LAYERS, method_for(key))
 
     def value(part: slice) -> Tensor:
         parts = io(student, procedure, images[part]), io(teacher, procedure, images[part])
-        return rim.RecordedLoss(key)(*parts, targets[part]).detach()
+        return plugin.RecordedLoss(key)(*parts, targets[part]).detach()
 
     halves = [value(slice(0, 2)), value(slice(2, 4))]
     whole = value(slice(0, 4))
@@ -475,10 +477,11 @@ def test_each_process_relates_the_samples_of_its_own_part_of_the_batch(key):
     of_student, of_teacher = (
         io(model, procedure, images)["."]["output"] for model in (student, teacher)
     )
-    comparison = rim.COMPARISONS[key]
+    comparison = plugin.COMPARISONS[key]
     recordings = [(logits._kd_lrp_recording, logits) for logits in (of_student, of_teacher)]
+    signed = comparison.signed
     both = [
-        r.activations if comparison.methods is None else r.maps(logits, targets, signed=True)
+        r.activations if comparison.methods is None else r.maps(logits, targets, signed=signed)
         for r, logits in recordings
     ]
     own = [comparison.distance(s[:2], t[:2]) for s, t in zip(*both, strict=True)]

@@ -79,7 +79,8 @@ class Phantom(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         index = self._check_index(index)
-        return self.transform(self.image(index)), self.targets[index]
+        image = self.image(index)  # as it is where a wrapper has taken the transform over
+        return image if self.transform is None else self.transform(image), self.targets[index]
 
     def image(self, index: int) -> Image.Image:
         """The untransformed image, in mode RGB."""

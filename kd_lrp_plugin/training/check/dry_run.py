@@ -199,9 +199,11 @@ def _check_step(
             expected = "a gradient for all that is trained, under torchrun"
             raise ValueError(message("criterion", expected, got, fix))
         with experiment.evaluating():
-            experiment.loss(images, targets)
+            experiment.loss(images, targets, supplement)
     with report.at("train.monitor"):
-        known = [MONITOR, "val_loss", *(f"val_{name}" for name in meter.latest)]
+        known = [MONITOR]
+        if not experiment.missing_wrapper(experiment.val_loader):
+            known += ["val_loss", *(f"val_{name}" for name in meter.latest)]
         check_known("train.monitor", experiment.monitor, known)
 
 
@@ -231,12 +233,13 @@ def _check_evaluation(
     original = experiment.original
     with report.at(key_path), experiment.evaluating(), Meter(experiment.box.criterion) as meter:
         original.eval()
-        images, targets, *_ = _collated(loader, _items(loader), experiment.context.device)
-        if len(targets) == 1 and meter.compares:
+        batch = _collated(loader, _items(loader), experiment.context.device)
+        images, targets, supplement = [*batch, {}][:3]
+        if experiment.missing_wrapper(loader) or (len(targets) == 1 and meter.compares):
             meter.count(original(images), targets)
         else:
             logits = None if experiment.student is original else original(images)
-            meter.update(experiment.loss(images, targets), targets, logits)
+            meter.update(experiment.loss(images, targets, supplement), targets, logits)
 
 
 def _items(loader: DataLoader) -> list[Any]:

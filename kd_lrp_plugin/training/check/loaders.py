@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -88,4 +89,5 @@ def share(dataset: Any, loader: Mapping[str, Any], context: DistributedContext) 
             **loader,
             "sampler": {**sampler, "kwargs": share_of | (sampler.get("kwargs") or {})},
         }
-    return build_data_loader(dataset, loader, context.world_size > 1)
+    # A copy, since a wrapper (torchdistill's for SSKD) may change what it wraps.
+    return build_data_loader(copy(dataset), loader, context.world_size > 1)
