@@ -4,11 +4,9 @@ The phantom needs no files and no licence. It is a drawing, not anatomy: good fo
 and demonstrating, no ground for any clinical claim.
 """
 
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,12 @@ from jaxtyping import Bool
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from kd_lrp_plugin.data.images import read_image, read_mask
-from kd_lrp_plugin.data.layout import Layout, read_layout
-from kd_lrp_plugin.data.splits import held_out, read_groups, read_kept
+from kd_lrp_plugin.data.images import ImageLoader, ascii_name, is_text, read_mask
+from kd_lrp_plugin.data.layout import Layout, is_image, read_layout, walk
+from kd_lrp_plugin.data.splits import held_out, read_groups, read_kept, read_table
 from kd_lrp_plugin.data.transforms import make_transforms
 from kd_lrp_plugin.data.validation import check_integer, unreadable_images
+from kd_lrp_plugin.utils.files import hash_contents, hash_file
 from kd_lrp_plugin.utils.validation import check_known, message
 
 logger = logging.getLogger(__name__)
@@ -37,10 +36,11 @@ class FolderImages(ImageFolder):
     How images are read, :mod:`kd_lrp_plugin.data.images` says.
 
     ``part`` cuts a validation set out of a split: ``train`` and ``validation`` are disjoint and
-    make up ``all``. Neighbouring slices are mostly of one patient, and their file names neighbours too; so
-    per class the files, sorted by name, are cut into runs of at most 32, and of these every
+    make up ``all``. Neighbouring slices are mostly of one patient, and their file names neighbours
+    too; so per class the files, sorted by name, are cut into runs of at most 32, and of these every
     ``1 / holdout``-th is held out. Where ``<root>/manifest.csv`` has columns ``file`` and ``group``
-    (and perhaps ``split`` and ``class``), a group is never divided.
+    (and perhaps ``split`` and ``class``), a group is never divided; an image that it does not name
+    is a group of its own, which the log tells.
 
     With ``manifest``, a ``clean_split.csv`` of ``kd-lrp check-data``, the images are those that it
     keeps in the split, wherever under ``root`` they lie; its groups are not divided either.
@@ -68,8 +68,7 @@ class FolderImages(ImageFolder):
 
     Attributes:
         bits: as given.
-        identity: a digest of names and sizes of all images of the split, and of the table that
-            groups or chooses them; the same wherever the folder lies.
+        folder: root of the data set.
 
     Raises:
         FileNotFoundError: if the folder, the manifest, or an image that it keeps is not there.
@@ -101,7 +100,11 @@ class FolderImages(ImageFolder):
             check_integer("FolderImages", "bits", bits, least=9)
         self.bits = bits
         self.folder = find_folder(root, name)
-        self._split, self._kept = split, read_kept(manifest, self.folder, split)
+        if not is_text(self.folder):
+            got = ascii_name(self.folder)
+            raise ValueError(message("FolderImages root", "a name in UTF-8", got, "Rename it."))
+        self._split, self._manifest = split, manifest
+        self._kept = read_kept(manifest, self.folder, split)
         where = self.folder if self._kept else self.folder / split
         if not where.is_dir():
             fix = "Set root in YAML, or KD_LRP_DATA in the environment, to where the data lie."
@@ -116,10 +119,8 @@ class FolderImages(ImageFolder):
         super().__init__(
             str(where),
             choose_transform("FolderImages", transform, image_size, augment),
-            loader=partial(read_image, bits=bits),
+            loader=ImageLoader(bits),
         )
-        table = Path(os.path.expandvars(manifest)).expanduser() if manifest else self._groups_file
-        self.identity = hash_images(self.folder, [file for file, _ in self.samples], table)
         if part != "all":
             held = self._held_out(holdout)
             self.samples = [s for s in self.samples if (s[0] in held) == (part == "validation")]
@@ -141,8 +142,9 @@ class FolderImages(ImageFolder):
         self.targets = [label for _, label in self.samples]
 
     @property
-    def _groups_file(self) -> Path:
-        return self.folder / "manifest.csv"
+    def identity(self) -> str | None:
+        """See :func:`identify_images`."""
+        return identify_images(self.folder, self._split, self._manifest)
 
     def _read_layout(self, where: Path, classes: Sequence[str]) -> Layout:
         layout = read_layout(where, classes)
@@ -190,7 +192,11 @@ class FolderImages(ImageFolder):
         files = {Path(path).relative_to(self.folder).as_posix(): path for path, _ in self.samples}
         groups = {row["file"]: row["group"] for row in self._kept if row["group"]}
         if not self._kept:
-            groups = read_groups(self._groups_file, files)
+            table = self.folder / "manifest.csv"
+            groups = read_groups(table, files)
+            if table.is_file() and len(groups) < len(files) and "group" in read_table(table)[0]:
+                missing = len(files) - len(groups)
+                logger.warning("%s: no group of %d of %d images", table, missing, len(files))
         paths: dict[str, list[str]] = {name: [] for name in self.classes}
         for path, label in self.samples:
             paths[self.classes[label]].append(path)
@@ -218,21 +224,28 @@ def find_folder(root: str | None, name: str) -> Path:
     return Path(os.environ["KD_LRP_DATA"]).expanduser() / name
 
 
-def hash_images(folder: Path, files: Iterable[str | Path], table: Path) -> str:
-    """What tells images, by name and size, and the bytes of a table from others.
+def identify_images(folder: Path, split: str, manifest: str | None = None) -> str | None:
+    """What tells the images of a split, by name and size, and their table from others.
 
     Args:
-        folder: names count from here.
-        files: of the images; those that are not there do not count.
-        table: which may not be there.
+        folder: root of the data set; names count from here.
+        split: sub-folder; with a manifest, all of ``folder`` counts.
+        manifest: as for :class:`FolderImages`; by default the table of groups, if there is one.
+
+    Returns:
+        A digest, the same wherever the folder lies; None where there is none.
     """
+    where = folder if manifest else folder / split
+    if not where.is_dir():
+        return None
+    below = where.relative_to(folder).parts
     sizes = sorted(
-        (Path(os.path.relpath(file, folder)).as_posix(), os.path.getsize(file))
-        for file in files
-        if os.path.exists(file)
+        ("/".join((*below, *parts)), os.path.getsize(where.joinpath(*parts)))
+        for parts in walk(where).files
+        if is_image(parts[-1]) and where.joinpath(*parts).exists()
     )
-    content = hash_file(table) if table.is_file() else None
-    return hashlib.sha256(repr([sizes, content]).encode()).hexdigest()[:16]
+    table = Path(os.path.expandvars(manifest or folder / "manifest.csv")).expanduser()
+    return hash_contents([sizes, hash_file(table) if table.is_file() else None])
 
 
 def choose_transform(

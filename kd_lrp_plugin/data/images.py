@@ -26,6 +26,7 @@ not UTF-8.
 
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,6 +66,16 @@ class DecodedImage(NamedTuple):
     format: str
     mode: str
     changes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ImageLoader:
+    """:func:`read_image` as the loader of a data set; of equal ``bits`` they are equal."""
+
+    bits: int | None = None
+
+    def __call__(self, file: str | Path) -> Image.Image:
+        return read_image(file, self.bits)
 
 
 def read_image(file: str | Path, bits: int | None = None, where: str = "image") -> Image.Image:
@@ -257,7 +268,7 @@ def _convert(
         rgb, changes = image.convert("RGB"), []
     if ";16" in raw:
         changes.append("of 16 bits the upper 8 are read")
-        if bits is None and 0 < max(top for _, top in rgb.getextrema()) < 16:
+        if bits is None and 0 < int(np.asarray(rgb).max()) < 16:
             raise ValueError(
                 "16-bit colours without a value of 4,096 or more, which might be 12 bits and are "
                 "nearly black; scale them to the whole range"

@@ -38,7 +38,9 @@ def read_groups(manifest: Path, files: Iterable[str], column: str = "group") -> 
     where, fix = str(manifest), "Name each image by its path below the root, in column file."
     if "file" not in columns:
         raise ValueError(message(where, f"column file beside {column}", columns, fix))
-    known, named = set(files), {}
+    files = list(files)
+    known = set(files)
+    named: dict[tuple[str, ...], str] = {}
     for line, row in rows:
         if not row["file"]:
             raise ValueError(message(f"{where} line {line}", "a file", "an empty cell", fix))
@@ -52,7 +54,7 @@ def read_groups(manifest: Path, files: Iterable[str], column: str = "group") -> 
             fix = "Give each file with its path, or add columns split and class."
             raise ValueError(message(where, f"one {column} for a file", got, fix))
     groups = {}
-    for name in known:
+    for name in dict.fromkeys(files):
         *folders, last = parts = Path(name).parts
         keys = [parts, (*folders[:2], last), *((folder, last) for folder in folders), (last,)]
         found = list(dict.fromkeys(named[tuple(key)] for key in keys if tuple(key) in named))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from kd_lrp_plugin.data.transforms import make_transforms
+from kd_lrp_plugin.data.images import read_image
+from kd_lrp_plugin.data.transforms import preparation
 from kd_lrp_plugin.metrics.agreement import compare_predictions
 from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.metrics.efficiency import cost
@@ -40,16 +40,10 @@ def predict(
     if summary["preprocessing"] is None:
         fix = "Load the model with results.load_run, and prepare the images as in training."
         raise ValueError(message("predict", "a known preprocessing", "a custom one", fix))
-    prepare = make_transforms(**summary["preprocessing"])
+    bits, prepare = preparation(summary["preprocessing"])
     records = []
     for file in images:
-        try:
-            with Image.open(file) as image:
-                batch = prepare(image.convert("RGB"))[None]
-        except FileNotFoundError:
-            raise FileNotFoundError(message("predict", "an image", f"none at {file}", "")) from None
-        except OSError as error:
-            raise ValueError(message(f"predict {file}", "an image", str(error), "")) from error
+        batch = prepare(read_image(file, bits, "predict"))[None]
         with torch.no_grad():
             probabilities = model(batch)[0].softmax(0)
         names = summary["classes"] or [str(place) for place in range(len(probabilities))]

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, attribute
-from kd_lrp_plugin.data.transforms import make_transforms
+from kd_lrp_plugin.data.images import read_image
+from kd_lrp_plugin.data.transforms import preparation
 from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import load_models, load_test_set
@@ -296,30 +297,24 @@ def read_images(
 
     Raises:
         FileNotFoundError: if one is not there.
-        ValueError: if one is no image, or a run has a preprocessing of its own.
+        ValueError: if one cannot be read, or a run has a preprocessing of its own.
     """
-    pictures = []
-    for file in images:
-        try:
-            with Image.open(file) as image:
-                pictures.append(image.convert("RGB"))
-        except FileNotFoundError:
-            raise FileNotFoundError(message("explain", "an image", f"none at {file}", "")) from None
-        except OSError as error:
-            raise ValueError(message(f"explain {file}", "an image", str(error), "")) from error
     for run in runs:
         if run.summary["preprocessing"] is None:
             fix = "Leave --images out, to see images of the test set."
             where = str(run.folder.path)
             raise ValueError(message(where, "a known preprocessing", "a custom one", fix))
 
+    ways = [preparation(run.summary["preprocessing"])[0] for run in runs]
+    pictures = {bits: [read_image(file, bits, "explain") for file in images] for bits in ways}
+
     def shown(run: LoadedRun) -> list[DisplayImage]:
-        prepare = make_transforms(**run.summary["preprocessing"])
+        bits, prepare = preparation(run.summary["preprocessing"])
         return [
             DisplayImage(
                 Path(file).stem, np.asarray(_small(picture)), prepare(picture), known=False
             )
-            for file, picture in zip(images, pictures, strict=True)
+            for file, picture in zip(images, pictures[bits], strict=True)
         ]
 
     return shown
