@@ -5,37 +5,38 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
-from PIL import Image
 
+from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.data.leakage.clean_split import DatasetAudit, describe_pair
 
 _SHOWN = 12  # pairs in the picture
 
 
-def pairs_figure(root: Path, checked: DatasetAudit, order: Int[np.ndarray, " pairs"]) -> Figure:
+def pairs_figure(
+    root: Path, audit: DatasetAudit, order: Int[np.ndarray, " pairs"], bits: int | None = None
+) -> Figure:
     """Up to twelve pairs side by side: across splits, if there are any.
 
     First up to four exact ones, then others, spread evenly from the most to the least alike.
     """
-    across = checked.across[order]
+    across = audit.across[order]
     chosen = order[across] if across.any() else order
-    exact = chosen[checked.twins.kind[chosen] == 0]
-    near = chosen[checked.twins.kind[chosen] > 0]
+    exact = chosen[audit.duplicates.kind[chosen] == 0]
+    near = chosen[audit.duplicates.kind[chosen] > 0]
     exact = exact[: max(4, _SHOWN - len(near))]
     room = min(len(near), _SHOWN - len(exact))
     picked = [*exact, *near[np.linspace(0, len(near) - 1, room).astype(int)]]
-    rows, across_page = -(-len(picked) // 3), min(3, len(picked))
-    figure = Figure(figsize=(4 * across_page, 2.75 * rows + 0.4), dpi=100, layout="constrained")
-    widths = [1, 1, 0.12] * across_page
+    rows, columns = -(-len(picked) // 3), min(3, len(picked))
+    figure = Figure(figsize=(4 * columns, 2.75 * rows + 0.4), dpi=100, layout="constrained")
+    widths = [1, 1, 0.12] * columns
     axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for ax in axes.flat:
         ax.set_axis_off()
     for number, k in enumerate(picked):
-        pair = describe_pair(checked, k)
+        pair = describe_pair(audit, k)
         line, column = divmod(number, 3)
         for ax, side in zip(axes[line, 3 * column :], ("file_a", "file_b"), strict=False):
-            with Image.open(root / pair[side]) as image:
-                shown = image.convert("RGB")
+            shown = read_image(root / pair[side], bits)
             shown.thumbnail((256, 256))
             ax.imshow(shown)
             ax.set_axis_on()
@@ -43,8 +44,8 @@ def pairs_figure(root: Path, checked: DatasetAudit, order: Int[np.ndarray, " pai
             ax.set_xlabel("\n".join(_short(name) for name in pair[side].split("/")), fontsize=8)
         words = f"{pair['kind']} {float(pair['similarity']):.3f}{', mirrored' * pair['mirrored']}"
         axes[line, 3 * column].set_title(words, loc="left", fontsize=10)
-    place = "across splits" if across.any() else "within splits" if checked.splits[1:] else ""
-    figure.suptitle(f"{len(picked)} of {len(chosen):,} pairs of twins {place}".rstrip())
+    where = "across splits" if across.any() else "within splits" if audit.splits[1:] else ""
+    figure.suptitle(f"{len(picked)} of {len(chosen):,} pairs of duplicates {where}".rstrip())
     return figure
 
 
