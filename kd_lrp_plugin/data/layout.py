@@ -12,6 +12,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -251,19 +252,27 @@ def _find_nested(
     classes: Collection[str],
 ) -> Iterator[str]:
     """Folders that hold classes rather than being one."""
-    direct = {parts[0] for parts in images if len(parts) == 2}
-    inner: dict[str, set[str]] = {name: set() for name in named}
+    below: dict[str, list[tuple[str, ...]]] = {name: [] for name in named}
     for parts in images:
-        if len(parts) > 2:
-            inner[parts[0]].add(parts[1])
+        below[parts[0]].append(parts[1:-1])
     fix = "Give the folder that holds the class folders, or list these folders in classes."
-    wrappers = [name for name in named if name not in direct and name not in classes]
-    shared = set.intersection(*(inner[name] for name in named)) if named else set()
-    if wrappers == [*named] and len(shared) > 1:
-        got = f"{wrappers}, which hold folders {sorted(shared)}"
+    inner = {name: _list_branches(folders) for name, folders in below.items()}
+    shared = set.intersection(*inner.values()) if inner else set()
+    if len(shared) > 1 and not set(named) & set(classes):
+        got = f"{[*named]}, which hold folders {sorted(shared)}"
         yield message(where, "one folder per class", got, fix)
         return
     for name in named:
-        if name not in classes and (again := sorted(inner[name] & set(named))):
-            got = f"{name!r}, which holds folders named like classes: {again}"
+        others = {folders[0] for folders in below[name] if folders} & set(named) - {name}
+        if name not in classes and others:
+            got = f"{name!r}, which holds folders named like classes: {sorted(others)}"
             yield message(where, "one folder per class", got, fix)
+
+
+def _list_branches(folders: Sequence[tuple[str, ...]]) -> set[str]:
+    """Where the way to images parts below a class; none if images lie there, too."""
+    ends = zip(min(folders), max(folders), strict=False)
+    depth = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ends))
+    if any(len(parts) == depth for parts in folders):
+        return set()
+    return {parts[depth] for parts in folders}

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from kd_lrp_plugin.attribution.faithfulness import deletion, insertion
 from kd_lrp_plugin.attribution.localisation import (
-    agreement,
     area_share,
-    mass_inside,
+    attribution_similarity,
     pointing_game,
     rank_accuracy,
+    relevance_mass_accuracy,
 )
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.attribution.randomisation import randomisation
-from kd_lrp_plugin.attribution.summary import FAITHFUL, FIGURES, INSIDE, flat, summary
+from kd_lrp_plugin.attribution.summary import FAITHFUL, INSIDE, METRICS, flat, summary
 from kd_lrp_plugin.evaluation.explain_inputs import (
     DisplayImage,
     LoadedRun,
@@ -50,7 +50,7 @@ MOST = 1000  # images for the figures of quick methods, without --samples
 FEW = 32  # for what asks the model hundreds of times
 SIDE_BY_SIDE = ("grad_cam", "lrp_composite")  # of several runs, without --method
 FILE = "explanations.json"
-_INSIDE = dict(zip(INSIDE, (mass_inside, rank_accuracy, pointing_game), strict=True))
+_INSIDE = dict(zip(INSIDE, (relevance_mass_accuracy, rank_accuracy, pointing_game), strict=True))
 _FAITHFUL = dict(zip(FAITHFUL, (insertion, deletion), strict=True))
 
 
@@ -180,7 +180,7 @@ class Explainer:
                 content["rows"].remove(row)
                 row = None
             taught = role == "student" and method in run.methods.get("teacher", [])
-            compared = row["figures"].get("agreement", {}) if row else {}
+            compared = row["figures"].get("attribution_similarity", {}) if row else {}
             if row is None or (taught and compared.get("teacher") != run.prints["teacher"]):
                 if sample is None:
                     sample = make_sample(run, sample_indices(run, samples or MOST), run.device)
@@ -189,8 +189,11 @@ class Explainer:
                     content["rows"].append(row)
                 if taught:
                     other = _layer(run, "teacher", method, place)
-                    alike = self._agreement(run, method, (layer, other), sample, samples or FEW)
-                    row["figures"]["agreement"] = {**alike, "teacher": run.prints["teacher"]}
+                    alike = self._similarity(run, method, (layer, other), sample, samples or FEW)
+                    row["figures"]["attribution_similarity"] = {
+                        **alike,
+                        "teacher": run.prints["teacher"],
+                    }
                 run.folder.write(FILE, json.dumps(content, indent=1))
             found.append({"run": run.name, **row})
         return found
@@ -232,7 +235,7 @@ class Explainer:
         self._made[known] = deepcopy(made)
         return made
 
-    def _agreement(
+    def _similarity(
         self, run: LoadedRun, method: str, layers: tuple[str, str], sample: Sample, few: int
     ) -> dict[str, Any]:
         part = sample.first(few) if ATTRIBUTIONS[method].slow else sample
@@ -240,7 +243,7 @@ class Explainer:
             self._maps_of(run, role, method, layer, part.images, part.labels)
             for role, layer in zip(("student", "teacher"), layers, strict=True)
         )
-        return summary(agreement(student, teacher), otherwise=0)
+        return summary(attribution_similarity(student, teacher), otherwise=0)
 
     def _chance(self, run: LoadedRun, role: str, name: str, part: Sample) -> Tensor:
         """The figure of maps that know nothing, of each image."""
@@ -363,9 +366,9 @@ def _layer(run: LoadedRun, role: str, method: str, place: int) -> str:
 def _read(run: LoadedRun) -> dict[str, Any]:
     """What is known of the run already; not what other definitions of the figures gave."""
     file = run.folder / FILE
-    about = {"test_set": run.test_print, "explained": "the true class", "about": FIGURES}
+    about = {"test_set": run.test_print, "explained": "the true class", "about": METRICS}
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else about
-    if content["about"] != FIGURES:
+    if content["about"] != METRICS:
         content = about
     if content["test_set"] != run.test_print:
         fix = "Delete it to explain the run anew."

@@ -251,7 +251,7 @@ class TestWhatIsSaid:
 
     def test_maps_are_shown_with_their_figures(self, kd, tmp_path):
         Image.new("RGB", (900, 600), "navy").save(kd / "explanations.png")
-        figures = {"mass_inside": {"mean": 0.123, "n": 7, "chance": 0.05}}
+        figures = {"relevance_mass_accuracy": {"mean": 0.123, "n": 7, "chance": 0.05}}
         figures |= {
             name: {"mean": 0.5, "n": 7, "chance": 0.4} for name in ("insertion", "deletion")
         }

@@ -350,7 +350,7 @@ class TestFiles:
         assert anomalies.keys() == {"liar.jpg", "palette.png", "deep.png", "even.png", "thin.png"}
         assert anomalies["liar.jpg"] == "PNG, but named .jpg"
         assert anomalies["palette.png"].startswith("mode P")
-        assert anomalies["deep.png"] == "mode I;16: [0, 65,535] is read as [0, 255]"
+        assert anomalies["deep.png"].startswith("mode I;16: [0, 65,535] is read as [0, 255]")
         assert anomalies["even.png"] == "of one even colour"
         assert anomalies["thin.png"] == "64 x 8 pixels; 64x8, unlike the 64x64 of most"
         assert found["ignored"] == {
