@@ -7,7 +7,7 @@ from functools import cache
 from itertools import repeat
 from typing import Any
 
-from kd_lrp_plugin.data.images import ImageLoader, decode_image
+from kd_lrp_plugin.data.images import ImageLoader, decode_image, is_text
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -49,6 +49,8 @@ def unreadable_images(dataset: Any) -> dict[str, str]:
 @cache
 def _why_unreadable(file: str, loader: Callable[[str], object], stamp: int) -> str | None:
     """Asked again for an unchanged file, the answer is remembered."""
+    if not is_text(file):  # it could not be written into predictions.csv
+        return "a name that is not UTF-8; rename it"
     try:
         if isinstance(loader, ImageLoader):
             decode_image(file, loader.bits)  # its errors do not name the file

@@ -411,3 +411,31 @@ class TestAgainstQuantus:
         spearman = quantus.similarity_func.correlation_spearman
         expected = spearman(one.flatten(1).numpy(), other.flatten(1).numpy(), batched=True)
         assert rank_correlation(one, other).tolist() == pytest.approx([*expected], abs=1e-6)
+
+
+class TestRegistry:
+    def test_a_method_of_a_module_of_ones_own_works_by_its_name(self, monkeypatch):
+        def brightness(model, images, targets, layer):
+            return images.sum(1).relu()
+
+        monkeypatch.setattr(ATTRIBUTIONS, "_entries", dict(ATTRIBUTIONS._entries))
+        ATTRIBUTIONS.register(Attribution(brightness, layered=False), "brightness")
+        (images, targets), model = batch(), network()
+        maps = attribute(model, images, targets, "brightness")
+        assert torch.equal(maps, images.sum(1).relu())
+        found = randomisation(model, images, maps, "brightness", points=2)
+        assert all(torch.allclose(values, torch.ones(len(images))) for values in found.values())
+
+    def test_a_relevance_method_that_is_registered_later_is_one_too(self, monkeypatch):
+        before = set(ATTRIBUTIONS)
+        monkeypatch.setitem(METHODS._entries, "my_rule", METHODS["lrp_epsilon"])
+        assert set(ATTRIBUTIONS) == before | {"my_rule"}
+        assert len(ATTRIBUTIONS) == len(before) + 1
+        (images, targets), model = batch(), network()
+        got = attribute(model, images, targets, "my_rule", LAYER)
+        assert torch.equal(got, attribute(model, images, targets, "lrp_epsilon", LAYER))
+
+    @pytest.mark.parametrize("name", ["lime", "lrp_epsilon"])
+    def test_a_name_that_is_taken_is_refused(self, name):
+        with pytest.raises(ValueError, match="expected a new name"):
+            ATTRIBUTIONS.register(Attribution(lambda *_: None), name)
