@@ -101,7 +101,7 @@ def _walk(folder: Path, parts: tuple[str, ...], above: list[tuple[int, int]], tr
                 tree.ignored[file] = "hidden" if entry.name[0] == "." else "made by the system"
         elif entry.is_dir():
             _walk(Path(entry.path), own, [*above, identity], tree)
-        elif (kind := _special(entry)) is not None:
+        elif (kind := _describe_special(entry)) is not None:
             tree.ignored[file] = kind
         else:
             tree.files.append(own)
@@ -112,7 +112,7 @@ def _identify(folder: Path) -> tuple[int, int]:
     return about.st_dev, about.st_ino
 
 
-def _special(entry: os.DirEntry) -> str | None:
+def _describe_special(entry: os.DirEntry) -> str | None:
     """What a path is that is neither file nor folder; None also for links that lead nowhere."""
     try:
         mode = entry.stat().st_mode
@@ -158,7 +158,7 @@ def arrange(folder: Path, tree: Tree, classes: Collection[str] = (), at: tuple =
         ignored["/".join(mask_folder)] = f"a folder of {len(members):,} masks"
         masks |= members
     for parts in sorted(found := _find_mask_files([p for p in images if p not in masks])):
-        ignored["/".join(parts)] = f"the mask of {_mask_of(parts[-1])}"
+        ignored["/".join(parts)] = f"the mask of {_find_masked_stem(parts[-1])}"
     for parts in images:
         if len(parts) == 1:
             ignored[parts[0]] = "an image in no class folder"
@@ -184,13 +184,15 @@ def _find_mask_folders(
                 break
     inside = set().union(*folders.values())
     outside = [parts for parts in images if parts not in inside]
-    stems = {_stem(parts[-1]) for parts in outside}
+    stems = {_get_stem(parts[-1]) for parts in outside}
     found = {}
     for folder, members in folders.items():
         named = _MASK_FOLDER.fullmatch(folder[-1])
         level = len(folder) - 1
         beside = {parts[level] for parts in outside if parts[:level] == folder[:level]}
-        known = [bool({_stem(parts[-1]), _mask_of(parts[-1])} & stems) for parts in members]
+        known = [
+            bool({_get_stem(parts[-1]), _find_masked_stem(parts[-1])} & stems) for parts in members
+        ]
         # Of with_mask and without_mask neither is another class' masks.
         if named and named["of"] in {None, *beside} and 2 * sum(known) > len(known):
             found[folder] = members
@@ -199,16 +201,16 @@ def _find_mask_folders(
 
 def _find_mask_files(images: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """Images such as ``1_mask.png`` beside ``1.png``."""
-    known = {(*parts[:-1], _stem(parts[-1])) for parts in images}
-    return {parts for parts in images if (*parts[:-1], _mask_of(parts[-1])) in known}
+    known = {(*parts[:-1], _get_stem(parts[-1])) for parts in images}
+    return {parts for parts in images if (*parts[:-1], _find_masked_stem(parts[-1])) in known}
 
 
-def _stem(name: str) -> str:
+def _get_stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _mask_of(name: str) -> str | None:
-    found = _MASK_FILE.fullmatch(_stem(name))
+def _find_masked_stem(name: str) -> str | None:
+    found = _MASK_FILE.fullmatch(_get_stem(name))
     return found["of"] if found else None
 
 

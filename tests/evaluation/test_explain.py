@@ -16,7 +16,7 @@ from PIL import Image
 from small_runs import BASELINE, KD, SMALL, Stopped, StopsAt
 from typer.testing import CliRunner
 
-from kd_lrp_plugin.attribution import faithfulness, lime, randomisation
+from kd_lrp_plugin.attribution import faithfulness, perturbation, randomisation
 from kd_lrp_plugin.attribution.localisation import attribution_similarity, relevance_mass_accuracy
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, Attribution
 from kd_lrp_plugin.attribution.summary import by_layer, records
@@ -64,7 +64,7 @@ def project(made, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def less_work(monkeypatch):
-    monkeypatch.setattr(lime, "LIME_SAMPLES", 20)
+    monkeypatch.setattr(perturbation, "LIME_SAMPLES", 20)
     monkeypatch.setattr(faithfulness, "STEPS", 2)
 
 
@@ -266,7 +266,7 @@ class TestSeveralRuns:
         assert len(lines) == sum(len(row["figures"]) for row in rows)
         for row in rows:
             key = {name: row[name] for name in ("run", "model", "method", "layer")}
-            line = find(lines, **key, figure="insertion")
+            line = find(lines, **key, metric="insertion")
             mean = row["figures"]["insertion"]["mean"]
             assert line["mean"] == ("" if mean is None else str(mean))
         for file in ("compared/maps.png", "runs/kd/0/explanations.png"):
@@ -395,8 +395,8 @@ class TestWhatIsRefused:
         def never(*_: object) -> torch.Tensor:
             raise ValueError("never: expected another model, got this one.")
 
-        quick = {"grad_cam": ATTRIBUTIONS["grad_cam"], "never": Attribution(never)}
-        monkeypatch.setattr(ATTRIBUTIONS, "_entries", quick)
+        monkeypatch.setitem(ATTRIBUTIONS._entries, "never", Attribution(never))
+        monkeypatch.setattr(explain_inputs, "ATTRIBUTIONS", ("grad_cam", "never"))
         heard = []
         progress = NullProgress()
         progress.note = heard.append

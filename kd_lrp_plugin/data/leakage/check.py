@@ -31,7 +31,6 @@ from kd_lrp_plugin.data.leakage.clean_split import (
     group_images,
 )
 from kd_lrp_plugin.data.leakage.duplicates import find_duplicates
-from kd_lrp_plugin.data.leakage.figure import pairs_figure
 from kd_lrp_plugin.data.leakage.images import (
     VERSION,
     Fingerprint,
@@ -41,7 +40,7 @@ from kd_lrp_plugin.data.leakage.images import (
     fingerprints,
     list_images,
 )
-from kd_lrp_plugin.data.leakage.summary import count_leaks, summarise_leaks
+from kd_lrp_plugin.data.leakage.summary import count_leaks, pairs_figure, summarise_leaks
 from kd_lrp_plugin.data.splits import read_groups
 from kd_lrp_plugin.data.validation import check_integer
 from kd_lrp_plugin.utils.files import hash_contents, put, read_json, to_csv, write_json, write_text
@@ -151,8 +150,8 @@ def _answered(out: Path, state: str) -> dict[str, Any] | None:
         return None
     fix = "Delete it, and run kd-lrp check-data again: it makes it from what it has kept."
     summary = read_json(out / "summary.json", fix, state=str, images_with_duplicate=int)
-    whole = not missing or not summary["images_with_duplicate"]
-    return summary if whole and summary["state"] == state else None
+    complete = not missing or not summary["images_with_duplicate"]
+    return summary if complete and summary["state"] == state else None
 
 
 def _patients(images: Sequence[ImageFile], table: Path, column: str) -> dict[str, str]:

@@ -1,14 +1,20 @@
-"""What a leak check comes to, in plain words."""
+"""What a leak check comes to, in plain words and as a picture."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
 
-from kd_lrp_plugin.data.leakage.clean_split import DatasetAudit
+from kd_lrp_plugin.data.images import read_image
+from kd_lrp_plugin.data.leakage.clean_split import DatasetAudit, describe_pair
 from kd_lrp_plugin.data.leakage.duplicates import KINDS
 from kd_lrp_plugin.data.leakage.images import by_class
+
+_SHOWN = 12  # pairs in the picture
 
 
 def count_leaks(audit: DatasetAudit, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -42,8 +48,8 @@ def count_leaks(audit: DatasetAudit, rows: Sequence[Mapping[str, Any]]) -> dict[
     reasons = Counter(row["why"].split(":")[0] for row in rows if row["why"])
     return {
         "pairs": {
-            place: {kind: int((chosen & (pairs.kind == k)).sum()) for k, kind in enumerate(KINDS)}
-            for place, chosen in (("within", ~across), ("across", across))
+            where: {kind: int((chosen & (pairs.kind == k)).sum()) for k, kind in enumerate(KINDS)}
+            for where, chosen in (("within", ~across), ("across", across))
         },
         "mirrored_pairs": int(pairs.mirrored.sum()),
         "pairs_of_two_classes": int((labels[pairs.a] != labels[pairs.b]).sum()),
@@ -123,3 +129,44 @@ def _lacking(summary: Mapping[str, Any]) -> dict[str, list[str]]:
         splits = ["Training", "Testing"]
     found = {s: [c for c in classes if not summary["clean"].get(s, {}).get(c)] for s in splits}
     return {split: names for split, names in found.items() if names}
+
+
+def pairs_figure(
+    root: Path, audit: DatasetAudit, order: Int[np.ndarray, " pairs"], bits: int | None = None
+) -> Figure:
+    """Up to twelve pairs side by side: across splits, if there are any.
+
+    First up to four exact ones, then others, spread evenly from the most to the least alike.
+    """
+    across = audit.across[order]
+    chosen = order[across] if across.any() else order
+    exact = chosen[audit.duplicates.kind[chosen] == 0]
+    near = chosen[audit.duplicates.kind[chosen] > 0]
+    exact = exact[: max(4, _SHOWN - len(near))]
+    room = min(len(near), _SHOWN - len(exact))
+    picked = [*exact, *near[np.linspace(0, len(near) - 1, room).astype(int)]]
+    rows, columns = -(-len(picked) // 3), min(3, len(picked))
+    figure = Figure(figsize=(4 * columns, 2.75 * rows + 0.4), dpi=100, layout="constrained")
+    widths = [1, 1, 0.12] * columns
+    axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for number, k in enumerate(picked):
+        pair = describe_pair(audit, k)
+        line, column = divmod(number, 3)
+        for ax, side in zip(axes[line, 3 * column :], ("file_a", "file_b"), strict=False):
+            shown = read_image(root / pair[side], bits)
+            shown.thumbnail((256, 256))
+            ax.imshow(shown)
+            ax.set_axis_on()
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel("\n".join(_short(name) for name in pair[side].split("/")), fontsize=8)
+        words = f"{pair['kind']} {float(pair['similarity']):.3f}{', mirrored' * pair['mirrored']}"
+        axes[line, 3 * column].set_title(words, loc="left", fontsize=10)
+    where = "across splits" if across.any() else "within splits" if audit.splits[1:] else ""
+    figure.suptitle(f"{len(picked)} of {len(chosen):,} pairs of duplicates {where}".rstrip())
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:12]}...{name[-13:]}"
