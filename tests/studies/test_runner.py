@@ -368,7 +368,7 @@ class TestComparing:
         rows = [{**row, "measures": {measure: 0.5}} for row in self.ROWS]
         content = self.content(rows, measures=[measure], table=summarise(rows, [measure]))
         title = study_figure(content).get_axes()[0].get_title()
-        assert title == "student.gradient_activation.\nblocks.4.attribution_similarity"
+        assert title == "student.gradient_activation.\nblocks.4.\nattribution_similarity"
 
 
 # --- running, with processes that only pretend ----------------------------------------------------
