@@ -88,13 +88,13 @@ def main() -> None:
                 "95 % interval": f"{low:.3f}-{high:.3f}",
                 "parameters": student["cost"]["parameters"],
                 "MACs": student["cost"]["macs"],
-                "maps like the teacher's": of_maps.get("agreement", {}).get("mean"),
-                "relevance in the tumour": of_maps["mass_inside"]["mean"],
+                "attribution similarity": of_maps.get("attribution_similarity", {}).get("mean"),
+                "relevance mass accuracy": of_maps["relevance_mass_accuracy"]["mean"],
             }
         )
     table = tables.table(rows)
-    chance = next(iter(figures.values()))["mass_inside"]["chance"]
-    note = f"Relevance by chance lies in the tumour to {chance:.3f}, its share of the image."
+    chance = next(iter(figures.values()))["relevance_mass_accuracy"]["chance"]
+    note = f"Chance level of the relevance mass accuracy: {chance:.3f}, the tumour's share."
     (args.out / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     print(f"\n{table}\n{note}")
     print(f"\nwrote {args.out}/table.md and {args.out}/maps.png in {time.time() - started:.0f} s")

@@ -288,25 +288,25 @@ def train_teacher(
     model = build()
     parts = {
         part: DataLoader(
-            FolderImages(str(folder), part=part, image_size=size, augment=part == "fit"),
-            *(64, part == "fit"),
-            drop_last=part == "fit",
+            FolderImages(str(folder), part=part, image_size=size, augment=part == "train"),
+            *(64, part == "train"),
+            drop_last=part == "train",
         )
-        for part in ("fit", "holdout")
+        for part in ("train", "validation")
     }
     optimizer = torch.optim.Adam(model.parameters())
-    steps = epochs * len(parts["fit"])
+    steps = epochs * len(parts["train"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, steps)
     with RichProgress() as progress:
         for _ in progress.track(range(epochs), "teacher", epochs):
-            for images, targets in parts["fit"]:
+            for images, targets in parts["train"]:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model.train()(images), targets).backward()
                 optimizer.step()
                 schedule.step()
     model.eval()
     with torch.no_grad():
-        right = [(model(images).argmax(1) == targets) for images, targets in parts["holdout"]]
+        right = [(model(images).argmax(1) == targets) for images, targets in parts["validation"]]
     print(f"teacher trained: {torch.cat(right).float().mean():.3f} right on held-out images")
     torch.save(model.state_dict(), file)
 

@@ -1,5 +1,5 @@
 """Explaining a finished model; importing the package registers every method."""
 
-from kd_lrp_plugin.attribution import lime, score_cam
+from kd_lrp_plugin.attribution import perturbation
 
-__all__ = ["lime", "score_cam"]
+__all__ = ["perturbation"]

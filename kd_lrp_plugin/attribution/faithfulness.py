@@ -73,10 +73,10 @@ def _area(
         *(t.split(BATCH) for t in (start, end.expand_as(start), targets, maps)), strict=True
     ):
         large = resize_maps(relevance.clamp(min=0), (first.shape[2], first.shape[3])).flatten(1)
-        place = large.argsort(dim=1, descending=True, stable=True).argsort(1).to(first.device)
+        rank = large.argsort(dim=1, descending=True, stable=True).argsort(1).to(first.device)
         values = []
         for step in range(STEPS + 1):
-            taken = (place < round(step * place.shape[1] / STEPS)).view(-1, 1, *first.shape[2:])
+            taken = (rank < round(step * rank.shape[1] / STEPS)).view(-1, 1, *first.shape[2:])
             probability = model(torch.where(taken, last, first)).softmax(1)
             values.append(probability.gather(1, target[:, None]).squeeze(1).cpu())
         area = torch.trapezoid(torch.stack(values, 1), dx=1 / STEPS, dim=1)

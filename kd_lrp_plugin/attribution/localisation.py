@@ -1,10 +1,10 @@
-"""Where relevance lies: figures of maps and masks, and of maps beside each other.
+"""Where relevance lies: metrics of maps and masks, and of maps beside each other.
 
-Pure functions, one value per sample; a sample for which a figure is not defined (a map without
+Pure functions, one value per sample; a sample for which a metric is not defined (a map without
 relevance, an image without a tumour) gets nan, so that samples stay in line with their images:
 average with ``values.nanmean()``, and report ``values.isnan().sum()`` beside it.
 
-Of the figures of maps and masks :func:`area_share` is the chance level: the value of an even map,
+Of the metrics of maps and masks :func:`area_share` is the chance level: the value of an even map,
 of relevance in any order, and of a point set blindly.
 """
 
@@ -17,7 +17,7 @@ from kd_lrp_plugin.losses import resize_maps, zero_maps
 from kd_lrp_plugin.utils.validation import message
 
 
-def mass_inside(
+def relevance_mass_accuracy(
     maps: Float[Tensor, "n h w"], masks: Bool[Tensor, "n height width"]
 ) -> Float[Tensor, " n"]:
     r"""Share of each map's positive relevance that lies inside the mask.
@@ -40,7 +40,7 @@ def mass_inside(
     Example:
         >>> maps = torch.tensor([[[3.0, 1.0], [0.0, -9.0]]])
         >>> masks = torch.tensor([[[True, False], [False, False]]])
-        >>> mass_inside(maps, masks).tolist()
+        >>> relevance_mass_accuracy(maps, masks).tolist()
         [0.75]
 
     Reference:
@@ -48,7 +48,7 @@ def mass_inside(
         an object's box, over all of it). Deviation: masks instead of boxes, which makes it the
         relevance mass accuracy of Arras et al., Information Fusion 81 (2022), sec. 3.3.
     """
-    positive = _positive("mass_inside", maps, masks)
+    positive = _positive("relevance_mass_accuracy", maps, masks)
     inside = (positive * masks).sum((1, 2)) / positive.sum((1, 2))
     return torch.where(masks.any(2).any(1), inside, torch.nan)
 
@@ -58,17 +58,18 @@ def rank_accuracy(
 ) -> Float[Tensor, " n"]:
     """Of the most relevant pixels, as many as the mask has, the share that lies inside it.
 
-    Unlike :func:`mass_inside` it does not ask how much relevance a pixel has, only which has more.
+    Unlike :func:`relevance_mass_accuracy` it does not ask how much relevance a pixel has, only
+    which has more.
 
     Args:
-        maps: as for :func:`mass_inside`.
+        maps: as for :func:`relevance_mass_accuracy`.
         masks: likewise.
 
     Returns:
-        Values in [0, 1]; nan where :func:`mass_inside` is.
+        Values in [0, 1]; nan where :func:`relevance_mass_accuracy` is.
 
     Raises:
-        ValueError: as :func:`mass_inside`.
+        ValueError: as :func:`relevance_mass_accuracy`.
 
     Example:
         >>> maps = torch.tensor([[[3.0, 1.0], [2.0, 0.0]]])
@@ -98,15 +99,15 @@ def pointing_game(
     """Whether the most relevant pixel lies inside the mask: 1 or 0.
 
     Args:
-        maps: as for :func:`mass_inside`.
+        maps: as for :func:`relevance_mass_accuracy`.
         masks: likewise.
 
     Returns:
         Where several pixels share the maximum, the share of them that lies inside. nan where
-        :func:`mass_inside` is.
+        :func:`relevance_mass_accuracy` is.
 
     Raises:
-        ValueError: as :func:`mass_inside`.
+        ValueError: as :func:`relevance_mass_accuracy`.
 
     Example:
         >>> maps = torch.tensor([[[3.0, 1.0], [2.0, 0.0]]])
@@ -125,7 +126,7 @@ def pointing_game(
 
 
 def area_share(masks: Bool[Tensor, "n height width"]) -> Float[Tensor, " n"]:
-    """Each mask's share of its image: the chance level of the figures above.
+    """Each mask's share of its image: the chance level of the metrics above.
 
     Example:
         >>> area_share(torch.tensor([[[True, False], [False, False]]])).tolist()
@@ -134,7 +135,7 @@ def area_share(masks: Bool[Tensor, "n height width"]) -> Float[Tensor, " n"]:
     return masks.float().mean((1, 2))
 
 
-def agreement(
+def attribution_similarity(
     student: Float[Tensor, "n h w"], teacher: Float[Tensor, "n height width"]
 ) -> Float[Tensor, " n"]:
     r"""Cosine similarity of each student map with its teacher's.
@@ -155,13 +156,13 @@ def agreement(
     Example:
         >>> teacher = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
         >>> student = torch.cat([3 * teacher, teacher.flip(2), 0 * teacher])
-        >>> agreement(student, teacher.expand(3, 2, 2)).tolist()
+        >>> attribution_similarity(student, teacher.expand(3, 2, 2)).tolist()
         [1.0, 0.0, nan]
 
     Reference:
-        The thesis, eq. 2.21, as a figure instead of a loss.
+        The thesis, eq. 2.21, as a metric instead of a loss.
     """
-    _check_pair("agreement", student=student, teacher=teacher)
+    _check_pair("attribution_similarity", student=student, teacher=teacher)
     height, width = teacher.shape[1:]
     ours = _scaled(resize_maps(student.detach(), (height, width))).flatten(1)
     theirs = _scaled(teacher.detach()).flatten(1)
@@ -171,7 +172,7 @@ def agreement(
 def rank_correlation(
     one: Float[Tensor, "n h w"], other: Float[Tensor, "n h w"]
 ) -> Float[Tensor, " n"]:
-    """Spearman's correlation of each pair of maps: whether they put places in the same order.
+    """Spearman's correlation of each pair of maps: whether they put locations in the same order.
 
     Args:
         one: relevance maps.
@@ -198,7 +199,7 @@ def rank_correlation(
         raise ValueError(message("rank_correlation", "maps of one size", got, fix))
     ranks = (rankdata(maps.detach().cpu().flatten(1).numpy(), axis=1) for maps in (one, other))
     first, second = (torch.from_numpy(r - r.mean(1, keepdims=True)) for r in ranks)
-    return agreement(first[:, None], second[:, None]).to(one)
+    return attribution_similarity(first[:, None], second[:, None]).to(one)
 
 
 def _positive(where: str, maps: Tensor, masks: Tensor) -> Float[Tensor, "n height width"]:

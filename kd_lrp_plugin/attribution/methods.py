@@ -4,7 +4,7 @@ Training needs maps that can be trained through (:mod:`kd_lrp_plugin.relevance.r
 afterwards the methods that only ask the model again are welcome, too. All of them explain a logit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,7 +38,31 @@ class Attribution:
     slow: bool = False
 
 
-ATTRIBUTIONS: Registry[Attribution] = Registry("method")
+class AttributionRegistry(Registry[Attribution]):
+    """Ways to explain a model, by name.
+
+    Every method of :data:`kd_lrp_plugin.relevance.methods.METHODS` is one, also those that a module
+    of the user's own registers there later.
+    """
+
+    def register(self, entry: Attribution, name: str | None = None) -> Attribution:
+        if name in METHODS:
+            raise ValueError(message(self.kind, "a new name", repr(name), "Choose another name."))
+        return super().register(entry, name)
+
+    def __getitem__(self, key: str) -> Attribution:
+        if key not in self._entries and key in METHODS:
+            return Attribution(partial(_relevance, method=key))
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**dict.fromkeys(METHODS), **self._entries})
+
+    def __len__(self) -> int:
+        return len({*METHODS, *self._entries})
+
+
+ATTRIBUTIONS = AttributionRegistry("method")
 INPUT = "input"
 """What stands for the layer of methods that have none."""
 
@@ -92,10 +116,6 @@ def _relevance(
     model: nn.Module, images: Tensor, targets: Tensor, layer: str, method: str
 ) -> Tensor:
     return relevance_maps(model, images, targets, [layer], method)[0]
-
-
-for _method in METHODS:
-    ATTRIBUTIONS.register(Attribution(partial(_relevance, method=_method)), _method)
 
 
 def mean_colour(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c 1 1"]:

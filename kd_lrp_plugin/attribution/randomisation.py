@@ -27,7 +27,7 @@ def randomisation(
 ) -> dict[str, Float[Tensor, " n"]]:
     """How like its maps are to those of the model once its layers have forgotten what they learnt.
 
-    From the classifier downwards, layer after layer is initialised anew. A method whose maps
+    From the classifier downwards, layer after layer is initialised again. A method whose maps
     stay the same does not explain the model but, say, the edges of the image. The changed network
     is explained for the class that it predicts, for it has learnt none; where the output of that
     is negative, which leaves LRP's maps without a positive part, for its negation.
@@ -62,8 +62,8 @@ def randomisation(
         if method in METHODS:
             signs = functional.one_hot(predicted, logits.shape[1]) * highest.sign()[:, None]
             parts = zip(images.split(BATCH), signs.split(BATCH), strict=True)
-            maps_of = (relevance_maps(changed, x, sign, [layer], method) for x, sign in parts)
-            again = torch.cat([found[0].detach().cpu() for found in maps_of])
+            parts_of_maps = (relevance_maps(changed, x, sign, [layer], method) for x, sign in parts)
+            again = torch.cat([found[0].detach().cpu() for found in parts_of_maps])
         else:
             again = attribute(changed, images, predicted, method, layer)
         check_same_shape("randomisation", "Give this method's maps.", maps=maps, again=again)
@@ -75,15 +75,15 @@ def _forgetting(model: nn.Module, images: Tensor, points: int) -> Iterator[tuple
     """The same copy of a model, with more and more of its layers reset."""
     copy = deepcopy(model)
     layers = [(n, m) for n, m in copy.named_modules() if hasattr(m, "reset_parameters")][::-1]
-    stops = {round(place) for place in np.linspace(0, len(layers) - 1, points)}
+    stops = {round(stop) for stop in np.linspace(0, len(layers) - 1, points)}
     norms = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for place, (name, module) in enumerate(layers):
+        for index, (name, module) in enumerate(layers):
             module.reset_parameters()
             if hasattr(module, "running_mean"):
                 norms.append(module)
-            if place in stops:
+            if index in stops:
                 _measure(copy, norms, images)
                 yield name, copy
 

@@ -1,4 +1,4 @@
-"""Figures of maps: what they are, summed up over images, and as tables."""
+"""Metrics of maps: what they are, summed up over images, and as tables."""
 
 import csv
 import io
@@ -8,13 +8,13 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-INSIDE = ("mass_inside", "rank_accuracy", "pointing_game")
+INSIDE = ("relevance_mass_accuracy", "rank_accuracy", "pointing_game")
 FAITHFUL = ("insertion", "deletion")
-FIGURES = {
-    "mass_inside": "share of the relevance inside the mask; 0 for a map without relevance",
+METRICS = {
+    "relevance_mass_accuracy": "share of the relevance inside the mask; 0 without relevance",
     "rank_accuracy": "share of the most relevant pixels inside the mask; 0 without relevance",
     "pointing_game": "whether the most relevant pixel lies inside the mask; no without relevance",
-    "agreement": "cosine of the student's map and its teacher's; 0 where one has no relevance",
+    "attribution_similarity": "cosine of student's and teacher's map; 0 where one is zero",
     "insertion": "area under the probability while pixels come into the blurred image (high: good)",
     "deletion": "area under the probability while pixels take the mean colour (low: good)",
     "randomised": "rank correlation with the map of the same network with random weights, for the "
@@ -27,7 +27,7 @@ def summary(
     chance: Float[Tensor, " n"] | None = None,
     otherwise: float | None = None,
 ) -> dict[str, Any]:
-    """A figure over images.
+    """A metric over images.
 
     Args:
         values: one of each image; nan for a map without relevance.
@@ -47,7 +47,7 @@ def summary(
     missing = values.isnan()
     known = (values[~missing] if otherwise is None else values.nan_to_num(otherwise)).double()
     enough = 0 < len(values) <= 2 * len(known)
-    figures: dict[str, Any] = {
+    found: dict[str, Any] = {
         "mean": float(known.mean()) if enough else None,
         "std": float(known.std()) if enough and len(known) > 1 else None,
         "n": len(values),
@@ -55,28 +55,28 @@ def summary(
     }
     if chance is not None:
         level = chance[~missing] if otherwise is None else chance
-        figures["chance"] = float(level.double().mean()) if enough else None
-    return figures
+        found["chance"] = float(level.double().mean()) if enough else None
+    return found
 
 
 def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of :func:`kd_lrp_plugin.evaluation.explain.explain` as a table, a column per figure.
+    """Rows of :func:`kd_lrp_plugin.evaluation.explain.explain` as a table, a column per metric.
 
-    Beside each group of figures its chance level, the number of images, and of how many of them
+    Beside each group of metrics its chance level, the number of images, and of how many of them
     the map has no relevance.
     """
     several = len({row["run"] for row in rows}) > 1
     table = []
     for row in rows:
-        figures = row["figures"]
+        metrics = row["figures"]
         line = {"run": row["run"]} if several else {}
         line |= {key: row[key] for key in ("model", "method", "layer")}
-        for names in (INSIDE, ("agreement",), FAITHFUL, ("randomised",)):
+        for names in (INSIDE, ("attribution_similarity",), FAITHFUL, ("randomised",)):
             for name in names:
-                line[name] = figures.get(name, {}).get("mean")
+                line[name] = metrics.get(name, {}).get("mean")
                 if name in FAITHFUL:
-                    line[f"{name} by chance"] = figures[name]["chance"]
-            first = figures.get(names[0], {})
+                    line[f"{name} by chance"] = metrics[name]["chance"]
+            first = metrics.get(names[0], {})
             if names == INSIDE:
                 line["inside by chance"] = first.get("chance")
             line[f"n ({names[0]})"] = first.get("n")
@@ -87,27 +87,27 @@ def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{column: line[column] for column in used} for line in table]
 
 
-def by_layer(rows: Sequence[Mapping[str, Any]], figure: str) -> list[dict[str, Any]]:
-    """A figure as a table: a line per run, model and method, a column per layer."""
+def by_layer(rows: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """A metric as a table: a line per run, model and method, a column per layer."""
     lines: dict[tuple, dict[str, Any]] = {}
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     titles = ("run", "model", "method")[len({row["run"] for row in rows}) == 1 :]
     for row in rows:
         key = tuple(row[title] for title in titles)
         empty = dict(zip(titles, key, strict=True)) | dict.fromkeys(layers)
-        lines.setdefault(key, empty)[row["layer"]] = row["figures"].get(figure, {}).get("mean")
+        lines.setdefault(key, empty)[row["layer"]] = row["figures"].get(metric, {}).get("mean")
     return list(lines.values())
 
 
 def flat(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A CSV with a line per run, model, method, layer and figure."""
+    """A CSV with a line per run, model, method, layer and metric."""
     text = io.StringIO()
     columns = ("run", "model", "method", "layer", "samples")
-    of_figure = ("mean", "std", "n", "undefined", "chance")
+    of_metric = ("mean", "std", "n", "undefined", "chance")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, "figure", *of_figure])
+    writer.writerow([*columns, "metric", *of_metric])
     for row in rows:
-        for name, figure in row["figures"].items():
-            values = [figure.get(key) for key in of_figure]
+        for name, metric in row["figures"].items():
+            values = [metric.get(key) for key in of_metric]
             writer.writerow([*(row[column] for column in columns), name, *values])
     return text.getvalue()

@@ -25,13 +25,17 @@ def check_data(
         Path | None,
         typer.Option(help="CSV with columns file, perhaps split and class; ROOT/manifest.csv."),
     ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(help="How many the values of 16-bit images have, such as 12; else all."),
+    ] = None,
 ) -> None:
-    """Does the test set leak? Faulty files, class balance, twins, and a split without them.
+    """Does the test set leak? Faulty files, class balance, duplicates, and a split without them.
 
-    Twins are images of the same pixels, or that look the same: re-encoded, resized, mirrored,
-    brighter. Writes pairs.csv, pairs.png to judge them by eye, summary.json and clean_split.csv;
-    the images stay as they are. `folder_images` reads the clean split by `manifest:
-    DIR/clean_split.csv`. A call that was killed goes on when it is given again. Examples:
+    Duplicates are images of the same pixels; near-duplicates look the same: re-encoded, resized,
+    mirrored, brighter. Writes pairs.csv, pairs.png to judge them by eye, summary.json and
+    clean_split.csv; the images stay as they are. `folder_images` reads the clean split by
+    `manifest: DIR/clean_split.csv`. A call that was killed resumes when it is rerun. Examples:
 
         kd-lrp check-data images --out checked
 
@@ -39,9 +43,9 @@ def check_data(
     """
     from kd_lrp_plugin.data.leakage import check
 
-    last = "What was read is kept; the same command goes on from there."
+    last = "What was read is kept; the same command resumes from there."
     with RichProgress(), errors_in_words(last):
-        found = check.check_data(root, out, test_share, group_by, manifest)
+        found = check.check_data(root, out, test_share, group_by, manifest, bits)
     for name in ("splits", "clean"):
         print(f"\n{'given' if name == 'splits' else 'clean split'}\n")
         rows = [
@@ -52,13 +56,13 @@ def check_data(
         counts = [f"{value} ({n:,})" for value, n in found[name].items()]
         rest = f" and {len(counts) - 5} more" if len(counts) > 5 else ""
         print(f"{name}: {', '.join(counts[:5])}{rest}")
-    for name in ("unreadable", "odd", "not_in_the_set"):
+    for name in ("unreadable", "anomalies", "ignored"):
         for file, why in list(found[name].items())[:SHOWN]:
-            print(f"{name.replace('_', ' ')}: {file}: {why}")
+            print(f"{name}: {file}: {why}")
         if (more := len(found[name]) - SHOWN) > 0:
-            print(f"{name.replace('_', ' ')}: {more:,} more, in summary.json")
-    print("\npairs of twins\n")
-    print(tables.table([{"where": place, **n} for place, n in found["pairs"].items()]))
-    print(f"\n{found['verdict']}")
+            print(f"{name}: {more:,} more, in summary.json")
+    print("\npairs of duplicates\n")
+    print(tables.table([{"where": where, **n} for where, n in found["pairs"].items()]))
+    print(f"\n{found['summary']}")
     made = [name for name in check.OUTPUTS if (out / name).exists()]
     print(f"written to {out}: {', '.join(made)}")

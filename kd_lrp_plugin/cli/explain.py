@@ -83,8 +83,8 @@ def explain(
     if rows:
         print(tables.table(summary.records(rows)))
     if len({row["layer"] for row in rows} - {"input"}) > 1:
-        for figure in ("mass_inside", "rank_accuracy", "pointing_game"):
-            print(f"\n{figure}: {summary.FIGURES[figure]}\n")
+        for figure in ("relevance_mass_accuracy", "rank_accuracy", "pointing_game"):
+            print(f"\n{figure}: {summary.METRICS[figure]}\n")
             print(tables.table(summary.by_layer(rows, figure)))
     made = ["explanations-images.png"] if images else ["explanations.json", "explanations.png"]
     print(f"\nwritten to each run folder: {', '.join(made)}")

@@ -4,6 +4,7 @@ torchdistill's tags can call code, so all of this works on the nodes of the text
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +42,8 @@ class Document:
         """The config without what its tags would call: for looking, not for running.
 
         Of what has a tag, mappings and lists are read; a scalar becomes None, for its text is not
-        its value.
+        its value. What ``!join``, ``!pathjoin``, ``!expanduser`` and ``!abspath`` make of text is
+        read as torchdistill reads it.
 
         Example:
             >>> parse_document("", "{a: 1, b: !import_call {key: os.getcwd}, c: !env X}").values
@@ -190,7 +192,30 @@ def _construct_untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any
     return None
 
 
+def _join(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
+    if not isinstance(node, yaml.SequenceNode):
+        return None
+    return "".join(map(str, loader.construct_sequence(node, deep=True)))
+
+
+def _join_path(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
+    if not isinstance(node, yaml.SequenceNode) or not node.value:
+        return None
+    return os.path.expanduser(os.path.join(*map(str, loader.construct_sequence(node, deep=True))))
+
+
+def _change_path(change: Callable[[str], str], node: yaml.Node) -> str | None:
+    return change(node.value) if isinstance(node, yaml.ScalarNode) else None
+
+
 _UntaggedLoader.add_multi_constructor(None, _construct_untagged)
+# torchdistill's tags that make text of text: where images and weights lie must be known by them.
+_UntaggedLoader.add_constructor("!join", _join)
+_UntaggedLoader.add_constructor("!pathjoin", _join_path)
+_UntaggedLoader.add_constructor(
+    "!expanduser", lambda _, node: _change_path(os.path.expanduser, node)
+)
+_UntaggedLoader.add_constructor("!abspath", lambda _, node: _change_path(os.path.abspath, node))
 
 
 def _overridden(node: yaml.Node) -> bool:

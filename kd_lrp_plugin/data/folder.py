@@ -15,25 +15,32 @@ from jaxtyping import Bool
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from kd_lrp_plugin.data.splits import held_out, read_groups, read_kept
+from kd_lrp_plugin.data.images import ImageLoader, ascii_name, is_text, read_mask
+from kd_lrp_plugin.data.layout import Layout, is_image, read_layout, walk
+from kd_lrp_plugin.data.splits import held_out, read_groups, read_kept, read_table
 from kd_lrp_plugin.data.transforms import make_transforms
 from kd_lrp_plugin.data.validation import check_integer, unreadable_images
+from kd_lrp_plugin.utils.files import hash_contents, hash_file
 from kd_lrp_plugin.utils.validation import check_known, message
 
 logger = logging.getLogger(__name__)
-_PARTS = ("all", "fit", "holdout")
+_PARTS = ("all", "train", "validation")
+_SHOWN = 5  # files or folders named in a message
 
 
 class FolderImages(ImageFolder):
     """Images in ``<root>/<split>/<class>/``, as RGB; classes are the folders' sorted names.
 
-    Where the data lie: ``root``, or with ``root`` empty ``$KD_LRP_DATA/<name>``.
+    Where the data lie: ``root``, or with ``root`` empty ``$KD_LRP_DATA/<name>``. What counts as an
+    image of a class, :mod:`kd_lrp_plugin.data.layout` says; what is left out is named in the log.
+    How images are read, :mod:`kd_lrp_plugin.data.images` says.
 
-    ``part`` cuts a validation set out of a split: ``fit`` and ``holdout`` are disjoint and make up
-    ``all``. Neighbouring slices are mostly of one patient, and their file names neighbours too; so
-    per class the files, sorted by name, are cut into runs of at most 32, and of these every
+    ``part`` cuts a validation set out of a split: ``train`` and ``validation`` are disjoint and
+    make up ``all``. Neighbouring slices are mostly of one patient, and their file names neighbours
+    too; so per class the files, sorted by name, are cut into runs of at most 32, and of these every
     ``1 / holdout``-th is held out. Where ``<root>/manifest.csv`` has columns ``file`` and ``group``
-    (and perhaps ``split`` and ``class``), a group is never divided.
+    (and perhaps ``split`` and ``class``), a group is never divided; an image that it does not name
+    is a group of its own, which the log tells.
 
     With ``manifest``, a ``clean_split.csv`` of ``kd-lrp check-data``, the images are those that it
     keeps in the split, wherever under ``root`` they lie; its groups are not divided either.
@@ -41,9 +48,10 @@ class FolderImages(ImageFolder):
     Args:
         root: folder of the data set, or None.
         split: sub-folder, for example Training.
-        part: all, fit or holdout.
+        part: all, train or validation.
         holdout: share of the split held out, in (0, 1).
-        classes: the folders that must be there, in any order.
+        classes: the folders that must be there, in any order; those that look like folders of
+            masks, or like splits, are classes only if they are named here.
         name: sub-folder of ``$KD_LRP_DATA``.
         image_size: side in pixels, see :func:`make_transforms`.
         transform: applied to the PIL image; without it, :func:`make_transforms` with ``augment``.
@@ -55,11 +63,17 @@ class FolderImages(ImageFolder):
         per_class: keep so many images of each class, drawn by ``seed`` alone; of one seed, few are
             among more.
         seed: of ``per_class``.
+        bits: how many the values of 16-bit and integer images have, such as 12; None for all of
+            the mode.
+
+    Attributes:
+        bits: as given.
+        folder: root of the data set.
 
     Raises:
         FileNotFoundError: if the folder, the manifest, or an image that it keeps is not there.
-        ValueError: for an unknown part, other classes than asked for, a class too small to cut, or
-            a manifest without these columns or this split.
+        ValueError: for an unknown part, folders that are no class folders, other classes than
+            asked for, a class too small to cut, or a manifest without these columns or this split.
     """
 
     samples: list[tuple[str, int]]
@@ -79,14 +93,23 @@ class FolderImages(ImageFolder):
         manifest: str | None = None,
         per_class: int | None = None,
         seed: int = 0,
+        bits: int | None = None,
     ) -> None:
         check_known("FolderImages part", part, _PARTS)
+        if bits is not None:
+            check_integer("FolderImages", "bits", bits, least=9)
+        self.bits = bits
         self.folder = find_folder(root, name)
-        self._split, self._kept = split, read_kept(manifest, self.folder, split)
+        if not is_text(self.folder):
+            got = ascii_name(self.folder)
+            raise ValueError(message("FolderImages root", "a name in UTF-8", got, "Rename it."))
+        self._split, self._manifest = split, manifest
+        self._kept = read_kept(manifest, self.folder, split)
         where = self.folder if self._kept else self.folder / split
         if not where.is_dir():
             fix = "Set root in YAML, or KD_LRP_DATA in the environment, to where the data lie."
             raise FileNotFoundError(message("FolderImages", "a folder", f"none at {where}", fix))
+        self._layout = None if self._kept else self._read_layout(where, classes or ())
         found, _ = self.find_classes(where)
         if classes is not None and found != sorted(classes):
             fix = "Rename the folders, or leave classes out."
@@ -94,11 +117,13 @@ class FolderImages(ImageFolder):
                 message(f"FolderImages {where}", f"classes {sorted(classes)}", found, fix)
             )
         super().__init__(
-            str(where), choose_transform("FolderImages", transform, image_size, augment)
+            str(where),
+            choose_transform("FolderImages", transform, image_size, augment),
+            loader=ImageLoader(bits),
         )
         if part != "all":
             held = self._held_out(holdout)
-            self.samples = [s for s in self.samples if (s[0] in held) == (part == "holdout")]
+            self.samples = [s for s in self.samples if (s[0] in held) == (part == "validation")]
         if skip_corrupt and (broken := unreadable_images(self)):
             shown = "; ".join(f"{file} ({why})" for file, why in broken.items())
             logger.warning("%d of %d images left out: %s", len(broken), len(self), shown)
@@ -111,39 +136,67 @@ class FolderImages(ImageFolder):
             if (least := min(map(len, of_class))) < per_class:
                 got, fix = f"a class of {least}", "Lower it."
                 raise ValueError(message("FolderImages", f"{per_class} per_class", got, fix))
-            chosen = sorted(i for places in of_class for i in places[:per_class])
+            chosen = sorted(i for indices in of_class for i in indices[:per_class])
             self.samples = [self.samples[i] for i in chosen]
         self.imgs = self.samples
         self.targets = [label for _, label in self.samples]
 
+    @property
+    def identity(self) -> str | None:
+        """See :func:`identify_images`."""
+        return identify_images(self.folder, self._split, self._manifest)
+
+    def _read_layout(self, where: Path, classes: Sequence[str]) -> Layout:
+        layout = read_layout(where, classes)
+        for problem in layout.problems:
+            raise ValueError(problem)
+        if layout.empty or not layout.classes:
+            got = f"none in {layout.empty}" if layout.empty else "no folder with images"
+            fix = "Delete the folder, or put images into it (.png, .jpg, .tif, ...)."
+            expected = "one or more in each class folder"
+            raise ValueError(message(f"images {where}", expected, got, fix))
+        if layout.ignored:
+            named = [f"{file} ({why})" for file, why in layout.ignored.items()]
+            shown = "; ".join(named[:_SHOWN]) + " ..." * (len(named) > _SHOWN)
+            logger.warning("%d files or folders of %s left out: %s", len(named), where, shown)
+        return layout
+
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        """The manifest's classes, of all its splits; torchvision's way without one."""
-        if not self._kept:
-            return super().find_classes(directory)
-        classes = sorted({row["class"] for row in self._kept})
-        return classes, {name: label for label, name in enumerate(classes)}
+        """The manifest's classes, of all its splits; the class folders without one."""
+        names = self._layout.classes if self._layout else {row["class"] for row in self._kept}
+        return sorted(names), {name: label for label, name in enumerate(sorted(names))}
 
     def make_dataset(
         self, directory: str | Path, class_to_idx: dict[str, int], **options: Any
     ) -> list[tuple[str, int]]:
-        """The manifest's files of the split; torchvision's way without one."""
-        if not self._kept:
-            return super().make_dataset(directory, class_to_idx, **options)
+        """The manifest's files of the split; those of the class folders without one."""
+        if self._layout:
+            images = self._layout.images
+            return [(os.path.join(directory, *p), class_to_idx[p[0]]) for p in images]
         rows = [row for row in self._kept if row["split"] == self._split]
         return sorted((str(self.folder / row["file"]), class_to_idx[row["class"]]) for row in rows)
 
     def mask(self, index: int) -> Bool[np.ndarray, "h w"] | None:
-        """Outline from ``<root>/masks/<split>/<class>/<name>.png``; None where there is none."""
+        """Outline from ``<root>/masks/<split>/<class>/<name>.png``; None where there is none.
+
+        Raises:
+            ValueError: if it cannot be read, see :func:`kd_lrp_plugin.data.images.read_mask`.
+        """
         path = Path(self.samples[index][0])
         file = self.folder / "masks" / path.relative_to(self.folder).with_suffix(".png")
-        return np.asarray(Image.open(file).convert("L")) > 0 if file.is_file() else None
+        return read_mask(file, path) if file.is_file() else None
 
     def _held_out(self, holdout: float) -> set[str]:
         if not 0 < holdout < 1:
             raise ValueError(message("FolderImages", "holdout in (0, 1)", holdout, "Use 0.15."))
         files = {Path(path).relative_to(self.folder).as_posix(): path for path, _ in self.samples}
-        groups = {row["file"]: row["group"] for row in self._kept}
-        groups = groups or read_groups(self.folder / "manifest.csv", files)
+        groups = {row["file"]: row["group"] for row in self._kept if row["group"]}
+        if not self._kept:
+            table = self.folder / "manifest.csv"
+            groups = read_groups(table, files)
+            if table.is_file() and len(groups) < len(files) and "group" in read_table(table)[0]:
+                missing = len(files) - len(groups)
+                logger.warning("%s: no group of %d of %d images", table, missing, len(files))
         paths: dict[str, list[str]] = {name: [] for name in self.classes}
         for path, label in self.samples:
             paths[self.classes[label]].append(path)
@@ -169,6 +222,30 @@ def find_folder(root: str | None, name: str) -> Path:
         got = f"root {root!r} and no KD_LRP_DATA (looking for {name!r})"
         raise FileNotFoundError(message("FolderImages", "a folder of images", got, fix))
     return Path(os.environ["KD_LRP_DATA"]).expanduser() / name
+
+
+def identify_images(folder: Path, split: str, manifest: str | None = None) -> str | None:
+    """What tells the images of a split, by name and size, and their table from others.
+
+    Args:
+        folder: root of the data set; names count from here.
+        split: sub-folder; with a manifest, all of ``folder`` counts.
+        manifest: as for :class:`FolderImages`; by default the table of groups, if there is one.
+
+    Returns:
+        A digest, the same wherever the folder lies; None where there is none.
+    """
+    where = folder if manifest else folder / split
+    if not where.is_dir():
+        return None
+    below = where.relative_to(folder).parts
+    sizes = sorted(
+        ("/".join((*below, *parts)), os.path.getsize(where.joinpath(*parts)))
+        for parts in walk(where).files
+        if is_image(parts[-1]) and where.joinpath(*parts).exists()
+    )
+    table = Path(os.path.expandvars(manifest or folder / "manifest.csv")).expanduser()
+    return hash_contents([sizes, hash_file(table) if table.is_file() else None])
 
 
 def choose_transform(

@@ -1,47 +1,69 @@
 """Tables of which image belongs to which group and split, and cuts that respect them."""
 
+import codecs
 import csv
+import io
 import os
 from collections.abc import Iterable, Mapping
 from math import floor
 from pathlib import Path
+from typing import Any
 
+from kd_lrp_plugin.data.layout import find_alike
 from kd_lrp_plugin.utils.validation import check_known, message
+
+_COLUMNS = ("file", "split", "class", "group", "kept")
+_NONE = ("nan", "<na>", "na", "n/a", "none", "null", "nat")
 
 
 def read_groups(manifest: Path, files: Iterable[str], column: str = "group") -> dict[str, str]:
     """The value of a manifest's ``column`` for each of ``files`` that it names.
 
     A row names an image by column ``file``: its path below the root of the data set, or its name
-    there together with the columns ``split`` or ``class`` or both, or its name alone.
+    there together with the columns ``split`` or ``class`` or both, or its name alone. Paths may be
+    spelt with ``./``, ``//`` or backslashes.
 
     Args:
-        manifest: a CSV; without one, or without both columns, nothing is known.
+        manifest: a CSV, see :func:`read_table`; without one, or without the column, nothing is
+            known.
         files: paths below the root.
-        column: the one to read; empty values count as unknown.
+        column: the one to read; empty values, and ``nan`` and the like, count as unknown.
 
     Raises:
-        ValueError: if two rows give what they name alike different values.
+        ValueError: if the table cannot be read, lacks column ``file``, or gives a file two values.
     """
-    rows = _read_rows(manifest) if manifest.is_file() else []
-    columns = set(rows[0] if rows else ())
-    if not {"file", column} <= columns:
+    columns, rows = read_table(manifest) if manifest.is_file() else ([], [])
+    if column not in columns:
         return {}
+    where, fix = str(manifest), "Name each image by its path below the root, in column file."
+    if "file" not in columns:
+        raise ValueError(message(where, f"column file beside {column}", columns, fix))
+    files = list(files)
+    known = set(files)
     named: dict[tuple[str, ...], str] = {}
-    for row in rows:
-        parts = Path(row["file"]).parts
-        where = [row[place] for place in ("split", "class") if place in columns]
-        key = parts if len(parts) > 1 else (*where, *parts)
-        if (known := named.setdefault(key, row[column])) != row[column]:
-            got = f"{known!r} and {row[column]!r} for {'/'.join(key)}"
+    for line, row in rows:
+        if not row["file"]:
+            raise ValueError(message(f"{where} line {line}", "a file", "an empty cell", fix))
+        parts = split_path(row["file"]) if row["file"] not in known else Path(row["file"]).parts
+        above = [row[name] for name in ("split", "class") if row.get(name)]
+        key = parts if len(parts) > 1 else (*above, *parts)
+        if not row[column]:
+            continue
+        if (before := named.setdefault(key, row[column])) != row[column]:
+            got = f"{before!r} and {row[column]!r} for {'/'.join(key)}"
             fix = "Give each file with its path, or add columns split and class."
-            raise ValueError(message(str(manifest), f"one {column} for a file", got, fix))
+            raise ValueError(message(where, f"one {column} for a file", got, fix))
     groups = {}
-    for name in files:
+    for name in dict.fromkeys(files):
         *folders, last = parts = Path(name).parts
         keys = [parts, (*folders[:2], last), *((folder, last) for folder in folders), (last,)]
-        groups[name] = next((named[key] for key in keys if key in named), "")
-    return {name: group for name, group in groups.items() if group}
+        found = list(dict.fromkeys(named[tuple(key)] for key in keys if tuple(key) in named))
+        if len(found) > 1:
+            got = f"{' and '.join(map(repr, found))} for {name}"
+            raise ValueError(message(where, f"one {column} for a file", got, "Name it once."))
+        if found:
+            groups[name] = found[0]
+    return groups
 
 
 def held_out(
@@ -62,13 +84,13 @@ def held_out(
             # The tuple keeps a group's name apart from a path.
             key = ("group", groups[file]) if file in groups else file
             members.setdefault(key, []).append(file)
-        place = count = 0
+        position = count = 0
         for group, together in members.items():
-            turn = place // run
-            place += len(together)
+            turn = position // run
+            position += len(together)
             out = floor((turn + 1) * share + 0.5) > floor(turn * share + 0.5)
             if len(together) > run:
-                out = count + len(together) / 2 <= share * place
+                out = count + len(together) / 2 <= share * position
             if decided.setdefault(group, out):  # an earlier class may have decided
                 held.update(together)
                 count += len(together)
@@ -80,13 +102,17 @@ def read_kept(manifest: str | None, root: Path, split: str) -> list[dict[str, st
 
     Args:
         manifest: CSV with columns file, split, class, group and kept; environment variables in its
-            path are put in.
+            path are put in. ``kept`` is 1 or 0, as pandas writes it also True or 1.0.
         root: folder of the images.
         split: one that must be among those of the rows.
 
+    Returns:
+        The rows, ``file`` in the plain spelling; of columns that the CSV lacks, nothing.
+
     Raises:
         FileNotFoundError: if the manifest, or an image that it keeps, is not there.
-        ValueError: if a column or the split is missing.
+        ValueError: if a column or the split is missing, a cell is not understood, or a file is
+            listed twice, under whatever name.
     """
     if not manifest:
         return []
@@ -95,18 +121,117 @@ def read_kept(manifest: str | None, root: Path, split: str) -> list[dict[str, st
     if not file.is_file():
         fix = "kd-lrp check-data ROOT --out DIR writes DIR/clean_split.csv."
         raise FileNotFoundError(message(where, "a file", "none", fix))
-    rows = _read_rows(file)
-    columns = {"file", "split", "class", "group", "kept"}
-    if missing := sorted(columns - set(rows[0] if rows else ())):
-        raise ValueError(message(where, f"columns {sorted(columns)}", f"none of {missing}", ""))
-    kept = [row for row in rows if row["kept"] == "1"]
-    check_known(f"{where}: split", split, {row["split"]: None for row in kept})
-    if absent := [row["file"] for row in kept if not (root / row["file"]).is_file()]:
+    columns, rows = read_table(file)
+    needed = {"file", "split", "class", "group", "kept"}
+    if missing := sorted(needed - set(columns)):
+        raise ValueError(message(where, f"columns {sorted(needed)}", f"none of {missing}", ""))
+    lines: dict[str, int] = {}
+    kept: dict[int, dict[str, str]] = {}
+    for line, row in rows:
+        at = f"{where} line {line}"
+        for column in ("file", "split", "class") if _truth(at, row["kept"]) else ("file",):
+            if not row[column]:
+                raise ValueError(message(at, f"a {column}", "an empty cell", "Fill it in."))
+        if not (root / row["file"]).is_file():
+            row["file"] = "/".join(split_path(row["file"]))
+        if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
+            got, fix = repr(row["file"]), "Give paths below the root of the data set."
+            raise ValueError(message(at, f"a path below {root}", got, fix))
+        row["file"] = "/".join(split_path(row["file"], backslashes=False))
+        _check_first(where, lines, row["file"], line, row["file"])
+        if _truth(at, row["kept"]):
+            kept[line] = row
+    check_known(f"{where}: split", split, {row["split"]: None for row in kept.values()})
+    absent = [row["file"] for row in kept.values() if not (root / row["file"]).is_file()]
+    if absent:
         got = f"{len(absent)} that are not there, such as {absent[0]!r}"
         raise FileNotFoundError(message(where, f"images below {root}", got, "Check root."))
-    return kept
+    known: dict[tuple[int, int], int] = {}
+    for line, row in kept.items():
+        about = (root / row["file"]).stat()  # links, and names that differ in case, may be one file
+        _check_first(where, known, (about.st_dev, about.st_ino), line, row["file"])
+    if alike := find_alike({row["class"] for row in kept.values()}):
+        fix = "Spell it in one way."
+        raise ValueError(message(where, "classes that differ in more than case", alike[0], fix))
+    return list(kept.values())
 
 
-def _read_rows(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        return list(csv.DictReader(lines, restval=""))
+def _check_first(where: str, lines: dict[Any, int], key: object, line: int, file: str) -> None:
+    """Remember the line of a file; refuse a second one."""
+    if key in lines:
+        got, fix = f"{file!r} in lines {lines[key]} and {line}", "Leave one of them out."
+        raise ValueError(message(where, "each file once", got, fix))
+    lines[key] = line
+
+
+def _truth(where: str, cell: str) -> bool:
+    known = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+    if cell.lower() not in known:
+        fix = "Write 1 or 0."
+        raise ValueError(message(f"{where}: kept", "1 or 0", repr(cell), fix))
+    return known[cell.lower()]
+
+
+def split_path(text: str, backslashes: bool = True) -> tuple[str, ...]:
+    """The parts of a path as tables spell it; an absolute one begins with ``/``.
+
+    Example:
+        >>> split_path("./cat//1.png"), split_path("cat\\\\1.png")
+        (('cat', '1.png'), ('cat', '1.png'))
+    """
+    if backslashes:
+        text = text.replace("\\", "/")
+    parts = tuple(part for part in text.split("/") if part not in ("", "."))
+    return ("/", *parts) if text.startswith("/") else parts
+
+
+def read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """A CSV: its columns, and its rows with the number of their last line.
+
+    Values are separated by commas or, as the first line tells, by semicolons or tabs. Blanks around
+    values are dropped, and values that stand for none (``nan``, ``NaN``, ``NA``, ``None``, ...)
+    are empty. Names of columns are taken in lower case where only so they are among those that
+    the package knows.
+
+    Raises:
+        ValueError: if it is not in UTF-8 (with a byte order mark, UTF-16), or its rows do not have
+            the length of the first line, or two columns have one name.
+    """
+    where, fix = f"table {file}", "Save it as CSV in UTF-8."
+    content = file.read_bytes()
+    codec = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        text = content.decode(codec)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        got = f"byte {content[error.start : error.start + 1]!r} in line {line}"
+        raise ValueError(message(where, "text in UTF-8", got, fix)) from None
+    if "\0" in text:
+        raise ValueError(message(where, "text in UTF-8", "zero bytes", fix))
+    first = next(iter(text.splitlines()), "")
+    separator = "," if "," in first else max(",;\t", key=first.count)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        cells = [(lines.line_num, [cell.strip() for cell in row]) for row in lines if row]
+    except csv.Error as error:
+        raise ValueError(
+            message(where, "a CSV", f"{error} in line {lines.line_num}", fix)
+        ) from None
+    if not cells:
+        return [], []
+    columns = [name.lower() if name.lower() in _COLUMNS else name for name in cells[0][1]]
+    if repeated := sorted({name for name in columns if columns.count(name) > 1 and name}):
+        raise ValueError(message(where, "columns of different names", f"{repeated} twice", ""))
+    rows = []
+    for line, values in cells[1:]:
+        if len(values) != len(columns):
+            if not any(values):
+                continue
+            got, fix = f"{len(values)} in line {line}", "Put values with commas in quotes."
+            raise ValueError(message(where, f"{len(columns)} values in each line", got, fix))
+        row = dict(zip(columns, values, strict=True))
+        for name, value in row.items():  # a class may be called none
+            if value.lower() in (_NONE[:1] if name in ("split", "class") else _NONE):
+                row[name] = ""
+        rows.append((line, row))
+    return columns, rows

@@ -1,6 +1,6 @@
 """Transforms of images, and the preprocessing that prediction repeats."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -39,10 +39,11 @@ def make_transforms(
 
 
 def preprocessing(dataset: Any) -> dict[str, Any] | None:
-    """The arguments of :func:`make_transforms` that prepare images as the data set does.
+    """What :func:`preparation` needs to prepare images as the data set does.
 
-    None if its transform is anything but a bilinear resize to a square and a normalisation that
-    is the same for all channels.
+    That is, the arguments of :func:`make_transforms` and, where the data set states them, ``bits``
+    of its images. None if its transform is anything but a bilinear resize to a square and a
+    normalisation that is the same for all channels.
     """
     steps = getattr(getattr(dataset, "transform", None), "transforms", [])
     kinds = (transforms.Resize, transforms.ToTensor, transforms.Normalize)
@@ -55,4 +56,23 @@ def preprocessing(dataset: Any) -> dict[str, Any] | None:
     means, stds = set(map(float, normalize.mean)), set(map(float, normalize.std))
     if len(set(sides)) > 1 or len(means) > 1 or len(stds) > 1:
         return None
-    return {"image_size": sides[0], "mean": means.pop(), "std": stds.pop()}
+    found = {"image_size": sides[0], "mean": means.pop(), "std": stds.pop()}
+    bits = getattr(dataset, "bits", None)
+    return found if bits is None else {**found, "bits": bits}
+
+
+def preparation(
+    preprocessing: Mapping[str, Any],
+) -> tuple[int | None, Callable[[Image.Image], Any]]:
+    """How images are read and prepared: ``bits`` of ``images.read_image``, and the transform.
+
+    Args:
+        preprocessing: from the function of this name.
+
+    Example:
+        >>> bits, prepare = preparation({"image_size": 32, "mean": 0.5, "std": 0.5})
+        >>> bits, prepare(Image.new("RGB", (9, 9))).shape
+        (None, torch.Size([3, 32, 32]))
+    """
+    arguments = dict(preprocessing)
+    return arguments.pop("bits", None), make_transforms(**arguments)

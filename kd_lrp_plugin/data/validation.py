@@ -1,12 +1,13 @@
 """Files that cannot be read, and classes that do not agree."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import repeat
 from typing import Any
 
-from PIL import Image
-
+from kd_lrp_plugin.data.images import ImageLoader, decode_image, is_text
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -28,8 +29,8 @@ def unreadable_images(dataset: Any) -> dict[str, str]:
     """The files of a data set that cannot be read to the end, and why.
 
     Args:
-        dataset: with ``samples`` (file, label), as torchvision's folders have; of others nothing
-            is known, and nothing returned.
+        dataset: with ``samples`` (file, label) and perhaps its own ``loader``, as torchvision's
+            folders have; of others nothing is known, and nothing returned.
 
     Example:
         >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
@@ -38,18 +39,27 @@ def unreadable_images(dataset: Any) -> dict[str, str]:
     """
     files = [str(file) for file, _ in getattr(dataset, "samples", [])]
     stamps = [os.stat(f).st_mtime_ns if os.path.exists(f) else 0 for f in files]
+    loader = getattr(dataset, "loader", ImageLoader())
     with ThreadPoolExecutor() as pool:
-        reasons = pool.map(_why_unreadable, files, stamps)
+        reasons = pool.map(_why_unreadable, files, repeat(loader), stamps)
         tracked = current_progress().track(reasons, "reading images", len(files))
         return {file: why for file, why in zip(files, tracked, strict=True) if why}
 
 
 @cache
-def _why_unreadable(file: str, stamp: int) -> str | None:
+def _why_unreadable(file: str, loader: Callable[[str], object], stamp: int) -> str | None:
     """Asked again for an unchanged file, the answer is remembered."""
+    if not is_text(file):  # it could not be written into predictions.csv
+        return "a name that is not UTF-8; rename it"
     try:
-        with Image.open(file) as image:
-            image.convert("RGB")
+        if isinstance(loader, ImageLoader):
+            decode_image(file, loader.bits)  # its errors do not name the file
+        else:
+            loader(file)
+    except FileNotFoundError:
+        return "no such file"
+    except ValueError as error:
+        return str(error)
     except Exception as error:  # Pillow raises many kinds
         return f"{type(error).__name__}: {error}".replace(f"'{file}'", "it")
     return None

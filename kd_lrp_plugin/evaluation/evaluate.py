@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
+from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.metrics.agreement import compare_predictions
 from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.metrics.efficiency import cost
@@ -38,16 +38,11 @@ def predict(
             are damaged.
     """
     model, summary = load_run(folder, safe)
+    bits = (summary["preprocessing"] or {}).get("bits")
     prepare = load_transform(folder, safe)
     records = []
     for file in images:
-        try:
-            with Image.open(file) as image:
-                batch = prepare(image)[None]
-        except FileNotFoundError:
-            raise FileNotFoundError(message("predict", "an image", f"none at {file}", "")) from None
-        except OSError as error:
-            raise ValueError(message(f"predict {file}", "an image", str(error), "")) from error
+        batch = prepare(read_image(file, bits, "predict"))[None]
         with torch.no_grad():
             logits = model(batch)[0]
         if not logits.isfinite().all():

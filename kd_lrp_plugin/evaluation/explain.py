@@ -19,15 +19,15 @@ from torch import Tensor
 
 from kd_lrp_plugin.attribution.faithfulness import deletion, insertion
 from kd_lrp_plugin.attribution.localisation import (
-    agreement,
     area_share,
-    mass_inside,
+    attribution_similarity,
     pointing_game,
     rank_accuracy,
+    relevance_mass_accuracy,
 )
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.attribution.randomisation import randomisation
-from kd_lrp_plugin.attribution.summary import FAITHFUL, FIGURES, INSIDE, flat, summary
+from kd_lrp_plugin.attribution.summary import FAITHFUL, INSIDE, METRICS, flat, summary
 from kd_lrp_plugin.evaluation.explain_inputs import (
     DisplayImage,
     ExplainOptions,
@@ -57,7 +57,7 @@ MOST = 1000  # images for the metrics of quick methods, without --samples
 FEW = 32  # for what asks the model hundreds of times
 SIDE_BY_SIDE = ("grad_cam", "lrp_composite")  # of several runs, without --method
 FILE = "explanations.json"
-_INSIDE = dict(zip(INSIDE, (mass_inside, rank_accuracy, pointing_game), strict=True))
+_INSIDE = dict(zip(INSIDE, (relevance_mass_accuracy, rank_accuracy, pointing_game), strict=True))
 ROW: dict[str, type | tuple[type, ...]] = {  # what is read of one, with the types of its values
     "model": str,
     "method": str,
@@ -159,7 +159,7 @@ class Explainer:
                 content["rows"].remove(row)
                 row = None
             taught = role == "student" and method in run.methods.get("teacher", [])
-            compared = row["figures"].get("agreement", {}) if row else {}
+            compared = row["figures"].get("attribution_similarity", {}) if row else {}
             if row is None or (taught and compared.get("teacher") != run.hashes["teacher"]):
                 if sample is None:
                     sample = make_sample(run, sample_indices(run, samples or MOST), run.device)
@@ -174,7 +174,10 @@ class Explainer:
                     alike = self._compare_with_teacher(
                         run, method, (layer, other), sample, samples or FEW
                     )
-                    row["figures"]["agreement"] = {**alike, "teacher": run.hashes["teacher"]}
+                    row["figures"]["attribution_similarity"] = {
+                        **alike,
+                        "teacher": run.hashes["teacher"],
+                    }
                 write_json(run.folder / FILE, {**content, "command": get_command()})
             found.append({"run": run.name, **row})
         return found
@@ -224,7 +227,7 @@ class Explainer:
             self._get_maps(run, role, method, layer, part.images, part.labels)
             for role, layer in zip(("student", "teacher"), layers, strict=True)
         )
-        return summary(agreement(student, teacher), otherwise=0)
+        return summary(attribution_similarity(student, teacher), otherwise=0)
 
     def _get_chance_level(self, run: LoadedRun, role: str, name: str, part: Sample) -> Tensor:
         """The metric of random maps, of each image."""
@@ -364,9 +367,9 @@ def read_explanations(folder: Path) -> dict[str, Any]:
 def _read_rows(run: LoadedRun) -> dict[str, Any]:
     """What is known of the run already; not what other definitions of the metrics gave."""
     file = run.folder / FILE
-    empty = {"test_set": run.test_hash, "explained": "the true class", "about": FIGURES}
+    empty = {"test_set": run.test_hash, "explained": "the true class", "about": METRICS}
     content = read_explanations(run.folder.path) if file.is_file() else empty
-    if content.get("about") != FIGURES:
+    if content.get("about") != METRICS:
         content = empty
     if content.get("test_set") != run.test_hash:
         fix = "Rename it to explain the run again."

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, attribute
+from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import load_models, load_test_set, load_transform
@@ -324,26 +325,22 @@ def read_images(
 
     Raises:
         FileNotFoundError: if one is not there.
-        ValueError: if one is no image, or the preprocessing of a run is not known.
+        ValueError: if one cannot be read, or the preprocessing of a run is not known.
     """
-    pictures = []
-    for file in images:
-        try:
-            with Image.open(file) as image:
-                pictures.append(image.copy())
-        except FileNotFoundError:
-            raise FileNotFoundError(message("explain", "an image", f"none at {file}", "")) from None
-        except OSError as error:
-            raise ValueError(message(f"explain {file}", "an image", str(error), "")) from error
+    bits_of = {run.name: (run.summary["preprocessing"] or {}).get("bits") for run in runs}
+    pictures = {
+        bits: [read_image(file, bits, "explain") for file in images]
+        for bits in set(bits_of.values())
+    }
     transforms = {run.name: load_transform(run.folder.path, safe) for run in runs}
 
     def display(run: LoadedRun) -> list[DisplayImage]:
-        prepare = transforms[run.name]
+        bits, prepare = bits_of[run.name], transforms[run.name]
         return [
             DisplayImage(
                 Path(file).stem, np.asarray(_shrink(picture)), prepare(picture), known=False
             )
-            for file, picture in zip(images, pictures, strict=True)
+            for file, picture in zip(images, pictures[bits], strict=True)
         ]
 
     return display

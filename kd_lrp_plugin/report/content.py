@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lrp_plugin.attribution.summary import FIGURES
+from kd_lrp_plugin.attribution.summary import METRICS
 from kd_lrp_plugin.config.document import parse_document
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.evaluation.explain import read_explanations
@@ -70,7 +70,7 @@ def gather(
         "selection": chosen,
         "sheets": sheets,
         "explained": explained(runs),
-        "figures_of_maps": FIGURES,
+        "figures_of_maps": METRICS,
         "unexplained": [run["name"] for run in runs if not run["explanations"]],
         "explain": command("kd-lrp explain", *(run["folder"] for run in runs)),
         "steps": _steps(runs, studies, leaks, chosen, list_explain_commands(runs, studies, maps)),

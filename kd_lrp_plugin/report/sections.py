@@ -59,25 +59,26 @@ def read_data_check(folder: Path) -> dict[str, Any]:
             "split": split,
             "images": found["images"],
             "compared with": ", ".join(found["against"]),
-            "with a twin there": found["twin"],
-            "share": f"{100 * found['twin'] / max(1, found['images']):.1f} %",
+            "with a duplicate there": found["duplicate"],
+            "share": f"{100 * found['duplicate'] / max(1, found['images']):.1f} %",
             "the same pixels": found["exact"],
             "near duplicates": found["near"],
         }
         for split, found in summary["leaks"].items()
     ]
-    question = summary["question"]
-    options = {"--group-by": "group_by", "--manifest": "manifest", "--test-share": "test_share"}
-    words = [w for o, key in options.items() if (v := question.get(key)) for w in (o, v)]
+    options = summary["options"]
+    names = ("group_by", "manifest", "test_share", "bits")
+    flags = {f"--{name.replace('_', '-')}": name for name in names}
+    words = [w for o, key in flags.items() if (v := options.get(key)) for w in (o, v)]
     return {
         "folder": short(folder),
-        "root": question["root"],
-        "verdict": summary["verdict"],
-        "leaks": any(found["twin"] for found in summary["leaks"].values()),
+        "root": options["root"],
+        "summary": summary["summary"],
+        "leaks": any(found["duplicate"] for found in summary["leaks"].values()),
         "rows": rows,
         "pairs": [{"pairs": place, **kinds} for place, kinds in summary["pairs"].items()],
         "picture": file_at(folder / "pairs.png"),
-        "command": command("kd-lrp check-data", question["root"], *words, "--out", short(folder)),
+        "command": command("kd-lrp check-data", options["root"], *words, "--out", short(folder)),
     }
 
 

@@ -347,7 +347,7 @@ class RunFolder:
 
     def list_sessions(self) -> list[dict[str, Any]]:
         """Under which circumstances the run was worked on, in order."""
-        return self._about().get("sessions", [])
+        return self.read_environment().get("sessions", [])
 
     def load(
         self, describe_fault: Callable[[dict[str, Any]], str | None] = lambda _: None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kd_lrp_plugin.config.build import build_model_entry, construct, get_stages
 from kd_lrp_plugin.config.document import Document, resolve_config, walk_pairs
 from kd_lrp_plugin.config.safety import unsafe_tags
-from kd_lrp_plugin.data.transforms import make_transforms
+from kd_lrp_plugin.data.transforms import preparation
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import check_weights_file
@@ -119,7 +119,7 @@ def load_transform(folder: str | Path, safe: bool = False) -> Callable[[Image.Im
     run = RunFolder(folder)
     summary = run.summary()
     if summary["preprocessing"] is not None:
-        known = make_transforms(**summary["preprocessing"])
+        _, known = preparation(summary["preprocessing"])
         return lambda image: known(image.convert("RGB"))
     prepare = _build_transform(_config(run, safe), f"transform of {run.path}")
     mode = "L" if summary["image_shape"][0] == 1 else "RGB"

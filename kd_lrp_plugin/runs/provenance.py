@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from kd_lrp_plugin.config.document import Document
-from kd_lrp_plugin.data.folder import find_folder
+from kd_lrp_plugin.data.folder import find_folder, identify_images
 from kd_lrp_plugin.runs.folder import OUTPUTS, RunFolder
-from kd_lrp_plugin.utils.files import hash_contents, hash_file
+from kd_lrp_plugin.utils.files import hash_file
 
 
 def list_files(config: Document) -> dict[str, str | None]:
@@ -61,22 +59,12 @@ def _mapping(value: Any) -> dict[Any, Any]:
 
 
 def _of_images(kwargs: Mapping[str, Any]) -> str | None:
+    split, manifest = kwargs.get("split", "Training"), kwargs.get("manifest")
     try:
         folder = find_folder(kwargs.get("root"), str(kwargs.get("name", "")))
-    except (FileNotFoundError, TypeError):
+        return identify_images(folder, str(split), str(manifest) if manifest else None)
+    except (OSError, TypeError, ValueError):
         return None
-    manifest = kwargs.get("manifest")
-    where = folder if manifest else folder / str(kwargs.get("split", "Training"))
-    if not where.is_dir():
-        return None
-    images = sorted(
-        (Path(at, name).relative_to(folder).as_posix(), os.path.getsize(Path(at, name)))
-        for at, _, names in os.walk(where)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS) and Path(at, name).exists()
-    )
-    table = _of_file(str(manifest or folder / "manifest.csv"))
-    return hash_contents([images, table])
 
 
 def _of_file(name: str) -> str | None:

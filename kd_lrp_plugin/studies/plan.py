@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kd_lrp_plugin.attribution.summary import FIGURES
+from kd_lrp_plugin.attribution.summary import METRICS
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.utils.validation import check_known
 
@@ -50,10 +50,10 @@ def check_measure(where: str, measure: str, terms: Iterable[str]) -> None:
     of_terms = [f"{part}_{name}" for name in names for part in ("train", "val", "test")]
     roles = ("student", "teacher")
     head, _, rest = measure.partition(".")
-    if head in roles and rest.count(".") >= 2 and rest.rpartition(".")[2] in FIGURES:
+    if head in roles and rest.count(".") >= 2 and rest.rpartition(".")[2] in METRICS:
         return  # of the maps: method.layer.metric
     inner = {"last": (*OF_EPOCH, *of_terms), "student_and_teacher": OF_BOTH, "cost": OF_COST}
-    inner |= dict.fromkeys(roles, (*OF_MODEL, *FIGURES))
+    inner |= dict.fromkeys(roles, (*OF_MODEL, *METRICS))
     if head not in inner:
         check_known(where, head, (*OF_RUN, *OF_MODEL, *of_terms, *inner))
         return

@@ -12,15 +12,15 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from kd_lrp_plugin.attribution.localisation import (
-    agreement,
     area_share,
-    mass_inside,
+    attribution_similarity,
     pointing_game,
     rank_accuracy,
     rank_correlation,
+    relevance_mass_accuracy,
 )
 
-FIGURES = (mass_inside, rank_accuracy, pointing_game)
+FIGURES = (relevance_mass_accuracy, rank_accuracy, pointing_game)
 
 
 def maps_of(*shape: int, seed: int = 0) -> Tensor:
@@ -66,12 +66,12 @@ class TestMassInside:
     def test_agrees_with_a_loop(self, seed):
         maps, masks = maps_of(4, 5, 6, seed=seed), maps_of(4, 5, 6, seed=seed + 9) > 0.5
         expected = [mass_by_loops(m, k) for m, k in zip(maps.tolist(), masks.tolist(), strict=True)]
-        assert mass_inside(maps, masks).tolist() == pytest.approx(expected, rel=1e-12)
+        assert relevance_mass_accuracy(maps, masks).tolist() == pytest.approx(expected, rel=1e-12)
 
     def test_small_maps_are_interpolated_to_the_size_of_the_mask(self):
         maps, masks = maps_of(1, 3, 4).abs(), maps_of(1, 6, 8) > 0
         expected = mass_by_loops(enlarge(maps[0].tolist()), masks[0].tolist())
-        assert mass_inside(maps, masks).item() == pytest.approx(expected, rel=1e-12)
+        assert relevance_mass_accuracy(maps, masks).item() == pytest.approx(expected, rel=1e-12)
 
     def test_negative_relevance_beside_a_peak_does_not_lower_it(self):
         maps = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
@@ -79,25 +79,29 @@ class TestMassInside:
         masks[:, :4, :4] = True
         signed = maps.clone()
         signed[:, 1, 1] = -5
-        assert torch.equal(mass_inside(signed, masks), mass_inside(maps, masks))
+        assert torch.equal(
+            relevance_mass_accuracy(signed, masks), relevance_mass_accuracy(maps, masks)
+        )
 
     def test_of_an_even_map_is_the_share_of_the_mask(self):
         masks = torch.zeros(1, 8, 8, dtype=torch.bool)
         masks[:, :2, :4] = True
-        assert mass_inside(torch.ones(1, 3, 3), masks).item() == pytest.approx(8 / 64)
+        assert relevance_mass_accuracy(torch.ones(1, 3, 3), masks).item() == pytest.approx(8 / 64)
 
     def test_does_not_depend_on_the_scale_of_a_map(self):
         maps, masks = maps_of(3, 4, 4).float(), maps_of(3, 4, 4, seed=1) > 0
         for scale in (1e-25, 1e25):
-            torch.testing.assert_close(mass_inside(scale * maps, masks), mass_inside(maps, masks))
+            torch.testing.assert_close(
+                relevance_mass_accuracy(scale * maps, masks), relevance_mass_accuracy(maps, masks)
+            )
 
     def test_refuses_masks_that_are_not_boolean(self):
         with pytest.raises(ValueError, match="mask > 0"):
-            mass_inside(torch.ones(1, 2, 2), torch.ones(1, 2, 2))
+            relevance_mass_accuracy(torch.ones(1, 2, 2), torch.ones(1, 2, 2))
 
     def test_refuses_a_channel_axis_and_names_both_shapes(self):
         with pytest.raises(ValueError, match=r"\(1, 2, 2\) and \(1, 1, 2, 2\)"):
-            mass_inside(torch.ones(1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool))
+            relevance_mass_accuracy(torch.ones(1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool))
 
 
 class TestAgreement:
@@ -106,31 +110,33 @@ class TestAgreement:
         student, teacher = maps_of(4, 5, 6, seed=seed), maps_of(4, 5, 6, seed=seed + 9)
         pairs = zip(student.tolist(), teacher.tolist(), strict=True)
         expected = [cosine_by_loops(s, t) for s, t in pairs]
-        assert agreement(student, teacher).tolist() == pytest.approx(expected, rel=1e-12)
+        assert attribution_similarity(student, teacher).tolist() == pytest.approx(
+            expected, rel=1e-12
+        )
 
     def test_is_one_for_proportional_and_minus_one_for_opposite_maps(self):
         maps = maps_of(3, 4, 4).float()
         for scale in (1e-25, 1.0, 1e18):
-            torch.testing.assert_close(agreement(scale * maps, maps), torch.ones(3))
-            torch.testing.assert_close(agreement(-scale * maps, maps), -torch.ones(3))
+            torch.testing.assert_close(attribution_similarity(scale * maps, maps), torch.ones(3))
+            torch.testing.assert_close(attribution_similarity(-scale * maps, maps), -torch.ones(3))
 
     def test_maps_of_another_size_are_brought_to_the_teachers(self):
         student, teacher = maps_of(1, 3, 4), maps_of(1, 6, 8, seed=1)
         expected = cosine_by_loops(enlarge(student[0].tolist()), teacher[0].tolist())
-        assert agreement(student, teacher).item() == pytest.approx(expected, rel=1e-12)
+        assert attribution_similarity(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
     def test_is_nan_for_a_zero_map_of_either_side_and_for_that_sample_alone(self):
         student, teacher = torch.ones(3, 2, 2), torch.ones(3, 2, 2)
         student[0], teacher[2] = 0, 0
-        assert agreement(student, teacher).isnan().tolist() == [True, False, True]
+        assert attribution_similarity(student, teacher).isnan().tolist() == [True, False, True]
 
     def test_refuses_different_numbers_of_samples(self):
         with pytest.raises(ValueError, match="same images"):
-            agreement(torch.ones(2, 3, 3), torch.ones(3, 3, 3))
+            attribution_similarity(torch.ones(2, 3, 3), torch.ones(3, 3, 3))
 
     def test_keeps_no_graph(self):
         student = maps_of(2, 3, 3).requires_grad_()
-        assert not agreement(student, student.detach()).requires_grad
+        assert not attribution_similarity(student, student.detach()).requires_grad
 
 
 def rank_by_loops(relevance: list[list[float]], mask: list[list[bool]]) -> float:

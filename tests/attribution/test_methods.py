@@ -12,14 +12,14 @@ from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kd_lrp_plugin.attribution import faithfulness, lime
+from kd_lrp_plugin.attribution import faithfulness, perturbation
 from kd_lrp_plugin.attribution import randomisation as randomising
 from kd_lrp_plugin.attribution.faithfulness import deletion, insertion
 from kd_lrp_plugin.attribution.localisation import (
-    mass_inside,
     pointing_game,
     rank_accuracy,
     rank_correlation,
+    relevance_mass_accuracy,
 )
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, Attribution, attribute
 from kd_lrp_plugin.attribution.randomisation import randomisation
@@ -73,7 +73,7 @@ def quarter(side: int = 16) -> Tensor:
 class TestEveryMethod:
     @pytest.mark.parametrize("method", sorted(ATTRIBUTIONS))
     def test_gives_positive_maps_that_do_not_depend_on_the_other_images(self, method, monkeypatch):
-        monkeypatch.setattr(lime, "LIME_SAMPLES", 40)
+        monkeypatch.setattr(perturbation, "LIME_SAMPLES", 40)
         (images, _), model = batch(), network()
         targets = model(images).argmax(1)  # of a negative logit LRP-z⁺ has no positive relevance
         together = attribute(model, images, targets, method, LAYER)
@@ -86,7 +86,7 @@ class TestEveryMethod:
 
     @pytest.mark.parametrize("method", sorted(ATTRIBUTIONS))
     def test_leaves_the_model_as_it_was(self, method, monkeypatch):
-        monkeypatch.setattr(lime, "LIME_SAMPLES", 10)
+        monkeypatch.setattr(perturbation, "LIME_SAMPLES", 10)
         (images, targets), model = batch(), network()
         before = {key: value.clone() for key, value in model.state_dict().items()}
         state = torch.get_rng_state()
@@ -166,7 +166,7 @@ class TestScoreCam:
 
 class TestLime:
     def test_agrees_with_a_ridge_regression_on_the_same_draws(self, monkeypatch):
-        monkeypatch.setattr(lime, "LIME_SAMPLES", 30)
+        monkeypatch.setattr(perturbation, "LIME_SAMPLES", 30)
         (images, targets), model = batch(1), network()
         got = attribute(model, images, targets, "lime")[0]
         image = images[0].double().permute(1, 2, 0).numpy()
@@ -187,13 +187,13 @@ class TestLime:
 
     @pytest.mark.parametrize("kind", [torch.rand, torch.randn, torch.zeros])
     def test_noise_and_even_images_have_superpixels_too(self, kind):
-        assert int(lime._superpixels(kind(3, 64, 64)).max()) > 20
+        assert int(perturbation._superpixels(kind(3, 64, 64)).max()) > 20
 
     def test_finds_what_a_model_looks_at(self):
         side = 32
         images = spot_images(side)
         maps = attribute(Spot(side).eval(), images, torch.tensor([1, 1]), "lime")
-        inside = mass_inside(maps, quarter(side) > 0)
+        inside = relevance_mass_accuracy(maps, quarter(side) > 0)
         assert (inside > 0.8).all()  # superpixels at the border reach out of it
 
 
@@ -334,7 +334,7 @@ class TestAgainstQuantus:
     @pytest.mark.parametrize(
         ("ours", "theirs"),
         [
-            (mass_inside, "RelevanceMassAccuracy"),
+            (relevance_mass_accuracy, "RelevanceMassAccuracy"),
             (rank_accuracy, "RelevanceRankAccuracy"),
             (pointing_game, "PointingGame"),
         ],
@@ -411,3 +411,31 @@ class TestAgainstQuantus:
         spearman = quantus.similarity_func.correlation_spearman
         expected = spearman(one.flatten(1).numpy(), other.flatten(1).numpy(), batched=True)
         assert rank_correlation(one, other).tolist() == pytest.approx([*expected], abs=1e-6)
+
+
+class TestRegistry:
+    def test_a_method_of_a_module_of_ones_own_works_by_its_name(self, monkeypatch):
+        def brightness(model, images, targets, layer):
+            return images.sum(1).relu()
+
+        monkeypatch.setattr(ATTRIBUTIONS, "_entries", dict(ATTRIBUTIONS._entries))
+        ATTRIBUTIONS.register(Attribution(brightness, layered=False), "brightness")
+        (images, targets), model = batch(), network()
+        maps = attribute(model, images, targets, "brightness")
+        assert torch.equal(maps, images.sum(1).relu())
+        found = randomisation(model, images, maps, "brightness", points=2)
+        assert all(torch.allclose(values, torch.ones(len(images))) for values in found.values())
+
+    def test_a_relevance_method_that_is_registered_later_is_one_too(self, monkeypatch):
+        before = set(ATTRIBUTIONS)
+        monkeypatch.setitem(METHODS._entries, "my_rule", METHODS["lrp_epsilon"])
+        assert set(ATTRIBUTIONS) == before | {"my_rule"}
+        assert len(ATTRIBUTIONS) == len(before) + 1
+        (images, targets), model = batch(), network()
+        got = attribute(model, images, targets, "my_rule", LAYER)
+        assert torch.equal(got, attribute(model, images, targets, "lrp_epsilon", LAYER))
+
+    @pytest.mark.parametrize("name", ["lime", "lrp_epsilon"])
+    def test_a_name_that_is_taken_is_refused(self, name):
+        with pytest.raises(ValueError, match="expected a new name"):
+            ATTRIBUTIONS.register(Attribution(lambda *_: None), name)

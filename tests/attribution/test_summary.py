@@ -30,7 +30,7 @@ class TestSummary:
 
 def test_every_group_of_figures_has_its_own_count():
     figures = {
-        "mass_inside": summary(VALUES, CHANCE, otherwise=0),
+        "relevance_mass_accuracy": summary(VALUES, CHANCE, otherwise=0),
         "rank_accuracy": summary(VALUES, CHANCE, otherwise=0),
         "pointing_game": summary(VALUES, CHANCE, otherwise=0),
         "insertion": summary(VALUES[:1], CHANCE[:1]),
@@ -41,11 +41,11 @@ def test_every_group_of_figures_has_its_own_count():
     (line,) = records([{**place, "figures": figures}])
     counts = {key: value for key, value in line.items() if key.startswith(("n (", "no "))}
     assert counts == {
-        "n (mass_inside)": 3,
-        "no relevance (mass_inside)": 1,
+        "n (relevance_mass_accuracy)": 3,
+        "no relevance (relevance_mass_accuracy)": 1,
         "n (insertion)": 1,
         "no relevance (insertion)": 0,
         "n (randomised)": 2,
         "no relevance (randomised)": 1,
     }
-    assert "agreement" not in line
+    assert "attribution_similarity" not in line

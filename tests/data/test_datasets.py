@@ -296,17 +296,17 @@ class TestFolderImages:
         with pytest.raises(ValueError, match=r"\['cat', 'cow'\].*\['cat', 'dog'\]"):
             FolderImages(str(folder), "Training", classes=["cow", "cat"])
 
-    def test_fit_and_holdout_share_nothing_and_make_up_all(self, folder):
+    def test_train_and_validation_share_nothing_and_make_up_all(self, folder):
         parts = {
             part: FolderImages(str(folder), "Training", part=part, holdout=0.25)
-            for part in ("all", "fit", "holdout")
+            for part in ("all", "train", "validation")
         }
-        assert sorted(files(parts["fit"]) + files(parts["holdout"])) == files(parts["all"])
-        assert np.bincount(parts["holdout"].targets).tolist() == [10, 6]
-        numbers = [int(name[4:7]) for name in files(parts["holdout"]) if name.startswith("cat")]
+        assert sorted(files(parts["train"]) + files(parts["validation"])) == files(parts["all"])
+        assert np.bincount(parts["validation"].targets).tolist() == [10, 6]
+        numbers = [int(name[4:7]) for name in files(parts["validation"]) if name.startswith("cat")]
         assert np.ptp(numbers) == 9  # one run of neighbours
-        again = FolderImages(str(folder), "Training", part="holdout", holdout=0.25)
-        assert files(again) == files(parts["holdout"])
+        again = FolderImages(str(folder), "Training", part="validation", holdout=0.25)
+        assert files(again) == files(parts["validation"])
 
     @pytest.mark.parametrize("columns", [["file", "group"], ["file", "group", "split", "class"]])
     def test_no_group_is_in_both_parts(self, folder, columns):
@@ -322,7 +322,7 @@ class TestFolderImages:
                 writer.writerow(row)
         fit, held = (
             {group_of[name] for name in files(FolderImages(str(folder), part=part, holdout=0.3))}
-            for part in ("fit", "holdout")
+            for part in ("train", "validation")
         )
         assert not fit & held
         assert fit | held == set(group_of.values())
@@ -330,9 +330,9 @@ class TestFolderImages:
     @pytest.mark.parametrize(
         ("arguments", "hint"),
         [
-            ({"part": "hold"}, "Did you mean 'holdout'"),
-            ({"part": "fit", "holdout": 1.5}, "holdout in .*got 1.5"),
-            ({"part": "fit", "holdout": 0.001}, "got 0 of 40 of class 'cat'"),
+            ({"part": "validate"}, "Did you mean 'validation'"),
+            ({"part": "train", "holdout": 1.5}, "holdout in .*got 1.5"),
+            ({"part": "train", "holdout": 0.001}, "got 0 of 40 of class 'cat'"),
         ],
     )
     def test_a_cut_that_cannot_be_made_is_refused(self, folder, arguments, hint):
@@ -340,9 +340,9 @@ class TestFolderImages:
             FolderImages(str(folder), "Training", **arguments)
 
     def test_few_images_per_class_are_drawn_by_the_seed_from_the_part(self, folder):
-        fit = files(FolderImages(str(folder), part="fit", holdout=0.25))
+        fit = files(FolderImages(str(folder), part="train", holdout=0.25))
         few, more, other = (
-            FolderImages(str(folder), part="fit", holdout=0.25, per_class=n, seed=seed)
+            FolderImages(str(folder), part="train", holdout=0.25, per_class=n, seed=seed)
             for n, seed in ((3, 0), (9, 0), (3, 1))
         )
         assert few.targets == [0] * 3 + [1] * 3
@@ -393,7 +393,7 @@ class TestCleanSplit:
         (folder / "manifest.csv").write_text("file,group\ncat_000.png,x\ncat_001.png,x\n")
         fit, held = (
             FolderImages(str(folder), part=p, holdout=0.3, manifest=write_split(folder, rows))
-            for p in ("fit", "holdout")
+            for p in ("train", "validation")
         )
         groups = [{group_of[name] for name in files(part)} for part in (fit, held)]
         assert not groups[0] & groups[1]
@@ -504,7 +504,7 @@ class TestRealImages:
         assert masks[0].any()
 
     def test_the_holdout_is_a_stratified_seventh(self):
-        fit, held = (FolderImages(None, part=p, name="brain_mri") for p in ("fit", "holdout"))
+        fit, held = (FolderImages(None, part=p, name="brain_mri") for p in ("train", "validation"))
         share = np.bincount(held.targets) / (np.bincount(held.targets) + np.bincount(fit.targets))
         assert np.all((share > 0.1) & (share < 0.2))
 

@@ -15,8 +15,8 @@ from PIL import Image
 from small_runs import BASELINE, KD, SMALL, Stopped, StopsAt
 from typer.testing import CliRunner
 
-from kd_lrp_plugin.attribution import faithfulness, lime, randomisation
-from kd_lrp_plugin.attribution.localisation import agreement, mass_inside
+from kd_lrp_plugin.attribution import faithfulness, perturbation, randomisation
+from kd_lrp_plugin.attribution.localisation import attribution_similarity, relevance_mass_accuracy
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, Attribution
 from kd_lrp_plugin.attribution.summary import by_layer, records
 from kd_lrp_plugin.cli.main import app
@@ -78,7 +78,7 @@ def project(made, tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def less_work(monkeypatch):
-    monkeypatch.setattr(lime, "LIME_SAMPLES", 20)
+    monkeypatch.setattr(perturbation, "LIME_SAMPLES", 20)
     monkeypatch.setattr(faithfulness, "STEPS", 2)
 
 
@@ -115,17 +115,22 @@ class TestFigures:
         }
         for role in models:
             figures = find(rows, model=role, method="grad_cam", layer="layer3")["figures"]
-            expected = mass_inside(maps[role], masks)
-            assert figures["mass_inside"]["mean"] == pytest.approx(float(expected.nansum()) / 6)
-            assert figures["mass_inside"]["undefined"] == int(expected.isnan().sum())
-            assert figures["mass_inside"]["n"] == 6
+            expected = relevance_mass_accuracy(maps[role], masks)
+            assert figures["relevance_mass_accuracy"]["mean"] == pytest.approx(
+                float(expected.nansum()) / 6
+            )
+            assert figures["relevance_mass_accuracy"]["undefined"] == int(expected.isnan().sum())
+            assert figures["relevance_mass_accuracy"]["n"] == 6
             shares = [float(m.float().mean()) for m in masks]
-            assert figures["mass_inside"]["chance"] == pytest.approx(np.mean(shares))
+            assert figures["relevance_mass_accuracy"]["chance"] == pytest.approx(np.mean(shares))
             assert {"insertion", "deletion", "randomised"} <= figures.keys()
-        expected = float(agreement(maps["student"], maps["teacher"]).nansum()) / 6
+        expected = float(attribution_similarity(maps["student"], maps["teacher"]).nansum()) / 6
         figures = find(rows, model="student", method="grad_cam")["figures"]
-        assert figures["agreement"]["mean"] == pytest.approx(expected)
-        assert "agreement" not in find(rows, model="teacher", method="grad_cam")["figures"]
+        assert figures["attribution_similarity"]["mean"] == pytest.approx(expected)
+        assert (
+            "attribution_similarity"
+            not in find(rows, model="teacher", method="grad_cam")["figures"]
+        )
         assert len(rows) == 4
 
     def test_are_of_as_many_images_as_asked_for_by_any_method(self, project):
@@ -134,17 +139,17 @@ class TestFigures:
         assert {row["images"] for row in rows} == {3}
         assert {row["layer"] for row in rows} == {"layer3", "input"}
         for row in rows:
-            for name in ("mass_inside", "insertion", "deletion"):
+            for name in ("relevance_mass_accuracy", "insertion", "deletion"):
                 assert row["figures"][name]["n"] == 3
 
     def test_of_several_layers_become_a_table_of_methods_and_layers(self, project):
         rows = explain(["runs/kd/0"], QUICK, ["layer2", "layer3"], roles=["teacher"], samples=2)
-        table = by_layer(rows, "mass_inside")
+        table = by_layer(rows, "relevance_mass_accuracy")
         assert [line["method"] for line in table] == list(QUICK)
         for line in table:
             for layer in ("layer2", "layer3"):
                 figures = find(rows, method=line["method"], layer=layer)["figures"]
-                assert line[layer] == figures["mass_inside"]["mean"]
+                assert line[layer] == figures["relevance_mass_accuracy"]["mean"]
         assert {"inside by chance", "insertion by chance"} <= records(rows)[0].keys()
 
     def test_a_small_mask_is_brought_to_the_size_of_the_models_images(self):
@@ -187,7 +192,7 @@ class TestFigures:
         shutil.rmtree(tmp_path / "set/Training")  # the test set alone is needed
         rows = explain([tmp_path / "run"], QUICK)
         assert {row["images"] for row in rows} == {3}
-        chance = find(rows, method="grad_cam")["figures"]["mass_inside"]["chance"]
+        chance = find(rows, method="grad_cam")["figures"]["relevance_mass_accuracy"]["chance"]
         assert chance == pytest.approx(400 / (60 * 48), abs=0.02)
 
 
@@ -211,34 +216,34 @@ class TestWhatIsKept:
         assert kept[:2] == before
         assert [{"run": "runs/kd/0", **row} for row in kept] == rows
 
-    def test_the_agreement_is_added_once_the_teacher_is_there(self, project):
+    def test_the_similarity_is_added_once_the_teacher_is_there(self, project):
         alone = explain(["runs/kd/0"], QUICK[:1], roles=["student"], samples=2)
         both = explain(["runs/kd/0"], QUICK[:1], samples=2)
         row = find(both, model="student")
-        compared = row["figures"].pop("agreement")
+        compared = row["figures"].pop("attribution_similarity")
         assert compared["n"] == 2
         assert row == alone[0]
 
-    def test_the_agreement_with_another_teacher_is_made_anew(self, project):
+    def test_the_similarity_with_another_teacher_is_made_anew(self, project):
         explain(["runs/kd/0"], QUICK[:1], samples=2)
         file = project / "runs/kd/0/explanations.json"
         content = json.loads(file.read_text())
-        known = find(content["rows"], model="student")["figures"]["agreement"]
+        known = find(content["rows"], model="student")["figures"]["attribution_similarity"]
         expected = dict(known)
         known |= {"teacher": "another", "mean": 2.0}
         file.write_text(json.dumps(content))
         again = find(explain(["runs/kd/0"], QUICK[:1], samples=2), model="student")
-        assert again["figures"]["agreement"] == expected
+        assert again["figures"]["attribution_similarity"] == expected
 
     def test_figures_of_other_definitions_are_made_anew(self, project):
         explain(["runs/ce/0"], QUICK[:1], samples=2)
         file = project / "runs/ce/0/explanations.json"
         content = json.loads(file.read_text())
-        content["about"]["mass_inside"] = "something else"
-        content["rows"][0]["figures"]["mass_inside"]["mean"] = 2.0
+        content["about"]["relevance_mass_accuracy"] = "something else"
+        content["rows"][0]["figures"]["relevance_mass_accuracy"]["mean"] = 2.0
         file.write_text(json.dumps(content))
         (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
-        assert row["figures"]["mass_inside"]["mean"] <= 1
+        assert row["figures"]["relevance_mass_accuracy"]["mean"] <= 1
 
     def test_figures_of_other_weights_are_made_anew(self, project):
         explain(["runs/ce/0"], QUICK[:1], samples=2)
@@ -248,7 +253,7 @@ class TestWhatIsKept:
         content["rows"][0]["figures"] = {}
         file.write_text(json.dumps(content))
         (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
-        assert "mass_inside" in row["figures"]
+        assert "relevance_mass_accuracy" in row["figures"]
         assert len(json.loads(file.read_text())["rows"]) == 1
 
     def test_runs_that_share_a_teacher_share_its_figures(self, project, monkeypatch):
@@ -275,7 +280,7 @@ class TestSeveralRuns:
         assert len(lines) == sum(len(row["figures"]) for row in rows)
         for row in rows:
             key = {name: row[name] for name in ("run", "model", "method", "layer")}
-            line = find(lines, **key, figure="insertion")
+            line = find(lines, **key, metric="insertion")
             mean = row["figures"]["insertion"]["mean"]
             assert line["mean"] == ("" if mean is None else str(mean))
         for file in ("compared/maps.png", "runs/kd/0/explanations.png"):
@@ -405,8 +410,8 @@ class TestWhatIsRefused:
         def never(*_: object) -> torch.Tensor:
             raise ValueError("never: expected another model, got this one.")
 
-        quick = {"grad_cam": ATTRIBUTIONS["grad_cam"], "never": Attribution(never)}
-        monkeypatch.setattr(ATTRIBUTIONS, "_entries", quick)
+        monkeypatch.setitem(ATTRIBUTIONS._entries, "never", Attribution(never))
+        monkeypatch.setattr(explain_inputs, "ATTRIBUTIONS", ("grad_cam", "never"))
         heard = []
         progress = NullProgress()
         progress.note = heard.append

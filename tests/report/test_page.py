@@ -120,13 +120,19 @@ def check(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checks") / "check"
     folder.mkdir()
     summary = {
-        "question": {
+        "options": {
             "root": "/data/mri",
             **{"group_by": "patient", "manifest": "who.csv", "test_share": 0.3},
         },
-        "verdict": "LEAK: 3 of 533 test images have a twin in Training.\nA second line.",
+        "summary": "LEAK: 3 of 533 test images have a duplicate in Training.\nA second line.",
         "leaks": {
-            "Testing": {"images": 533, "against": ["Training"], "twin": 3, "exact": 1, "near": 2}
+            "Testing": {
+                "images": 533,
+                "against": ["Training"],
+                "duplicate": 3,
+                "exact": 1,
+                "near": 2,
+            }
         },
         "pairs": {"within": {"exact": 4, "hash": 5}, "across": {"exact": 1, "hash": 2}},
     }
@@ -245,7 +251,7 @@ class TestWhatIsSaid:
 
     def test_maps_are_shown_with_their_figures(self, kd, tmp_path):
         Image.new("RGB", (900, 600), "navy").save(kd / "explanations.png")
-        figures = {"mass_inside": {"mean": 0.123, "n": 7, "chance": 0.05}}
+        figures = {"relevance_mass_accuracy": {"mean": 0.123, "n": 7, "chance": 0.05}}
         figures |= {
             name: {"mean": 0.5, "n": 7, "chance": 0.4} for name in ("insertion", "deletion")
         }

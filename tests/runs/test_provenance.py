@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from kd_lrp_plugin.config.document import parse_document
+from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import list_files
 
@@ -124,3 +125,37 @@ class TestFolder:
             run.claimed(self.CONFIG % "/moved/runs/t.pt", self.about("two")),
         ):
             pass
+
+
+class TestImages:
+    """Other images are other files, wherever a path leads and however it is written."""
+
+    def test_behind_links_to_folders(self, root, tmp_path):
+        (root / "Training" / "b").rename(tmp_path / "elsewhere")
+        (root / "Training" / "b").symlink_to(tmp_path / "elsewhere")
+        before = found(root)
+        assert before["datasets.a"] is not None
+        Image.new("L", (9, 9)).save(tmp_path / "elsewhere" / "1.png")
+        assert found(root) != before
+
+    def test_links_that_lead_back_are_not_followed(self, root):
+        before = found(root)
+        (root / "Training" / "a" / "up").symlink_to("..")
+        assert found(root) == before
+
+    @pytest.mark.parametrize(
+        "tag",
+        ["!join [%s, '']", "!pathjoin [%s, .]", "!abspath '%s'", "!expanduser '%s'", "*at"],
+    )
+    def test_below_a_root_made_by_a_tag(self, root, tag):
+        written = tag.replace("%s", str(root))
+        config = CONFIG.replace("root: ROOT", f"root: {written}").replace("ROOT", str(root))
+        text = f"at: &at {root}\n{config}"
+        before = list_files(parse_document("", text))
+        assert before["datasets.a"] == found(root)["datasets.a"]
+        Image.new("L", (9, 9)).save(root / "Training" / "b" / "1.png")
+        assert list_files(parse_document("", text)) != before
+
+    def test_of_a_data_set_are_those_of_its_config(self, root):
+        data = FolderImages(str(root), split="Training", image_size=4)
+        assert data.identity == found(root)["datasets.a"]

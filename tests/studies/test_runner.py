@@ -370,11 +370,11 @@ class TestComparing:
         assert ax.get_yticklabels()[8].get_text() == "KD, tau 1, alpha 8"
 
     def test_the_path_of_a_measure_is_broken_above_its_plot(self):
-        measure = "student.gradient_activation.blocks.4.agreement"
+        measure = "student.gradient_activation.blocks.4.attribution_similarity"
         rows = [{**row, "measures": {measure: 0.5}} for row in self.ROWS]
         content = self.content(rows, measures=[measure], table=summarise(rows, [measure]))
         title = study_figure(content).get_axes()[0].get_title()
-        assert title == "student.gradient_activation.\nblocks.4.agreement"
+        assert title == "student.gradient_activation.\nblocks.4.\nattribution_similarity"
 
 
 # --- running, with processes that only pretend ----------------------------------------------------
@@ -661,11 +661,11 @@ class TestMeasures:
     def test_figures_of_maps_are_found_by_model_method_and_layer(self):
         rows = [
             {"model": "student", "method": "grad_cam", "layer": "blocks.6", "samples": samples}
-            | {"figures": {"mass_inside": {"mean": mean, "n": n, "undefined": 4}}}
+            | {"figures": {"relevance_mass_accuracy": {"mean": mean, "n": n, "undefined": 4}}}
             for samples, n, mean in ((None, 32, 0.1), (400, 400, 0.4), (8, 8, 0.2))
         ]
         found = results.average_maps({"rows": rows})
-        assert value_at(found, "student.grad_cam.blocks.6.mass_inside") == 0.4
+        assert value_at(found, "student.grad_cam.blocks.6.relevance_mass_accuracy") == 0.4
 
 
 # --- running in earnest ---------------------------------------------------------------------------

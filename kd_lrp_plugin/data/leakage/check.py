@@ -1,11 +1,11 @@
 """What leaks from training into the test set, and a split of the same images that does not.
 
-:mod:`kd_lrp_plugin.data.leakage.images` says what twins are. Splits are ranked: training (names
-that begin with ``train``, or else the largest split), then validation (``val``), then all others.
-The clean split comes of four rules:
+:mod:`kd_lrp_plugin.data.leakage.images` says what duplicates are; here near-duplicates are meant,
+too. Splits are ranked: training (names that begin with ``train``, or else the largest split), then
+validation (``val``), then all others. The clean split comes of four rules:
 
-1. Twins, twins of twins and so on are one set. A group is one set, or, with a column of patients,
-   all sets that patients join.
+1. Duplicates, duplicates of duplicates and so on are one set. A group is one set, or, with a column
+   of patients, all sets that patients join.
 2. In a set of several classes, only images of its most frequent class may be kept; none, if there
    is no such class.
 3. Of a group, only what lies in the highest split that it reaches may be kept: a test set stays
@@ -31,7 +31,6 @@ from kd_lrp_plugin.data.leakage.clean_split import (
     group_images,
 )
 from kd_lrp_plugin.data.leakage.duplicates import find_duplicates
-from kd_lrp_plugin.data.leakage.figure import pairs_figure
 from kd_lrp_plugin.data.leakage.images import (
     VERSION,
     Fingerprint,
@@ -41,8 +40,9 @@ from kd_lrp_plugin.data.leakage.images import (
     fingerprints,
     list_images,
 )
-from kd_lrp_plugin.data.leakage.summary import count_leaks, summarise_leaks
+from kd_lrp_plugin.data.leakage.summary import count_leaks, pairs_figure, summarise_leaks
 from kd_lrp_plugin.data.splits import read_groups
+from kd_lrp_plugin.data.validation import check_integer
 from kd_lrp_plugin.utils.files import (
     get_command,
     hash_contents,
@@ -65,20 +65,22 @@ def check_data(
     test_share: float = 0.2,
     group_by: str | None = None,
     manifest: str | Path | None = None,
+    bits: int | None = None,
 ) -> dict[str, Any]:
-    """Look for twins and faulty files in ``root``; write summary, pairs and clean split to ``out``.
+    """Look for duplicates and faulty files; write summary, pairs and clean split to ``out``.
 
-    Nothing in ``root`` is changed. Fingerprints stay in ``out``: the same call goes on after a
-    kill, later reads only what is new, and where nothing is, gives the answer that is there.
+    Nothing in ``root`` is changed. Fingerprints stay in ``out``: the same call resumes after
+    a kill, later reads only what is new, and where nothing is, gives the answer that is there.
 
     Args:
-        root: images in ``<root>/<split>/<class>/`` or ``<root>/<class>/``; ``<root>/masks`` is left
-            out.
+        root: images in ``<root>/<split>/<class>/`` or ``<root>/<class>/``; what is left out,
+            :mod:`kd_lrp_plugin.data.layout` says, and ``<root>/masks``.
         out: folder outside of ``root``.
         test_share: of the images to propose as test set, in (0, 1), where there are no splits.
         group_by: column of ``manifest`` whose groups, such as patients, must not be divided.
         manifest: CSV as :func:`kd_lrp_plugin.data.splits.read_groups` takes it; default
             ``<root>/manifest.csv``.
+        bits: as for :class:`kd_lrp_plugin.data.folder.FolderImages`.
 
     Returns:
         The content of summary.json.
@@ -86,37 +88,41 @@ def check_data(
     Raises:
         FileNotFoundError: if there are no images, or no manifest.
         FileExistsError: if ``out`` holds something else.
-        BlockingIOError: if another process is at work in it.
-        ValueError: for a share outside (0, 1), ``out`` inside ``root``, a manifest that names none
-            of the images, or a set in which nearly all images are alike.
+        BlockingIOError: if another process holds it.
+        ValueError: for a share outside (0, 1), ``out`` inside ``root``, folders that are no class
+            folders, a manifest that names none of the images, or a set in which nearly all images
+            are alike.
         OSError: if something cannot be written.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     if not 0 < test_share < 1:
         raise ValueError(message("check-data", "test_share in (0, 1)", test_share, "Use 0.2."))
+    if bits is not None:
+        check_integer("check-data", "bits", bits, least=9)
     if out.resolve().is_relative_to(root.resolve()):
         fix = "Its pictures would be taken for images of the set."
         raise ValueError(message("check-data: out", f"a folder outside {root}", out, fix))
-    images, aside = list_images(root)
+    images, ignored = list_images(root)
     table = Path(manifest).expanduser() if manifest else root / "manifest.csv"
     patients = _patients(images, table, group_by) if group_by else {}
-    question = {
+    options = {
         "root": str(root.resolve()),
         "test_share": None if images[0].split else test_share,
         "group_by": group_by,
         "manifest": str(table.resolve()) if group_by else None,
+        "bits": bits,
     }
-    with claimed(out, question, OUTPUTS) as cache:
-        prints = fingerprints(root, images, cache)
-        state = _state(images, prints, aside, patients)
+    with claimed(out, options, OUTPUTS) as cache:
+        prints = fingerprints(root, images, cache, bits)
+        state = _state(images, prints, ignored, patients)
         if before := _answered(out, state):
             return before
-        checked = group_images(images, prints, find_duplicates(prints), patients)
-        rows = clean_split(checked, test_share)
-        summary = {"question": question, "state": state, **count_properties(images, prints, aside)}
-        summary |= count_leaks(checked, rows)
-        summary["verdict"] = summarise_leaks(summary)
-        order = _worst_first(checked)
+        audit = group_images(images, prints, find_duplicates(prints), patients)
+        rows = clean_split(audit, test_share)
+        summary = {"options": options, "state": state, **count_properties(images, prints, ignored)}
+        summary |= count_leaks(audit, rows)
+        summary["summary"] = summarise_leaks(summary)
+        order = _worst_first(audit)
         text = to_csv(SPLIT_COLUMNS, ([row[c] for c in SPLIT_COLUMNS] for row in rows))
         split = out / "clean_split.csv"
         if split.exists() and split.read_text(encoding="utf-8") != text:
@@ -124,12 +130,12 @@ def check_data(
         for stale in ("summary.json", "pairs.png"):  # until the summary is written, nothing is said
             (out / stale).unlink(missing_ok=True)
         write_text(split, text)
-        pairs = (describe_pair(checked, k) for k in order)
+        pairs = (describe_pair(audit, k) for k in order)
         write_text(
             out / "pairs.csv", to_csv(COLUMNS, ([pair[c] for c in COLUMNS] for pair in pairs))
         )
         if len(order):
-            figure = pairs_figure(root, checked, order)
+            figure = pairs_figure(root, audit, order, bits)
             put(out / "pairs.png", lambda draft: figure.savefig(draft, format="png"))
         write_json(out / "summary.json", {"command": get_command(), **summary})
     return summary
@@ -138,11 +144,11 @@ def check_data(
 def _state(
     images: Sequence[ImageFile],
     prints: Sequence[Fingerprint],
-    aside: Mapping[str, str],
+    ignored: Mapping[str, str],
     patients: Mapping[str, str],
 ) -> str:
-    """A digest of all that the answer depends on beside the question."""
-    return hash_contents([images, [one[:-1] for one in prints], aside, patients, VERSION])
+    """A digest of all that the answer depends on beside the options."""
+    return hash_contents([images, [one[:-1] for one in prints], ignored, patients, VERSION])
 
 
 def _answered(out: Path, state: str) -> dict[str, Any] | None:
@@ -150,10 +156,10 @@ def _answered(out: Path, state: str) -> dict[str, Any] | None:
     missing = {name for name in OUTPUTS if not (out / name).is_file()}
     if missing - {"pairs.png"}:
         return None
-    fix = "Delete it, and give kd-lrp check-data again: it makes it anew from what it has kept."
-    summary = read_json(out / "summary.json", fix, state=str, images_with_twin=int)
-    whole = not missing or not summary["images_with_twin"]
-    return summary if whole and summary["state"] == state else None
+    fix = "Delete it, and run kd-lrp check-data again: it makes it from what it has kept."
+    summary = read_json(out / "summary.json", fix, state=str, images_with_duplicate=int)
+    complete = not missing or not summary["images_with_duplicate"]
+    return summary if complete and summary["state"] == state else None
 
 
 def _patients(images: Sequence[ImageFile], table: Path, column: str) -> dict[str, str]:
@@ -168,7 +174,7 @@ def _patients(images: Sequence[ImageFile], table: Path, column: str) -> dict[str
     return named
 
 
-def _worst_first(checked: DatasetAudit) -> Int[np.ndarray, " pairs"]:
+def _worst_first(audit: DatasetAudit) -> Int[np.ndarray, " pairs"]:
     """The pairs: across splits before within, and the most alike first."""
-    twins = checked.twins
-    return np.lexsort((twins.b, twins.a, twins.kind, -twins.similarity, ~checked.across))
+    pairs = audit.duplicates
+    return np.lexsort((pairs.b, pairs.a, pairs.kind, -pairs.similarity, ~audit.across))

@@ -25,8 +25,8 @@ class DatasetAudit(NamedTuple):
         prints: their fingerprints.
         splits: names, lowest rank first; [""] if there are none yet.
         ranks: rank of each image's split.
-        twins: pairs of them.
-        sets: number of each image's set of twins.
+        duplicates: pairs of them.
+        sets: number of each image's set of duplicates.
         groups: number of each image's group.
         patients: by file, as far as given.
     """
@@ -35,7 +35,7 @@ class DatasetAudit(NamedTuple):
     prints: Sequence[Fingerprint]
     splits: Sequence[str]
     ranks: Int[np.ndarray, " n"]
-    twins: Duplicates
+    duplicates: Duplicates
     sets: Int[np.ndarray, " n"]
     groups: Int[np.ndarray, " n"]
     patients: Mapping[str, str]
@@ -43,16 +43,16 @@ class DatasetAudit(NamedTuple):
     @property
     def across(self) -> Bool[np.ndarray, " pairs"]:
         """Whether the two of a pair lie in different splits."""
-        return self.ranks[self.twins.a] != self.ranks[self.twins.b]
+        return self.ranks[self.duplicates.a] != self.ranks[self.duplicates.b]
 
 
 def group_images(
     images: Sequence[ImageFile],
     prints: Sequence[Fingerprint],
-    twins: Duplicates,
+    duplicates: Duplicates,
     patients: Mapping[str, str],
 ) -> DatasetAudit:
-    """Rank the splits, and join twins to sets and sets to groups."""
+    """Rank the splits, and join duplicates to sets and sets to groups."""
     n, sizes = len(images), Counter(image.split for image in images)
     named = [split for split in sizes if split.lower().startswith("train")]
     training = named or [max(sorted(sizes), key=lambda split: sizes[split])]
@@ -67,47 +67,48 @@ def group_images(
             members[patients[image.file]].append(index)
     chains = [(a, b) for indices in members.values() for a, b in pairwise(indices)]
     a, b = np.array(chains, int).reshape(-1, 2).T
-    sets = _components(n, twins.a, twins.b)
-    groups = _components(n, np.concatenate([twins.a, a]), np.concatenate([twins.b, b]))
+    sets = _components(n, duplicates.a, duplicates.b)
+    linked = np.concatenate([duplicates.a, a]), np.concatenate([duplicates.b, b])
+    groups = _components(n, *linked)
     ranks = np.array([splits.index(image.split) for image in images])
-    return DatasetAudit(images, prints, splits, ranks, twins, sets, groups, patients)
+    return DatasetAudit(images, prints, splits, ranks, duplicates, sets, groups, patients)
 
 
 def _components(n: int, a: Any, b: Any) -> Int[np.ndarray, " n"]:
     return connected_components(coo_array((np.ones(len(a), bool), (a, b)), (n, n)), False)[1]
 
 
-def clean_split(checked: DatasetAudit, test_share: float) -> list[dict[str, Any]]:
+def clean_split(audit: DatasetAudit, test_share: float) -> list[dict[str, Any]]:
     """The rows of clean_split.csv by the rules above, one per image, in the order of the images.
 
     ``split`` is the given one, or the proposed; ``group`` numbers the groups; ``kept`` is 1 or 0,
     and ``why`` says why not.
     """
-    images, prints, ranks = checked.images, checked.prints, checked.ranks
+    images, prints, ranks = audit.images, audit.prints, audit.ranks
     why = [f"unreadable: {one.unreadable}" if one.unreadable else "" for one in prints]
-    for members in list_members(checked.sets):
+    for members in list_members(audit.sets):
         votes = Counter(images[i].label for i in members).most_common()
         tie = votes[1:] and votes[0][1] == votes[1][1]
         for i in members:
             if tie or images[i].label != votes[0][0]:
-                why[i] = f"class in doubt: its twins are of {', '.join(sorted(dict(votes)))}"
-    for members in list_members(checked.groups):
+                why[i] = f"class in doubt: its duplicates are of {', '.join(sorted(dict(votes)))}"
+    for members in list_members(audit.groups):
         alive = [i for i in members if not why[i]]
         for i in alive:
             if ranks[i] < (top := max(ranks[alive])):
-                why[i] = f"group: it reaches {checked.splits[top]}"
-    for members in list_members(checked.sets):
+                why[i] = f"group: it reaches {audit.splits[top]}"
+    for members in list_members(audit.sets):
         alive = [i for i in members if not why[i]]
         alive.sort(key=lambda i: (-prints[i].size[0] * prints[i].size[1], images[i].file))
         for i in alive[1:]:
-            why[i] = f"twin: {images[alive[0]].file} is kept"
+            why[i] = f"duplicate: {images[alive[0]].file} is kept"
     splits = [image.split for image in images]
-    if checked.splits == [""]:
+    if audit.splits == [""]:
         kept: dict[str, list[str]] = defaultdict(list)
         for image, reason in zip(images, why, strict=True):
             if not reason:
                 kept[image.label].append(image.file)
-        group = {image.file: g for image, g in zip(images, checked.groups.tolist(), strict=True)}
+        group = {image.file: g for image, g in zip(images, audit.groups.tolist(), strict=True)}
         test = {group[file] for file in held_out(kept, group, test_share)}
         splits = ["Testing" if group[image.file] in test else "Training" for image in images]
     return [
@@ -120,7 +121,7 @@ def clean_split(checked: DatasetAudit, test_share: float) -> list[dict[str, Any]
             "why": reason,
         }
         for image, split, number, reason in zip(
-            images, splits, checked.groups.tolist(), why, strict=True
+            images, splits, audit.groups.tolist(), why, strict=True
         )
     ]
 
@@ -132,10 +133,10 @@ def list_members(numbers: Int[np.ndarray, " n"]) -> Iterable[list[int]]:
     return (part.tolist() for part in parts if len(part) > 1)
 
 
-def describe_pair(checked: DatasetAudit, k: int) -> dict[str, Any]:
+def describe_pair(audit: DatasetAudit, k: int) -> dict[str, Any]:
     """The row of pairs.csv of the k-th pair, by :data:`COLUMNS`."""
-    a, b, kind, similarity, mirrored = (part[k] for part in checked.twins)
-    files = (checked.images[a].file, checked.images[b].file)
-    cross = int(checked.across[k])
+    a, b, kind, similarity, mirrored = (part[k] for part in audit.duplicates)
+    files = (audit.images[a].file, audit.images[b].file)
+    cross = int(audit.across[k])
     values = (*files, KINDS[kind], f"{similarity:.5f}", int(mirrored), cross)
     return dict(zip(COLUMNS, values, strict=True))

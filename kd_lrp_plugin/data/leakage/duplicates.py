@@ -37,7 +37,9 @@ class Duplicates(NamedTuple):
 
 
 def find_duplicates(prints: Sequence[Fingerprint]) -> Duplicates:
-    """All pairs of twins; unreadable images have none, even ones only such with the same pixels.
+    """All pairs of duplicates and near-duplicates.
+
+    Unreadable images have none, those of one even colour only such with the same pixels.
 
     Raises:
         ValueError: if there are more than two million with the same pixels, or that look alike.
@@ -72,20 +74,20 @@ def find_duplicates(prints: Sequence[Fingerprint]) -> Duplicates:
             kind = np.where(similarity >= ALIKE, 1, 2)
             parts.append(Duplicates(a, b, kind, similarity, np.full(len(a), mirrored)))
         _check_amount(sum(len(part.a) for part in parts[exact:]), n)
-    twins = Duplicates(*map(np.concatenate, zip(*parts, strict=True)))
-    order = np.lexsort((twins.mirrored, -twins.similarity, twins.kind > 0, twins.b, twins.a))
-    twins = Duplicates(*(part[order] for part in twins))
+    pairs = Duplicates(*map(np.concatenate, zip(*parts, strict=True)))
+    order = np.lexsort((pairs.mirrored, -pairs.similarity, pairs.kind > 0, pairs.b, pairs.a))
+    pairs = Duplicates(*(part[order] for part in pairs))
     first = np.ones(len(order), bool)
-    first[1:] = (twins.a[1:] != twins.a[:-1]) | (twins.b[1:] != twins.b[:-1])
-    return Duplicates(*(part[first] for part in twins))
+    first[1:] = (pairs.a[1:] != pairs.a[:-1]) | (pairs.b[1:] != pairs.b[:-1])
+    return Duplicates(*(part[first] for part in pairs))
 
 
 def _normal(thumbnails: UInt8[np.ndarray, "n h w"]) -> Float[np.ndarray, "n hw"]:
     """Vectors whose scalar products are correlations; zero where there is hardly any contrast."""
     values = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     values -= values.mean(1, keepdims=True)
-    spread = np.linalg.norm(values, axis=1, keepdims=True)
-    return np.where(spread >= SIDE, values / spread.clip(min=1), 0)  # a standard deviation of 1
+    contrast = np.linalg.norm(values, axis=1, keepdims=True)
+    return np.where(contrast >= SIDE, values / contrast.clip(min=1), 0)  # a standard deviation of 1
 
 
 def _bits(
@@ -97,8 +99,8 @@ def _bits(
     return np.min(counts, axis=0)
 
 
-def _check_amount(pairs: int, images: int) -> None:
-    if pairs > MANY:
+def _check_amount(count: int, images: int) -> None:
+    if count > MANY:
         got = f"more than {MANY:,} pairs that look the same among {images:,}"
         fix = "Thumbnails cannot tell these apart; take out images of one even colour, if any."
         raise ValueError(message("check-data", "images that differ", got, fix))

@@ -1,11 +1,11 @@
-"""Image files in class folders, and what is kept of each to find its twins.
+"""Image files in class folders, and what is kept of each to find its duplicates.
 
-Two images are twins if, read as RGB, they have the same pixels (``exact``); if their thumbnails of
-56 × 56 grey values correlate at 0.98 or more, as they are or one mirrored left to right
-(``thumbnail``); or if they do at 0.95 and their 64-bit perceptual hashes differ in at most 2 bits
-(``hash``). So copies are found that were re-encoded, resized, mirrored, made brighter, or shifted
-by a quarter of a thumbnail's pixel, and some neighbouring slices; not turned or cropped copies, nor
-most slices of one patient.
+Two images are duplicates if, read as training reads them, they have the same pixels (``exact``);
+they are near-duplicates if their thumbnails of 56 × 56 grey values correlate at 0.98 or more, as
+they are or one mirrored left to right (``thumbnail``); or if they do at 0.95 and their 64-bit
+perceptual hashes differ in at most 2 bits (``hash``). So copies are found that were re-encoded,
+resized, mirrored, made brighter, or shifted by a quarter of a thumbnail's pixel, and some
+neighbouring slices; not turned or cropped copies, nor most slices of one patient.
 """
 
 import hashlib
@@ -16,20 +16,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image, ImageOps
 
+from kd_lrp_plugin.data.images import DecodedImage, ascii_name, decode_image
+from kd_lrp_plugin.data.layout import arrange, find_alike, is_image, walk
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
 SIDE = 56  # of the thumbnails
 CACHE = "fingerprints.sqlite"
 _BATCH = 256  # fingerprints that a kill may cost
-VERSION = 1  # of the fingerprints and of what is made of them
+VERSION = 2  # of the fingerprints and of what is made of them
 
 
 class ImageFile(NamedTuple):
@@ -48,7 +50,7 @@ class Fingerprint(NamedTuple):
         format: such as JPEG, by content.
         mode: Pillow's, as in the file.
         size: width and height in pixels.
-        odd: what is unusual about it.
+        anomalies: what is unusual about it.
         digest: of size and RGB pixels, in hex.
         hashes: perceptual hash of the grey image and of its mirror image, 8 bytes each, in hex.
         thumbnail: 56 × 56 grey values in [0, 255], row by row.
@@ -58,7 +60,7 @@ class Fingerprint(NamedTuple):
     format: str = ""
     mode: str = ""
     size: Sequence[int] = (0, 0)
-    odd: Sequence[str] = ()
+    anomalies: Sequence[str] = ()
     digest: str = ""
     hashes: str = "00" * 16
     thumbnail: bytes = bytes(SIDE * SIDE)
@@ -67,48 +69,61 @@ class Fingerprint(NamedTuple):
 def list_images(root: Path) -> tuple[list[ImageFile], dict[str, str]]:
     """The image files in ``<root>/<split>/<class>/`` or ``<root>/<class>/``, sorted by path.
 
-    What holds more of them decides between the two. Folders below a class belong to it, as they do
-    for torchvision; ``<root>/masks`` and hidden folders beside it are left out.
+    What holds more of them decides between the two. What counts as an image of a class is what
+    :mod:`kd_lrp_plugin.data.layout` says, as for training.
 
     Returns:
-        The images, and of the files that no data set reads, why.
+        The images, and of what no data set reads, why.
 
     Raises:
         FileNotFoundError: if there are none.
-        ValueError: if a name is not text in UTF-8.
+        ValueError: if the folders are no class folders, or a name is not text in UTF-8.
     """
-    found = sorted(
-        Path(folder, name).relative_to(root).parts
-        for folder, _, names in os.walk(root, followlinks=True)
-        for name in names
-    )
-    found = [parts for parts in found if parts[0] != "masks" and not parts[0].startswith(".")]
-    depths = [len(parts) for parts in found if _is_image(parts[-1])]
+    tree, masks = walk(root), root / "masks"
+    found = [parts for parts in tree.files if parts[0] != masks.name]
+    tree = tree._replace(files=found)
+    depths = [len(parts) for parts in found if is_image(parts[-1])]
     split = sum(depth > 2 for depth in depths) > depths.count(2)
-    images, aside = [], {}
+    tops = sorted({parts[0] for parts in found if len(parts) > 2}) if split else [""]
+    if alike := find_alike(tops):
+        fix = "Put their images into one folder."
+        expected = "splits that differ in more than case"
+        raise ValueError(message(f"images {root}", expected, alike[0], fix))
+    ignored = {masks.name: "the masks of the images"} if masks.is_dir() else {}
+    ignored |= {file: why for file, why in tree.ignored.items() if file.count("/") == 0}
+    images = []
+    for top in tops:
+        layout, start = arrange(root, tree, at=(top,) if split else ()), f"{top}/" * split
+        for problem in layout.problems:
+            raise ValueError(problem)
+        ignored |= {f"{start}{file}": why for file, why in layout.ignored.items()}
+        if layout.classes:
+            empty = dict.fromkeys(layout.empty, "a class folder without images")
+            ignored |= {f"{start}{name}": why for name, why in empty.items() if name != masks.name}
+        images += [ImageFile(start + "/".join(p), top, p[0]) for p in layout.images]
     for parts in found:
-        file = "/".join(parts)
-        if any("\ud800" <= sign <= "\udfff" for sign in file):  # Python's stand-ins for bytes
-            raise ValueError(message("check-data", "names in UTF-8", ascii(file), "Rename it."))
-        if not _is_image(file):
+        file = ascii_name("/".join(parts))
+        if not is_image(parts[-1]):
             if len(parts) > 1:  # beside the folders lie manifests and the like
-                aside[file] = _what_else(root / file)
+                ignored.setdefault(file, _describe_other(root.joinpath(*parts)))
         elif len(parts) < 2 + split:
-            aside[file] = "an image in no class folder"
-        else:
-            images.append(ImageFile(file, parts[0] if split else "", parts[split]))
+            ignored.setdefault(file, "an image in no class folder")
     if not images:
         expected = "images in ROOT/<split>/<class>/ or ROOT/<class>/"
         fix = "Give the folder above the splits or classes."
         raise FileNotFoundError(message("check-data", expected, f"none below {root}", fix))
-    return images, aside
+    return sorted(images, key=lambda image: image.file.split("/")), dict(sorted(ignored.items()))
 
 
-def fingerprint(file: str | Path) -> Fingerprint:
-    """The fingerprint of an image file, as the data sets here see it: in RGB, without alpha.
+def fingerprint(file: str | Path, bits: int | None = None) -> Fingerprint:
+    """The fingerprint of an image file, as the data sets here see it.
 
     The perceptual hash is :func:`imagehash.phash`. A file that cannot be read raises nothing: the
     fingerprint says so.
+
+    Args:
+        file: of the image.
+        bits: as for :func:`kd_lrp_plugin.data.images.read_image`.
 
     Example:
         >>> fingerprint("nowhere.png").unreadable
@@ -117,61 +132,48 @@ def fingerprint(file: str | Path) -> Fingerprint:
     import imagehash
 
     try:
-        if not os.path.getsize(file):
-            return Fingerprint("an empty file")
-        with Image.open(file) as image:
-            rgb = image.convert("RGB")
-            odd = _find_anomalies(image, str(file))
+        image = decode_image(file, bits)
     except FileNotFoundError:
         return Fingerprint("no such file")
-    except UnidentifiedImageError:
-        return Fingerprint("not an image")
-    except Exception as error:  # Pillow raises many kinds
-        return Fingerprint(f"{type(error).__name__}: {error}".replace(f"'{file}'", "it"))
+    except ValueError as error:
+        return Fingerprint(str(error))
+    anomalies, rgb = _find_anomalies(image, str(file)), image.rgb
     grey = rgb.convert("L")
     thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
     if thumbnail.std() < 1:
-        odd.append("of one even colour")
-    small = grey.resize((32, 32), Image.Resampling.LANCZOS)  # phash would do it, for each anew
+        anomalies.append("of one even colour")
+    small = grey.resize((32, 32), Image.Resampling.LANCZOS)  # phash would do it, for each again
     hashes = [imagehash.phash(each).hash for each in (small, ImageOps.mirror(small))]
     content = hashlib.blake2b(str(rgb.size).encode(), digest_size=16)
     content.update(rgb.tobytes())
     return Fingerprint(
-        format=str(image.format),
+        format=image.format,
         mode=image.mode,
         size=rgb.size,
-        odd=odd,
+        anomalies=anomalies,
         digest=content.hexdigest(),
         hashes=np.packbits(hashes).tobytes().hex(),
         thumbnail=thumbnail.tobytes(),
     )
 
 
-def _find_anomalies(image: Image.Image, file: str) -> list[str]:
-    odd = []
-    named = Image.registered_extensions().get(_ending(file))
+def _find_anomalies(image: DecodedImage, file: str) -> list[str]:
+    anomalies = []
+    ending = os.path.splitext(file)[1].lower()
+    named = Image.registered_extensions().get(ending)
     if named != image.format and {named, image.format} != {"JPEG", "MPO"}:
-        odd.append(f"{image.format}, but named {_ending(file)}")
-    if image.mode[0] in "IF":
-        odd.append(f"mode {image.mode}: its values above 255 all read as white")
-    elif image.mode not in ("L", "RGB"):
-        odd.append(f"mode {image.mode}")
-    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
-        odd.append(f"{frames} frames, of which the first is read")
-    if min(image.size) < 32 or max(image.size) > 3 * min(image.size):
-        odd.append(f"{image.width} x {image.height} pixels")
-    return odd
+        anomalies.append(f"{image.format}, but named {ending}")
+    if image.mode not in ("L", "RGB"):
+        anomalies.append(": ".join([f"mode {image.mode}", *image.changes]))
+    else:
+        anomalies += image.changes
+    width, height = image.rgb.size
+    if min(width, height) < 32 or max(width, height) > 3 * min(width, height):
+        anomalies.append(f"{width} x {height} pixels")
+    return anomalies
 
 
-def _is_image(name: str) -> bool:
-    return _ending(name) in IMG_EXTENSIONS
-
-
-def _ending(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _what_else(file: Path) -> str:
+def _describe_other(file: Path) -> str:
     try:
         with Image.open(file) as image:
             return f"an image ({image.format}) that data sets leave unread for its ending"
@@ -180,27 +182,27 @@ def _what_else(file: Path) -> str:
 
 
 def count_properties(
-    images: Sequence[ImageFile], prints: Sequence[Fingerprint], aside: Mapping[str, str]
+    images: Sequence[ImageFile], prints: Sequence[Fingerprint], ignored: Mapping[str, str]
 ) -> dict[str, Any]:
     """Counts, sizes and modes, and the files that are unlike what is expected, as JSON.
 
     Args:
         images: of the set.
         prints: of the images.
-        aside: files that no data set reads, and why.
+        ignored: what no data set reads, and why.
     """
     readable = [one for one in prints if not one.unreadable]
     sizes = Counter(f"{one.size[0]}x{one.size[1]}" for one in readable)
     modes, formats = Counter(one.mode for one in readable), Counter(one.format for one in readable)
     usual = {name for kind in (sizes, modes) for name, n in kind.items() if n > 0.95 * kind.total()}
-    odd = {}
+    anomalies = {}
     for image, one in zip(images, prints, strict=True):
-        words = list(one.odd)
+        words = list(one.anomalies)
         for kind, name in ((sizes, f"{one.size[0]}x{one.size[1]}"), (modes, one.mode)):
             if usual & kind.keys() and name not in usual and not one.unreadable:
                 words.append(f"{name}, unlike the {max(kind, key=lambda k: kind[k])} of most")
         if words:
-            odd[image.file] = "; ".join(words)
+            anomalies[image.file] = "; ".join(words)
     sides = np.array([one.size for one in readable]).reshape(-1, 2)
     return {
         "images": len(images),
@@ -214,8 +216,8 @@ def count_properties(
             for image, one in zip(images, prints, strict=True)
             if one.unreadable
         },
-        "odd": odd,
-        "not_in_the_set": dict(aside),
+        "anomalies": anomalies,
+        "ignored": dict(ignored),
     }
 
 
@@ -229,18 +231,18 @@ def by_class(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, int]]:
 
 @contextmanager
 def claimed(
-    out: Path, question: Mapping[str, Any], outputs: Sequence[str]
+    out: Path, options: Mapping[str, Any], outputs: Sequence[str]
 ) -> Iterator[sqlite3.Connection]:
-    """Hold folder ``out`` for one question; the database of its fingerprints, committed or not.
+    """Hold folder ``out`` for one set of options; the database of its fingerprints.
 
     Args:
-        out: a new or empty folder, or one that this question has begun.
-        question: what is asked, as JSON.
-        outputs: files that the question writes there.
+        out: a new or empty folder, or one that was begun with these options.
+        options: of the check, as JSON.
+        outputs: files that the check writes there.
 
     Raises:
-        FileExistsError: if the folder holds another question's files, or something else's.
-        BlockingIOError: if another process is at work in it.
+        FileExistsError: if the folder holds files of other options, or something else's.
+        BlockingIOError: if another process holds it.
         OSError: if the database cannot be read or written.
     """
     file, fix = out / CACHE, "Choose another --out, or delete this one."
@@ -253,30 +255,30 @@ def claimed(
         with closing(sqlite3.connect(file, timeout=0)) as base:
             base.execute("PRAGMA locking_mode = EXCLUSIVE")  # until the connection is closed
             base.execute("BEGIN EXCLUSIVE")
-            base.execute("CREATE TABLE IF NOT EXISTS question (words TEXT)")
+            base.execute("CREATE TABLE IF NOT EXISTS options (words TEXT)")
             base.execute(
                 "CREATE TABLE IF NOT EXISTS prints "
                 "(file TEXT PRIMARY KEY, stamp TEXT, facts TEXT, thumbnail BLOB)"
             )
-            words = json.dumps(question)
-            for (before,) in base.execute("SELECT words FROM question").fetchall():
+            words = json.dumps(options)
+            for (before,) in base.execute("SELECT words FROM options").fetchall():
                 if before != words:
-                    got = f"{out}, which holds the answer to another: {before}, now {words}"
+                    got = f"{out}, which was made with other options: {before}, now {words}"
                     raise FileExistsError(message("check-data: out", "a new folder", got, fix))
-            base.execute("DELETE FROM question")
-            base.execute("INSERT INTO question VALUES (?)", [words])
+            base.execute("DELETE FROM options")
+            base.execute("INSERT INTO options VALUES (?)", [words])
             base.commit()
             yield base
     except sqlite3.Error as error:
         if "locked" in str(error):
-            got = f"{out}, where another process is at work"
+            got = f"{out}, which another process holds"
             raise BlockingIOError(message("check-data: out", "a free folder", got, fix)) from None
         fix = "Make room if the disk is full; delete the file if it is damaged."
         raise OSError(message(str(file), "a database to read and write", error, fix)) from error
 
 
 def fingerprints(
-    root: Path, images: Sequence[ImageFile], base: sqlite3.Connection
+    root: Path, images: Sequence[ImageFile], base: sqlite3.Connection, bits: int | None = None
 ) -> list[Fingerprint]:
     """Fingerprints of the images: those of unchanged files from the database, else made now.
 
@@ -291,7 +293,7 @@ def fingerprints(
             known[file] = found
     missing = [image.file for image in images if image.file not in known]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = pool.map(fingerprint, [root / file for file in missing])
+        made = pool.map(fingerprint, [root / file for file in missing], repeat(bits))
         try:
             tracked = current_progress().track(made, "reading images", len(missing))
             for count, (file, found) in enumerate(zip(missing, tracked, strict=True), 1):

@@ -1,59 +1,65 @@
-"""What a leak check comes to, in plain words."""
+"""What a leak check comes to, in plain words and as a picture."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
+from matplotlib.figure import Figure
 
-from kd_lrp_plugin.data.leakage.clean_split import DatasetAudit
+from kd_lrp_plugin.data.images import read_image
+from kd_lrp_plugin.data.leakage.clean_split import DatasetAudit, describe_pair
 from kd_lrp_plugin.data.leakage.duplicates import KINDS
 from kd_lrp_plugin.data.leakage.images import by_class
 
+_SHOWN = 12  # pairs in the picture
 
-def count_leaks(checked: DatasetAudit, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    twins, ranks, across = checked.twins, checked.ranks, checked.across
-    labels = np.array([image.label for image in checked.images])
-    higher = np.where(ranks[twins.a] > ranks[twins.b], twins.a, twins.b)
-    lowest = np.full(checked.sets.max() + 1, len(ranks))
-    np.minimum.at(lowest, checked.sets, ranks)
+
+def count_leaks(audit: DatasetAudit, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    pairs, ranks, across = audit.duplicates, audit.ranks, audit.across
+    labels = np.array([image.label for image in audit.images])
+    higher = np.where(ranks[pairs.a] > ranks[pairs.b], pairs.a, pairs.b)
+    lowest = np.full(audit.sets.max() + 1, len(ranks))
+    np.minimum.at(lowest, audit.sets, ranks)
     shares = {
-        "twin": np.unique(higher[across]),
-        "exact": np.unique(higher[across & (twins.kind == 0)]),
-        "near": np.unique(higher[across & (twins.kind > 0)]),
-        "set": np.flatnonzero(lowest[checked.sets] < ranks),
+        "duplicate": np.unique(higher[across]),
+        "exact": np.unique(higher[across & (pairs.kind == 0)]),
+        "near": np.unique(higher[across & (pairs.kind > 0)]),
+        "set": np.flatnonzero(lowest[audit.sets] < ranks),
     }
     leaks = {}
-    for rank, split in list(enumerate(checked.splits))[1:]:
+    for rank, split in list(enumerate(audit.splits))[1:]:
         counts = {name: int((ranks[found] == rank).sum()) for name, found in shares.items()}
-        leaking = labels[shares["twin"]][ranks[shares["twin"]] == rank]
+        leaking = labels[shares["duplicate"]][ranks[shares["duplicate"]] == rank]
         leaks[split] = {
             "images": int((ranks == rank).sum()),
-            "against": list(checked.splits[:rank]),
+            "against": list(audit.splits[:rank]),
             **counts,
-            "twin_by_class": dict(sorted(Counter(leaking.tolist()).items())),
+            "duplicate_by_class": dict(sorted(Counter(leaking.tolist()).items())),
         }
-    partners = np.bincount(np.concatenate([twins.a, twins.b]), minlength=len(ranks))
+    partners = np.bincount(np.concatenate([pairs.a, pairs.b]), minlength=len(ranks))
     homes = defaultdict(set)
-    for image in checked.images:
-        if image.file in checked.patients:
-            homes[checked.patients[image.file]].add(image.split)
+    for image in audit.images:
+        if image.file in audit.patients:
+            homes[audit.patients[image.file]].add(image.split)
     kept = [row for row in rows if row["kept"]]
     reasons = Counter(row["why"].split(":")[0] for row in rows if row["why"])
     return {
         "pairs": {
-            place: {kind: int((chosen & (twins.kind == k)).sum()) for k, kind in enumerate(KINDS)}
-            for place, chosen in (("within", ~across), ("across", across))
+            where: {kind: int((chosen & (pairs.kind == k)).sum()) for k, kind in enumerate(KINDS)}
+            for where, chosen in (("within", ~across), ("across", across))
         },
-        "mirrored_pairs": int(twins.mirrored.sum()),
-        "pairs_of_two_classes": int((labels[twins.a] != labels[twins.b]).sum()),
-        "images_with_twin": int((partners > 0).sum()),
+        "mirrored_pairs": int(pairs.mirrored.sum()),
+        "pairs_of_two_classes": int((labels[pairs.a] != labels[pairs.b]).sum()),
+        "images_with_duplicate": int((partners > 0).sum()),
         "leaks": leaks,
-        "twins_apart_at_random": float(np.mean(1 - 0.2**partners)),
+        "duplicates_apart_at_random": float(np.mean(1 - 0.2**partners)),
         "groups": {
             "given": len(homes),
             "divided": sum(len(home) > 1 for home in homes.values()),
-            "images_without": len(ranks) - len(checked.patients) if homes else 0,
+            "images_without": len(ranks) - len(audit.patients) if homes else 0,
         },
         "clean": by_class((row["split"], row["class"]) for row in kept),
         "left_out": dict(reasons),
@@ -64,32 +70,33 @@ def summarise_leaks(summary: Mapping[str, Any]) -> str:
     """What a summary comes to, in plain words: a sentence or two per line."""
     lines = []
     for split, found in summary["leaks"].items():
-        n, twin, rest = found["images"], found["twin"], " or ".join(found["against"])
-        if not twin:
-            lines.append(f"None of the {n:,} images of {split} has a twin in {rest}.")
+        n, count, rest = found["images"], found["duplicate"], " or ".join(found["against"])
+        if not count:
+            lines.append(f"None of the {n:,} images of {split} has a duplicate in {rest}.")
             continue
-        shown = 100 * (0.8 + 0.2 * twin / n)
+        shown = 100 * (0.8 + 0.2 * count / n)
         lines.append(
-            f"LEAK: {twin:,} of the {n:,} images of {split} ({100 * twin / n:.1f} %) have a twin "
-            f"in {rest}, {found['exact']:,} of them the same pixel for pixel. For this part "
-            f"accuracy on {split} measures memory: a model that is right on 80 % of new images, "
-            f"and remembers old ones, shows {shown:.1f} %."
+            f"LEAK: {count:,} of the {n:,} images of {split} ({100 * count / n:.1f} %) have a "
+            f"duplicate or near-duplicate in {rest}, {found['exact']:,} of them the same pixel for "
+            f"pixel. For this part accuracy on {split} measures memory: a model that is right on "
+            f"80 % of new images, and remembers old ones, shows {shown:.1f} %."
         )
-    if not summary["leaks"] and (twin := summary["images_with_twin"]):
-        share = summary["twins_apart_at_random"]
+    if not summary["leaks"] and (count := summary["images_with_duplicate"]):
+        share = summary["duplicates_apart_at_random"]
         lines.append(
-            f"There is no split yet, and {twin:,} of the {summary['images']:,} images have a twin: "
-            f"in a random fifth as test set, about {100 * share:.1f} % would have one in training."
+            f"There is no split yet, and {count:,} of the {summary['images']:,} images have a "
+            f"duplicate: in a random fifth as test set, about {100 * share:.1f} % would have one "
+            "in training."
         )
     elif not summary["leaks"]:
-        lines.append(f"No two of the {summary['images']:,} images are twins.")
+        lines.append(f"No two of the {summary['images']:,} images are duplicates.")
     if summary["leaks"] and (within := sum(summary["pairs"]["within"].values())):
-        lines.append(f"Within the splits there are {within:,} pairs of twins.")
+        lines.append(f"Within the splits there are {within:,} pairs of duplicates.")
     if two := summary["pairs_of_two_classes"]:
-        lines.append(f"{two:,} pairs of twins are of two classes: at least one label is wrong.")
+        lines.append(f"{two:,} pairs of duplicates are of two classes: a label or more is wrong.")
     groups = summary["groups"]
     if groups["divided"]:
-        column = summary["question"]["group_by"]
+        column = summary["options"]["group_by"]
         lines.append(
             f"LEAK: of the {groups['given']:,} groups by {column}, {groups['divided']:,} lie in "
             "several splits."
@@ -102,13 +109,15 @@ def summarise_leaks(summary: Mapping[str, Any]) -> str:
     if len(sets) > 1:
         lines.append("The splits have different classes.")
     kept = ", ".join(f"{sum(c.values()):,} in {split}" for split, c in summary["clean"].items())
-    lines.append(f"clean_split.csv keeps {kept or 'nothing'}, one of each set of twins.")
+    lines.append(f"clean_split.csv keeps {kept or 'nothing'}, one of each set of duplicates.")
     for split, classes in _lacking(summary).items():
         lines.append(
             f"clean_split.csv has no {' and no '.join(classes)} in {split}: groups are not divided."
         )
     if not groups["given"]:
-        lines.append("Other slices of one patient are no twins: give --group-by if it is known.")
+        lines.append(
+            "Other slices of one patient are no duplicates: give --group-by if it is known."
+        )
     return "\n".join(lines)
 
 
@@ -120,3 +129,44 @@ def _lacking(summary: Mapping[str, Any]) -> dict[str, list[str]]:
         splits = ["Training", "Testing"]
     found = {s: [c for c in classes if not summary["clean"].get(s, {}).get(c)] for s in splits}
     return {split: names for split, names in found.items() if names}
+
+
+def pairs_figure(
+    root: Path, audit: DatasetAudit, order: Int[np.ndarray, " pairs"], bits: int | None = None
+) -> Figure:
+    """Up to twelve pairs side by side: across splits, if there are any.
+
+    First up to four exact ones, then others, spread evenly from the most to the least alike.
+    """
+    across = audit.across[order]
+    chosen = order[across] if across.any() else order
+    exact = chosen[audit.duplicates.kind[chosen] == 0]
+    near = chosen[audit.duplicates.kind[chosen] > 0]
+    exact = exact[: max(4, _SHOWN - len(near))]
+    room = min(len(near), _SHOWN - len(exact))
+    picked = [*exact, *near[np.linspace(0, len(near) - 1, room).astype(int)]]
+    rows, columns = -(-len(picked) // 3), min(3, len(picked))
+    figure = Figure(figsize=(4 * columns, 2.75 * rows + 0.4), dpi=100, layout="constrained")
+    widths = [1, 1, 0.12] * columns
+    axes = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for number, k in enumerate(picked):
+        pair = describe_pair(audit, k)
+        line, column = divmod(number, 3)
+        for ax, side in zip(axes[line, 3 * column :], ("file_a", "file_b"), strict=False):
+            shown = read_image(root / pair[side], bits)
+            shown.thumbnail((256, 256))
+            ax.imshow(shown)
+            ax.set_axis_on()
+            ax.set(xticks=[], yticks=[])
+            ax.set_xlabel("\n".join(_short(name) for name in pair[side].split("/")), fontsize=8)
+        words = f"{pair['kind']} {float(pair['similarity']):.3f}{', mirrored' * pair['mirrored']}"
+        axes[line, 3 * column].set_title(words, loc="left", fontsize=10)
+    where = "across splits" if across.any() else "within splits" if audit.splits[1:] else ""
+    figure.suptitle(f"{len(picked)} of {len(chosen):,} pairs of duplicates {where}".rstrip())
+    return figure
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:12]}...{name[-13:]}"

@@ -102,8 +102,8 @@ class Phantom(Dataset):
         return draw(CLASSES[self.targets[index]], self.image_size, self._rng(0, index))
 
     def _label(self, index: int) -> int:
-        block, place = divmod(index, len(CLASSES))
-        return int(self._rng(1, block).permutation(len(CLASSES))[place])
+        block, position = divmod(index, len(CLASSES))
+        return int(self._rng(1, block).permutation(len(CLASSES))[position])
 
     def _rng(self, *key: int) -> np.random.Generator:
         return np.random.default_rng([_SPLITS[self.split], self.seed, *key])

@@ -201,8 +201,8 @@ class SliceRenderer:
     def somewhere(self, nearest: float) -> tuple[float, float]:
         """A random point of the brain, off the notch, ``nearest`` or more from the skull."""
         angle = self.view.sella + self.rng.uniform(2.2 * self.view.notch[1], pi) * self.sign()
-        whole = float(self.outline(angle))
-        return self.at(angle, whole - (whole - nearest) * self.rng.uniform(0.2, 1) ** 0.5)
+        radius = float(self.outline(angle))
+        return self.at(angle, radius - (radius - nearest) * self.rng.uniform(0.2, 1) ** 0.5)
 
     def pixels(self, x: float, y: float) -> tuple[float, float]:
         """Column and row of a point."""
@@ -246,8 +246,8 @@ class SliceRenderer:
     ) -> None:
         reach = max(width, height) / self.pixel * 1.1 + 2  # in pixels; only this window is drawn
         window = tuple(
-            slice(max(0, int(place - reach)), max(0, int(place + reach) + 1))
-            for place in reversed(self.pixels(x, y))
+            slice(max(0, int(middle - reach)), max(0, int(middle + reach) + 1))
+            for middle in reversed(self.pixels(x, y))
         )
         distance = self.distance(x, y, width, height, turn, window)
         amount = self.within(distance, 1, 1.5 * self.pixel / min(width, height))
@@ -258,9 +258,9 @@ class SliceRenderer:
             dx, dy = self.rng.normal(0, 0.012, 2).tolist()
             grow = self.rng.uniform(0.85, 1.2)
             for side in (1, -1) if part.mirror else (1,):
-                place = (side * (part.x + dx), part.y + dy)
+                centre = (side * (part.x + dx), part.y + dy)
                 extent = (part.width * grow, part.height * grow)
-                self.spot(*place, *extent, side * part.turn, self.tone[part.tissue])
+                self.spot(*centre, *extent, side * part.turn, self.tone[part.tissue])
 
     def anatomy(self) -> None:
         """Everything of the head that belongs there."""
@@ -362,9 +362,9 @@ class SliceRenderer:
         """The scanner's share: bias field, brightness, blur, noise, eight bits."""
         rng = self.rng
         bias = np.exp(0.18 * self.noise(2)) * rng.uniform(0.75, 1.2)
-        blur, spread, gamma = rng.uniform(0.2, 0.7), rng.uniform(0.01, 0.04), rng.uniform(0.85, 1.2)
+        blur, level, gamma = rng.uniform(0.2, 0.7), rng.uniform(0.01, 0.04), rng.uniform(0.85, 1.2)
         image = gaussian_filter(np.clip(self.canvas, 0, None) * bias, blur * self.size / 96)
-        noise = rng.normal(0, spread, (2, self.size, self.size)).astype(np.float32)
+        noise = rng.normal(0, level, (2, self.size, self.size)).astype(np.float32)
         image = np.sqrt((image + noise[0]) ** 2 + noise[1] ** 2)  # magnitude of a complex signal
         return (255 * np.clip(image, 0, 1) ** gamma).astype(np.uint8)
 
@@ -389,7 +389,7 @@ def _lobe(angle: Any, centre: float, width: float) -> Any:
 @lru_cache(maxsize=64)
 def _splines(size: int, cells: int) -> Float[np.ndarray, "size knots"]:
     """Cubic B-splines at the pixel centres, one column per knot, rows of unit length."""
-    place = (np.arange(size) + 0.5) / size * cells
-    away = np.abs(place[:, None] + 1 - np.arange(cells + 3))
+    position = (np.arange(size) + 0.5) / size * cells
+    away = np.abs(position[:, None] + 1 - np.arange(cells + 3))
     basis = np.where(away < 1, 2 / 3 - away**2 + away**3 / 2, np.clip(2 - away, 0, None) ** 3 / 6)
     return (basis / np.linalg.norm(basis, axis=1, keepdims=True)).astype(np.float32)

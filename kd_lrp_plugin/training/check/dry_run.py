@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, construct, get_stages
 from kd_lrp_plugin.config.document import Document, describe_mark
+from kd_lrp_plugin.data.images import ascii_name
 from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.loaders import share
@@ -103,7 +104,9 @@ def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
         with report.at(key_path):
             broken = unreadable_images(content["datasets"][name])
             if broken:
-                shown = "; ".join(f"{file} ({why})" for file, why in list(broken.items())[:5])
+                shown = "; ".join(
+                    f"{ascii_name(file)} ({why})" for file, why in list(broken.items())[:5]
+                )
                 fix = "Repair or remove them, or set skip_corrupt: True to leave them out."
                 got = f"{len(broken)} of {name} that cannot be read: {shown}"
                 raise ValueError(message("images", "readable files", got, fix))

@@ -118,7 +118,7 @@ def leaky(tmp_path_factory) -> tuple[Path, Path, dict[tuple[str, str], tuple[str
     return folder / "set", folder / "out", pairs
 
 
-class TestTwins:
+class TestDuplicates:
     def test_every_planted_copy_is_found_and_nothing_else(self, leaky):
         _, out, planted = leaky
         assert {kind for kind, _ in planted.values()} == {"exact", "thumbnail"}
@@ -152,8 +152,8 @@ class TestTwins:
         }
         expected = {}
         for a, b in combinations(range(len(images)), 2):
-            if (twin := twins_by_definition(images[a], images[b])) is not None:
-                expected[a, b] = twin
+            if (kind := duplicate_by_definition(images[a], images[b])) is not None:
+                expected[a, b] = kind
         assert {kind for kind, _, _ in expected.values()} == set(KINDS)
         assert {mirrored for _, mirrored, _ in expected.values()} == {True, False}
         assert {pair: value[:2] for pair, value in got.items()} == {
@@ -162,7 +162,7 @@ class TestTwins:
         for pair, value in expected.items():
             assert got[pair][2] == pytest.approx(value[2], abs=1e-5)  # float32 against float64
 
-    def test_images_of_one_even_colour_are_twins_of_their_copies_only(self, tmp_path):
+    def test_images_of_one_even_colour_are_duplicates_of_their_copies_only(self, tmp_path):
         for number, (grey, size) in enumerate([(0, 64), (0, 64), (9, 64), (0, 48)]):
             Image.new("L", (size, size), grey).save(tmp_path / f"{number}.png")
         found = find_duplicates([fingerprint(tmp_path / f"{n}.png") for n in range(4)])
@@ -181,7 +181,7 @@ class TestTwins:
         assert len(find_duplicates([fingerprint(tmp_path / f"{n}.png") for n in range(5)]).a) == 10
 
 
-def twins_by_definition(a: Image.Image, b: Image.Image) -> tuple[str, bool, float] | None:
+def duplicate_by_definition(a: Image.Image, b: Image.Image) -> tuple[str, bool, float] | None:
     if a.tobytes() == b.tobytes():
         return "exact", False, 1.0
     candidates = []
@@ -202,7 +202,7 @@ def twins_by_definition(a: Image.Image, b: Image.Image) -> tuple[str, bool, floa
 
 
 class TestCleanSplit:
-    def test_no_twins_are_left_and_the_test_set_is_whole(self, leaky, tmp_path):
+    def test_no_duplicates_are_left_and_the_test_set_is_whole(self, leaky, tmp_path):
         root, out, planted = leaky
         kept = clean(out)
         assert not [pair for pair in planted if set(pair) <= set(kept)]
@@ -228,7 +228,7 @@ class TestCleanSplit:
         assert set(clean(tmp_path / "out")) == {
             *("train/cat/a.png", "train/cat/large.png", "val/cat/d.png")
         }
-        assert why(tmp_path / "out")["train/cat/b.png"] == "twin: train/cat/a.png is kept"
+        assert why(tmp_path / "out")["train/cat/b.png"] == "duplicate: train/cat/a.png is kept"
 
     def test_training_gives_way_to_validation_and_both_to_test(self, tmp_path):
         files = {f"{split}/cat/{split}.png": 1 for split in ("training", "validation", "test")}
@@ -237,7 +237,7 @@ class TestCleanSplit:
         assert set(clean(tmp_path / "out")) == {
             *("test/cat/test.png", "validation/cat/x.png", "test/cat/y.png")
         }
-        assert [(s, leak["twin"], leak["against"]) for s, leak in found["leaks"].items()] == [
+        assert [(s, leak["duplicate"], leak["against"]) for s, leak in found["leaks"].items()] == [
             ("validation", 2, ["training"]),
             ("test", 1, ["training", "validation"]),
         ]
@@ -251,11 +251,11 @@ class TestCleanSplit:
             "Testing/dog/6.png": "Testing",
         }
         assert found["pairs_of_two_classes"] == 3
-        assert found["left_out"] == {"class in doubt": 3, "twin": 1}
-        assert "3 pairs of twins are of two classes" in found["verdict"]
+        assert found["left_out"] == {"class in doubt": 3, "duplicate": 1}
+        assert "3 pairs of duplicates are of two classes" in found["summary"]
 
     @pytest.mark.parametrize("layout", ["splits", "classes"])
-    def test_a_patient_is_never_in_two_splits_nor_are_twins(self, tmp_path, layout):
+    def test_a_patient_is_never_in_two_splits_nor_are_duplicates(self, tmp_path, layout):
         rng = np.random.default_rng(0)
         files, patients = {}, {}
         for number in range(60):
@@ -277,7 +277,7 @@ class TestCleanSplit:
         assert {len(splits) for splits in homes.values()} == {1}
         assert set(kept.values()) == {"Training", "Testing"}
         assert found["groups"]["given"] == len(set(patients.values()))
-        assert ("lie in several splits" in found["verdict"]) == (layout == "splits")
+        assert ("lie in several splits" in found["summary"]) == (layout == "splits")
 
     def test_a_split_is_proposed_where_there_is_none(self, tmp_path):
         files = {
@@ -286,8 +286,8 @@ class TestCleanSplit:
         root = draw_set(tmp_path / "set", files | {"a/copy.png": 7})
         found = check_data(root, tmp_path / "out", test_share=0.25)
         assert found["clean"] == {"Testing": {"a": 10, "b": 10}, "Training": {"a": 30, "b": 30}}
-        assert found["twins_apart_at_random"] == pytest.approx(2 * 0.8 / 81)
-        assert "in a random fifth as test set, about 2.0 % would" in found["verdict"]
+        assert found["duplicates_apart_at_random"] == pytest.approx(2 * 0.8 / 81)
+        assert "in a random fifth as test set, about 2.0 % would" in found["summary"]
         train, test = (
             FolderImages(str(root), s, manifest=str(tmp_path / "out" / "clean_split.csv"))
             for s in ("Training", "Testing")
@@ -302,7 +302,7 @@ class TestCleanSplit:
             csv.writer(lines).writerows([("file", "patient"), *rows])
         found = check_data(root, tmp_path / "out", group_by="patient")
         assert found["clean"]["Testing"] == {"a": 8}
-        assert "clean_split.csv has no b in Testing" in found["verdict"]
+        assert "clean_split.csv has no b in Testing" in found["summary"]
 
     def test_the_manifest_beside_the_images_is_used_and_files_it_lacks_are_counted(self, tmp_path):
         files = {
@@ -320,7 +320,7 @@ class TestCleanSplit:
 
 
 class TestFiles:
-    def test_faulty_and_odd_files_are_named_with_the_reason(self, tmp_path):
+    def test_faulty_and_unusual_files_are_named_with_the_reason(self, tmp_path):
         root = draw_set(tmp_path, {f"train/cat/{n:02}.png": n for n in range(40)})
         where = root / "train" / "cat"
         (where / "text.jpg").write_text("no image")
@@ -331,7 +331,9 @@ class TestFiles:
         (where / "gone.png").symlink_to(where / "nowhere.png")
         drawing(51).save(where / "liar.jpg", format="PNG")
         drawing(52).convert("P").save(where / "palette.png")
-        Image.fromarray(np.arange(64**2, dtype=np.uint16).reshape(64, 64)).save(where / "deep.png")
+        Image.fromarray(16 * np.arange(64**2, dtype=np.uint16).reshape(64, 64)).save(
+            where / "deep.png"
+        )
         Image.new("L", (64, 64), 7).save(where / "even.png")
         drawing(53).resize((64, 8)).save(where / "thin.png")
         (where / "notes.txt").write_text("x")
@@ -339,19 +341,19 @@ class TestFiles:
         drawing(55).save(root / "train" / "stray.png")
         found = check_data(root, tmp_path.parent / f"{tmp_path.name}_out")
         unread = {Path(file).name: reason for file, reason in found["unreadable"].items()}
-        odd = {Path(file).name: reason for file, reason in found["odd"].items()}
+        anomalies = {Path(file).name: reason for file, reason in found["anomalies"].items()}
         assert unread.keys() == {"text.jpg", "empty.jpg", "half.jpg", "gone.png"}
         assert unread["text.jpg"] == "not an image"
         assert unread["empty.jpg"] == "an empty file"
         assert unread["gone.png"] == "no such file"
         assert "truncated" in unread["half.jpg"]
-        assert odd.keys() == {"liar.jpg", "palette.png", "deep.png", "even.png", "thin.png"}
-        assert odd["liar.jpg"] == "PNG, but named .jpg"
-        assert odd["palette.png"].startswith("mode P")
-        assert "above 255 all read as white" in odd["deep.png"]
-        assert odd["even.png"] == "of one even colour"
-        assert odd["thin.png"] == "64 x 8 pixels; 64x8, unlike the 64x64 of most"
-        assert found["not_in_the_set"] == {
+        assert anomalies.keys() == {"liar.jpg", "palette.png", "deep.png", "even.png", "thin.png"}
+        assert anomalies["liar.jpg"] == "PNG, but named .jpg"
+        assert anomalies["palette.png"].startswith("mode P")
+        assert anomalies["deep.png"].startswith("mode I;16: [0, 65,535] is read as [0, 255]")
+        assert anomalies["even.png"] == "of one even colour"
+        assert anomalies["thin.png"] == "64 x 8 pixels; 64x8, unlike the 64x64 of most"
+        assert found["ignored"] == {
             "train/cat/notes.txt": "not an image",
             "train/cat/photo.gif": "an image (GIF) that data sets leave unread for its ending",
             "train/stray.png": "an image in no class folder",
@@ -359,7 +361,7 @@ class TestFiles:
         assert found["left_out"] == {"unreadable": 4}
         assert found["splits"] == {"train": {"cat": 49}}
         assert found["sizes"] == {"64x64": 44, "64x8": 1}
-        assert "4 image files cannot be read" in found["verdict"]
+        assert "4 image files cannot be read" in found["summary"]
 
     def test_a_file_that_could_not_be_read_is_read_again(self, tmp_path, monkeypatch):
         root, out = (
@@ -367,7 +369,7 @@ class TestFiles:
             tmp_path / "o",
         )
 
-        def fails(file: Path):
+        def fails(file: Path, bits: int | None):
             found = fingerprint(file)
             return found._replace(unreadable="OSError: busy") if file.stem == "3" else found
 
@@ -383,9 +385,9 @@ class TestFiles:
             "masks/Training/cat/1.png",
             ".git/a/b.png",
         ]
-        images, aside = list_images(draw_set(tmp_path, dict.fromkeys(files, 1)))
+        images, ignored = list_images(draw_set(tmp_path, dict.fromkeys(files, 1)))
         assert [image.split for image in images] == ["Testing", "Training"]
-        assert aside == {}
+        assert ignored == {".git": "hidden", "masks": "the masks of the images"}
 
     def test_folders_below_a_class_belong_to_it(self, tmp_path):
         files = ["cat/1.png", "cat/2.png", "cat/more/3.png"]
@@ -432,9 +434,9 @@ def read(monkeypatch) -> list[str]:
     """The files that are read, in any order."""
     names: list[str] = []
 
-    def watched(file: Path) -> images_module.Fingerprint:
+    def watched(file: Path, bits: int | None) -> images_module.Fingerprint:
         names.append(file.name)
-        return fingerprint(file)
+        return fingerprint(file, bits)
 
     monkeypatch.setattr(images_module, "fingerprint", watched)
     return names
@@ -464,7 +466,7 @@ class TestOutput:
         check_data(root, tmp_path / "out")
         assert sorted(read) == ["3.png", "new.png"]
 
-    def test_after_a_stop_the_work_goes_on_from_what_was_read(self, tmp_path, read):
+    def test_after_a_stop_the_work_resumes_from_what_was_read(self, tmp_path, read):
         root = draw_set(tmp_path / "set", {f"cat/{n:02}.png": n for n in range(30)})
         with pytest.raises(KeyboardInterrupt), Killed(after=25):
             check_data(root, tmp_path / "out")
@@ -495,15 +497,15 @@ class TestOutput:
             check_data(root, run)
         assert (run / "summary.json").read_text() == "{}"
         check_data(root, tmp_path / "out")
-        with pytest.raises(FileExistsError, match="holds the answer to another"):
+        with pytest.raises(FileExistsError, match="which was made with other options"):
             check_data(root, tmp_path / "out", test_share=0.3)
         with pytest.raises(ValueError, match="expected a folder outside"):
             check_data(root, root / "out")
 
-    def test_two_at_work_in_one_folder_are_told(self, tmp_path):
+    def test_a_folder_that_another_process_holds_is_refused(self, tmp_path):
         with (
             claimed(tmp_path / "out", {}, []),
-            pytest.raises(BlockingIOError, match="another process is at work"),
+            pytest.raises(BlockingIOError, match="which another process holds"),
             claimed(tmp_path / "out", {}, []),
         ):
             pass
@@ -537,19 +539,19 @@ class TestOutput:
             check_data(tmp_path, tmp_path.parent / "out")
 
 
-def test_the_command_prints_tables_and_a_verdict_in_words(leaky, tmp_path):
+def test_the_command_prints_tables_and_a_summary_in_words(leaky, tmp_path):
     root, _, planted = leaky
     out = tmp_path / "out"
     shown = CliRunner().invoke(app, ["check-data", str(root), "--out", str(out)])
     assert shown.exit_code == 0, shown.output
     words = " ".join(shown.output.split())
-    assert f"LEAK: {len(planted)} of the 32 images of Testing (50.0 %) have a twin" in words
+    assert f"LEAK: {len(planted)} of the 32 images of Testing (50.0 %) have a duplicate" in words
     assert (
         "a model that is right on 80 % of new images, and remembers old ones, shows 90.0 %" in words
     )
     assert "4 of them the same pixel for pixel" in words
     assert "| across | 4 | 12 | 0 |" in words
-    assert json.loads((out / "summary.json").read_text())["verdict"].split("\n")[0] in shown.output
+    assert json.loads((out / "summary.json").read_text())["summary"].split("\n")[0] in shown.output
     refused = CliRunner().invoke(app, ["check-data", str(tmp_path / "no"), "--out", str(out)])
     assert refused.exit_code == 1
 
@@ -564,10 +566,10 @@ class TestRealImages:
         assert set(planted.items()) <= set(found.items())
         assert len(found.keys() - planted) <= 1  # slices that look alike
 
-    def test_the_clean_set_has_next_to_no_twins_across_splits(self, tmp_path):
+    def test_the_clean_set_has_next_to_no_duplicates_across_splits(self, tmp_path):
         for split in ("Training", "Testing"):
             shutil.copytree(MRI / split / "notumor", tmp_path / "set" / split / "notumor")
         found = check_data(tmp_path / "set", tmp_path / "out")
         assert found["images"] == 262
         assert found["leaks"]["Testing"]["exact"] == 0
-        assert found["leaks"]["Testing"]["twin"] == 3  # the same slice, treated otherwise
+        assert found["leaks"]["Testing"]["duplicate"] == 3  # the same slice, treated otherwise
