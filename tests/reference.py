@@ -9,6 +9,7 @@ block consists of is written out by hand for every block, below.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,15 +17,18 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-6
+EPSILON = 1e-7
 GAMMA = 0.25
 PLAIN = ("grad_cam", "gradient_activation")
 LRP = ("lrp_epsilon", "lrp_zplus", "lrp_gamma", "lrp_composite")
 
 
 def stab(z: Tensor) -> Tensor:
-    """``z`` moved away from zero by EPSILON; zero itself counts as positive."""
-    return z + EPSILON * torch.where(z >= 0, 1.0, -1.0)
+    """One image's ``z`` moved away from zero by EPSILON of its size; zero counts as positive."""
+    values = z.flatten().tolist()
+    size = math.fsum(map(abs, values)) / len(values)
+    shift = EPSILON * 2.0 ** math.floor(math.log2(size)) if size else sys.float_info.min
+    return z + shift * torch.where(z >= 0, 1.0, -1.0)
 
 
 # --- The rules for one affine layer y = matrix @ x + shift of one image ------------------------
@@ -196,7 +200,8 @@ class Walk:
     def activation(self, x: Node, function: Callable[[Tensor], Tensor]) -> Node:
         y = function(x.value.clone()).detach()
         if self.is_lrp:
-            return self.add_node(y, (x, lambda grad: grad * y / stab(x.value)))
+            denominator = torch.stack([stab(image) for image in x.value])
+            return self.add_node(y, (x, lambda grad: grad * y / denominator))
         return self.plainly(function, x)
 
     def plainly(self, function: Callable[..., Tensor], *inputs: Node) -> Node:
