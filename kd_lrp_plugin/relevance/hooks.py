@@ -116,7 +116,7 @@ class Propagation:
             self._watch_weight(module)
         if hasattr(module, "fused_attn"):  # timm's attention
             self._set(module, "fused_attn", False)  # the fused one has no second derivative
-            dropout: Any = module.attn_drop
+            dropout = module.attn_drop
             if lrp and isinstance(dropout, nn.Module):
                 gate = partial(layer_rules.serve_gate, name)
                 self._put_behind(name, dropout, lambda _, output: gate(output))
@@ -157,12 +157,21 @@ class Propagation:
                 self._norm_inputs[module] = _get_input(args, kwargs)
 
             def serve_drop(_: object, output: Tensor) -> Tensor | None:
-                source = self._norm_inputs.pop(module, None)
+                source = self._norm_inputs.get(module)
                 return None if source is None else serve(source, output)
+
+            def check_input(source: object, _: object) -> None:
+                if self._norm_inputs.pop(module, source) is not source:
+                    fix = "Register hooks before the recording begins."
+                    got = "another hook behind it that changes the input"
+                    expected = "the hook of the recording to be the last"
+                    raise ValueError(message(f"layer {name!r}", expected, got, fix))
 
             hook = module.register_forward_pre_hook(keep_input, with_kwargs=True)
             self._undo.append(hook.remove)
-            self._put_behind(name, module.drop, serve_drop)
+            drop: Any = module.drop
+            self._put_behind(name, drop, serve_drop)
+            self._put_behind(name, module, check_input)
         elif runs_as(module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and (
             has_readable_weight(module)
         ):

@@ -97,7 +97,7 @@ def record(
     _check_as_written(model)
     names = _get_layer_names(root, layers)
     propagation = Propagation(root, names, METHODS[method], method)
-    with torch.enable_grad(), propagation.installed():
+    with torch.enable_grad(), propagation.installed(), _naming_changes(f"record {names}"):
         yield Recording(names, method, propagation)
 
 
@@ -172,7 +172,7 @@ class Recording:
         replay = _Replay(activations, scores)
         captum = LayerGradientXActivation(replay, list(replay.layers), multiply_by_inputs=False)
         graph = {"create_graph": create_graph, "retain_graph": True}
-        with self._propagation.relevance_pass():
+        with self._propagation.relevance_pass(), _naming_changes(self.method):
             factors = captum.attribute(scores, grad_kwargs=graph)
         if METHODS[self.method].pooled:
             factors = [factor.mean((2, 3), keepdim=True) for factor in factors]
@@ -243,6 +243,21 @@ def find_logits(where: str, output: Any) -> Tensor:
         raise ValueError(message(where, "one output that is the logits (n, classes)", got, fix))
     (logits,) = candidates.values()
     return logits
+
+
+@contextmanager
+def _naming_changes(where: str) -> Iterator[None]:
+    """Autograd's own refusals of changes in place, as errors of the house."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, changed, rest = str(error).partition("modified by an inplace operation: ")
+        if not changed and "a leaf Variable that requires grad" not in str(error):
+            raise
+        # The leaf is the output of a target layer in a frozen model: its graph begins there.
+        got = f"a change in place of {rest.partition(';')[0] or 'the output of a target layer'}"
+        fix = "Make the change out of place, or choose the module around the layer."
+        raise ValueError(message(where, "values that stay", got, fix)) from error
 
 
 class _Replay(nn.Module):
