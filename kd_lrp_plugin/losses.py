@@ -320,7 +320,7 @@ def kl_divergence(
         raise ValueError(message(where, "logits of two classes or more", "one", fix))
     if not 0.01 <= temperature <= 100:
         fix = "Use 4, the paper's value."
-        expected = "a temperature above 0, from 0.01 to 100"
+        expected = "a temperature from 0.01 to 100" if temperature > 0 else "a temperature above 0"
         raise ValueError(message(where, expected, temperature, fix))
     of_student = functional.log_softmax(student / temperature, dim=1)
     of_teacher = functional.log_softmax(teacher.detach() / temperature, dim=1)

@@ -140,8 +140,8 @@ class Walk:
         self.nodes.append(Node(value.detach(), parents))
         return self.nodes[-1]
 
-    def gradient(self, output: Node, grad: Tensor, tap: Node) -> Tensor:
-        """The modified gradient at ``tap`` for the gradient ``grad`` at ``output``."""
+    def gradient(self, output: Node, grad: Tensor, layer: Node) -> Tensor:
+        """The modified gradient at ``layer`` for the gradient ``grad`` at ``output``."""
         grads = {id(output): grad}
         for node in reversed(self.nodes):
             if id(node) not in grads:
@@ -149,7 +149,7 @@ class Walk:
             for parent, back in node.parents:
                 part = back(grads[id(node)])
                 grads[id(parent)] = grads.get(id(parent), 0) + part
-        return grads[id(tap)]
+        return grads[id(layer)]
 
     def statistics(self, norm: nn.Module, value: Tensor) -> tuple[Tensor, Tensor]:
         """Batch norm as y = scale * x + shift, per channel."""
@@ -384,13 +384,13 @@ def relevance(
     """Maps (n, h, w) at the activations ``images`` of the classes ``targets``, and the logits.
 
     Args:
-        tail: walks from the tap's activations to the logits (n, classes).
+        tail: walks from the layer's activations to the logits (n, classes).
     """
     walk = Walk(method, training)
-    tap = walk.add_node(images)
-    logits = tail(walk, tap)
+    layer = walk.add_node(images)
+    logits = tail(walk, layer)
     one_hot = nn.functional.one_hot(targets, logits.value.shape[1]).double()
-    grad = walk.gradient(logits, one_hot, tap)
+    grad = walk.gradient(logits, one_hot, layer)
     if method == "grad_cam":
         grad = grad.mean((2, 3), keepdim=True)
     maps = (images * grad).sum(1)
@@ -424,13 +424,13 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-class Tapped(nn.Module):
-    """A tap, a block, global average pooling, a linear head: the block's rules are all there is."""
+class Tail(nn.Module):
+    """A target layer, a block, average pooling, a linear head: the block's rules are all there is."""
 
     def __init__(self, block: nn.Module, channels: int, classes: int = 3) -> None:
         super().__init__()
-        self.tap, self.block = nn.Identity(), block
+        self.layer, self.block = nn.Identity(), block
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(self.tap(x)).mean((2, 3)))
+        return self.head(self.block(self.layer(x)).mean((2, 3)))
