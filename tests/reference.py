@@ -425,7 +425,7 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
 
 
 class Tail(nn.Module):
-    """A target layer, a block, average pooling, a linear head: the block's rules are all there is."""
+    """A target layer, a block, pooling, a linear head: the block's rules are all there is."""
 
     def __init__(self, block: nn.Module, channels: int, classes: int = 3) -> None:
         super().__init__()

@@ -165,6 +165,8 @@ class LayerRules:
         if call is None or raw._version != call.output_version:
             # Changed in place since, as by ``y += shortcut``, it is no convolution's output.
             return None
+        if raw._backward_hooks and self._method.is_gradient:
+            return None  # a hook on the tensor changes gradients that would pass it by
         if call.module in self._targets:
             if not self._method.is_gradient:
                 fix = "Choose the batch norm behind it: for LRP the two are one layer."

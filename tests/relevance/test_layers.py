@@ -209,6 +209,15 @@ def test_a_hook_that_changes_the_input(name, inside):
     )
 
 
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_hook_on_the_gradient_between_convolution_and_norm(method):
+    net = chain()
+    net.conv.register_forward_hook(lambda _, __, y: y.register_hook(lambda g: -g) and None)
+    expected = autograd_map(net, method)
+    torch.testing.assert_close(maps_of(net, method), expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(expected, autograd_map(chain(), method))
+
+
 # --- weights that are computed --------------------------------------------------------------------
 
 
