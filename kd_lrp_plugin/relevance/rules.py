@@ -42,7 +42,9 @@ def stabilize(z: Tensor) -> Tensor:
     """
     with torch.no_grad():
         # log2 of 0 is -inf, and of a layer that is all zero the smallest number stays, for 0 / 0.
-        size = z.flatten(1).abs().mean(1) if z.ndim > 1 else z.abs()
+        axes = tuple(range(1, z.ndim))
+        size = z.abs() if not axes else torch.linalg.vector_norm(z, 1, axes)
+        size = size * (len(z) / max(z.numel(), 1))
         shift = (EPSILON * size.log2().floor().exp2()).clamp(min=torch.finfo(z.dtype).tiny)
         shift = shift.view(-1, *[1] * (z.ndim - 1))
         shift = torch.where(z < 0, -shift, shift)
