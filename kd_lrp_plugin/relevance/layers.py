@@ -1,198 +1,225 @@
-"""Which layers of a model are recorded: names resolved, or chosen by the size of their outputs."""
+"""Which rule serves which layer, told by what its forward pass is, not by its class alone.
 
-import logging
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
+An instance can have a forward pass of its own (adapters such as LoRA set one), a subclass can
+override it, and a weight can be computed anew for every call. A rule that took such a layer for
+what its class says would be silently wrong.
+"""
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import activations as timm_act
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.utils import parametrize
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from kd_lrp_plugin.utils.registry import unknown_name
+from kd_lrp_plugin.relevance import batch_norm, linear_maps, rules
+from kd_lrp_plugin.relevance.graph import LayerRule, RelevanceFunction, Switch
+from kd_lrp_plugin.relevance.linear_maps import LinearMap
+from kd_lrp_plugin.relevance.methods import Method
 from kd_lrp_plugin.utils.validation import message
 
-logger = logging.getLogger(__name__)
+# fmt: off
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU, nn.Hardswish,
+    nn.Hardtanh, nn.Tanh, timm_act.Swish, timm_act.Mish, timm_act.HardSwish, timm_act.Tanh,
+    timm_act.GELU, timm_act.GELUTanh, timm_act.PReLU,
+)
+"""Elementwise modules that hand relevance on unchanged."""
+GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, timm_act.Sigmoid, timm_act.HardSigmoid)
+"""Modules whose output is a factor, not a feature: no relevance flows through them."""
+HARD_SIGMOIDS = (nn.Hardsigmoid, timm_act.HardSigmoid)
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+LINEAR_LAYERS = (nn.Linear, TimmLinear)
+# fmt: on
 
-SIZES = (64, 32, 224, 299, 28)
-"""Sides of the images of zeros that a model is traced with, until one fits its classifier: the
-cheapest at which five halvings leave a map, then those of CIFAR, ImageNet, Inception and MNIST."""
 
-_CHOSEN: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+def runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether the module's forward pass is that of one of ``kinds``, also if it inherits it."""
+    forward = vars(module).get("forward", type(module).forward)
+    if getattr(forward, "__self__", None) is module:
+        forward = forward.__func__  # the class's own, bound again
+    return (
+        isinstance(module, kinds)
+        and any(forward is kind.forward for kind in kinds)
+        and type(module).__call__ is nn.Module.__call__
+    )
 
 
-def choose_layers(model: nn.Module) -> list[str]:
-    """Names of one layer per reduction of the image, without the last, in the order they run.
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether it is one linear map and a bias, with zeros around; timm's variants included."""
+    return (
+        runs_as(module, *CONVOLUTIONS)
+        and getattr(type(module), "_conv_forward", None) is nn.Conv2d._conv_forward
+        and "_conv_forward" not in vars(module)
+        and module.padding_mode == "zeros"
+        and module.padding != "same"
+        and has_readable_weight(module)
+    )
 
-    Of timm's models ``feature_info`` tells them. Other models are run once, on zeros, and for
-    each reduction by a power of two the last stage with maps of that size is taken: the last to
-    run of the modules closest to the root. The choice is logged, and kept for as long as the
-    model lives, so that recording a step costs no forward pass more.
 
-    Args:
-        model: the model, in any mode; its modes, buffers and the random numbers are left as they
-            are. A model inside a wrapper, such as torchdistill's auxiliary ones, is found there.
+def has_readable_weight(module: nn.Module) -> bool:
+    """Whether its weight is a parameter, the tensor that a hook has left, or a parametrization."""
+    return (
+        "weight" in module._parameters
+        or "weight" in vars(module)
+        or parametrize.is_parametrized(module, "weight")
+    )
 
-    Returns:
-        Names of modules with output (n, c, h, w).
 
-    Raises:
-        ValueError: if the model does not run on zeros of the usual sizes, or its maps have one
-            size only.
+@dataclass(frozen=True, eq=False)
+class ConvolutionCall:
+    """A convolution as it has run, for the batch norm that may read its output next.
+
+    A tensor is an object whose value can change in place; both versions say whether it has.
     """
-    if model not in _CHOSEN:
-        names = _choose_by_feature_info(model) or _choose_by_trace(model)
-        logger.info("layers of %s for 'auto': %s", type(model).__name__, names)
-        _CHOSEN[model] = names
-    return list(_CHOSEN[model])
 
-
-def resolve_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Names as they are, or with the prefix that they have got from a wrapper around the model.
-
-    Raises:
-        ValueError: for a name that the model does not have, with the nearest ones.
-    """
-    known = [name for name, _ in model.named_modules() if name]
-    if not all(name in known for name in names):
-        # One prefix for all, and only one: what a wrapper does, unlike a misspelling.
-        prefixes = [name.removesuffix(names[0]) for name in known if name.endswith(f".{names[0]}")]
-        fitting = [p for p in prefixes if all(p + name in known for name in names)]
-        if len(fitting) == 1:
-            return [fitting[0] + name for name in names]
-    for name in names:
-        if name not in known:
-            raise ValueError(unknown_name("layer", name, known))
-    return list(names)
-
-
-def _choose_by_feature_info(model: nn.Module) -> list[str]:
-    """timm's own word on its stages, also of a timm model inside a wrapper."""
-    for prefix, module in model.named_modules():
-        info = getattr(module, "feature_info", None)
-        if not info or not all(isinstance(e, dict) and "reduction" in e for e in info):
-            continue
-        last = max(entry["reduction"] for entry in info)
-        by_reduction = {e["reduction"]: e["module"] for e in info if e["reduction"] < last}
-        return [f"{prefix}.{name}" if prefix else name for name in by_reduction.values()]
-    return []
-
-
-@dataclass(frozen=True)
-class _Output:
-    """A module that has run, and the size of its maps."""
-
+    module: nn.Conv2d
     name: str
-    reduction: int
-    is_single: bool = True
-    is_channels_last: bool = False
-
-    @property
-    def depth(self) -> int:
-        return self.name.count(".")
+    weight: Tensor
+    linear_map: LinearMap
+    source: Tensor
+    source_version: int
+    output_version: int
 
 
-def _choose_by_trace(model: nn.Module) -> list[str]:
-    traced = _trace_any(model)
-    outputs = [output for output in traced if not output.is_channels_last]
-    deepest = max((output.reduction for output in outputs), default=0)
-    by_reduction: dict[int, _Output] = {}
-    reached = 0  # behind the first map of half the size comes no stage, but a branch or a decoder
-    for output in outputs:
-        reached = max(reached, output.reduction)
-        before = by_reduction.get(output.reduction)
-        if reached > output.reduction or output.reduction == deepest or not output.is_single:
-            continue
-        if before is None or output.depth <= before.depth:
-            by_reduction[output.reduction] = output
-    depth = min((output.depth for output in by_reduction.values()), default=math.inf)
-    if any(o.is_channels_last and o.depth < depth for o in traced):  # as of a swin transformer
-        by_reduction.clear()
-    if not by_reduction:
-        got = f"{type(model).__name__}, whose stages have none that shrink"
-        expected = "a model with maps (n, c, h, w) of two sizes or more for 'auto'"
-        raise ValueError(message("layers", expected, got, "Name the layers."))
-    return [by_reduction[reduction].name for reduction in sorted(by_reduction)]
+class LayerRules:
+    """Puts the rules of one method behind the layers of one forward pass.
+
+    Attributes:
+        weights: latest value of each parametrized weight, by its layer. Reading ``layer.weight``
+            would compute it anew, which moves the buffers of a spectral norm in train mode.
+        without_gradient: whether nothing but relevance ever flows back, so that the ordinary graph
+            need not be kept.
+    """
+
+    def __init__(self, method: Method, targets: set[nn.Module]) -> None:
+        self.switch = Switch()
+        self.weights: dict[nn.Module, Tensor] = {}
+        self.without_gradient = False
+        self._method = method
+        self._targets = targets
+        self._convolutions = WeakTensorKeyDictionary()
+
+    def clear(self) -> None:
+        self.weights.clear()
+        self._convolutions.clear()
+
+    def serve_convolution(
+        self, name: str, module: nn.Conv2d, source: Tensor, output: Tensor
+    ) -> Tensor | None:
+        if source.ndim != 4:
+            if self._method.is_gradient:
+                return None
+            fix = "Keep the batch axis."
+            got = f"{tuple(source.shape)}"
+            raise ValueError(message(f"layer {name!r}", "an input (n, c, h, w)", got, fix))
+        linear_map = linear_maps.make_convolution(module, source)
+        weight = self._read_weight(module)
+        rule = self._method.convolution
+        needs_output = self._method.needs_output
+        result = self._insert(
+            LayerRule(name, self.switch, _apply_affine(rule, linear_map), not needs_output),
+            output,
+            source,
+            weight,
+            *((source, output) if needs_output else (None, None)),
+        )
+        self._convolutions[result] = ConvolutionCall(
+            module, name, weight, linear_map, source, source._version, result._version
+        )
+        return result
+
+    def serve_linear(self, name: str, module: nn.Linear, source: Tensor, output: Tensor) -> Tensor:
+        rule = _apply_affine(self._method.linear, linear_maps.LINEAR)
+        kept = (source, output) if self._method.needs_output else (None, None)
+        layer_rule = LayerRule(name, self.switch, rule, overwrites=False)
+        return self._insert(layer_rule, output, source, self._read_weight(module), *kept)
+
+    def serve_norm(self, name: str, module: BatchNorm, raw: Tensor, output: Tensor) -> Tensor:
+        """A batch norm, together with the convolution that ``raw`` is the output of, if any."""
+        tensors = batch_norm.norm_tensors(module, self._read_weight(module), raw)
+        call = self._take_convolution(name, raw)
+        if call is None:
+            rule = _apply_norm(module.eps)
+            layer_rule = LayerRule(name, self.switch, rule, overwrites=True)
+            return self._insert(layer_rule, output, raw, *tensors)
+        needs_output = self._method.needs_output
+        rule = _apply_affine(self._method.convolution, call.linear_map, module.eps)
+        return self._insert(
+            LayerRule(call.name, self.switch, rule, not needs_output),
+            output,
+            call.source,
+            call.weight,
+            *((call.source, output) if needs_output else (None, None)),
+            *tensors,
+        )
+
+    def _take_convolution(self, name: str, raw: Tensor) -> ConvolutionCall | None:
+        """The convolution to be taken as one layer with the norm that reads ``raw``."""
+        call = self._convolutions.pop(raw, None)
+        if call is None or raw._version != call.output_version:
+            # Changed in place since, as by ``y += shortcut``, it is no convolution's output.
+            return None
+        if raw._backward_hooks and self._method.is_gradient:
+            return None  # a hook on the tensor changes gradients that would pass it by
+        if call.module in self._targets:
+            if not self._method.is_gradient:
+                fix = "Choose the batch norm behind it: for LRP the two are one layer."
+                got = "a convolution with one"
+                where = f"layer {call.name!r}"
+                raise ValueError(message(where, "no batch norm behind it", got, fix))
+            return None
+        if call.source._version != call.source_version:
+            # The tensor now stands for another value, and for another node of the graph.
+            if not self._method.is_gradient:
+                fix = "Make the change out of place."
+                got = f"one that is modified in place before {name!r} has run"
+                raise ValueError(message(f"layer {call.name!r}", "an input that stays", got, fix))
+            return None
+        return call
+
+    def serve_activation(
+        self, rule: Callable[..., Tensor], name: str, source: Tensor, output: Tensor
+    ) -> Tensor:
+        layer_rule = LayerRule(name, self.switch, rule, overwrites=False)
+        return self._insert(layer_rule, output, source, source, output)
+
+    def serve_gate(self, name: str, output: Tensor) -> Tensor:
+        return self._insert(LayerRule(name, self.switch, None, overwrites=False), output, None)
+
+    def _insert(
+        self, layer_rule: LayerRule, output: Tensor, source: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
+        if self.without_gradient:
+            output = output.detach()
+        return RelevanceFunction.apply(output, source, layer_rule, *tensors)
+
+    def _read_weight(self, module: nn.Module) -> Any:
+        # Without a value it is in parametrize.cached(), where reading costs and moves nothing.
+        found = self.weights.get(module)
+        return module.weight if found is None else found
 
 
-def _trace_any(model: nn.Module) -> list[_Output]:
-    """The trace of the model, or of the largest module inside that runs on images alone."""
-    failures: list[str] = []
-    prefix, module = "", model
-    while True:
-        for side in SIZES:
-            try:
-                found = _trace(module, side)
-            except Exception as error:  # of any kind
-                failures.append(f"{side} px: {error}")
-            else:
-                return [replace(output, name=prefix + output.name) for output in found]
-        # A wrapper may want more than images; the model that it holds is its largest child.
-        children = list(module.named_children())
-        if not children:
-            break
-        name, module = max(children, key=lambda c: sum(p.numel() for p in c[1].parameters()))
-        prefix += f"{name}."
-    got = f"{type(model).__name__}, which fails: {failures[0]}"
-    fix = "Name the layers."
-    raise ValueError(message("layers", "a model that runs on zeros for 'auto'", got, fix))
+def _apply_affine(
+    rule: rules.Rule, linear_map: LinearMap, eps: float | None = None
+) -> Callable[..., Tensor]:
+    """The rule on ``(weight, x, y)`` and, with the ``eps`` of a norm, on the norm's tensors."""
+
+    def apply(g: Tensor, weight: Tensor, x: Any, y: Any, *norm: Tensor | None) -> Tensor:
+        if eps is not None:
+            weight = weight * batch_norm.norm_scale(eps, *norm).view(-1, 1, 1, 1)
+        return rule(g, x, y, weight, linear_map)
+
+    return apply
 
 
-def _trace(model: nn.Module, side: int) -> list[_Output]:
-    """Modules with square maps, in the order in which they finish, of one forward pass on zeros."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    # Not first.weight: of a parametrized layer, reading that can change its buffers.
-    weight = next((first or model).parameters(), torch.zeros(1))
-    channels = first.in_channels if first is not None else 3
-    runs: dict[str, int] = {}
-    outputs: list[_Output] = []
-    has_begun = False
+def _apply_norm(eps: float) -> Callable[..., Tensor]:
+    def apply(g: Tensor, *norm: Tensor | None) -> Tensor:
+        return g * batch_norm.norm_scale(eps, *norm).view(-1, *[1] * (g.ndim - 2))
 
-    def listen(name: str, module: nn.Module) -> RemovableHandle:
-        def read(module: nn.Module, _: tuple, output: object) -> None:
-            nonlocal has_begun
-            has_begun = has_begun or any(True for _ in module.parameters())
-            runs[name] = runs.get(name, 0) + 1
-            if not (has_begun and isinstance(output, Tensor) and output.ndim == 4):
-                return
-            second, third, fourth = output.shape[1:]  # c, h, w or h, w, c
-            channels_last = second == third != fourth
-            if (channels_last or third == fourth) and 1 < third <= side:
-                reduction = round(math.log2(side / third))
-                outputs.append(_Output(name, reduction, is_channels_last=channels_last))
-
-        return module.register_forward_hook(read)
-
-    images = torch.zeros(2, channels, side, side, device=weight.device, dtype=weight.dtype)
-    named = [(name, module) for name, module in model.named_modules() if name]
-    # A parametrization hands out weights, which have four axes, too.
-    handles = [listen(n, m) for n, m in named if "parametrizations" not in n.split(".")]
-    try:
-        with _unchanged(model), torch.no_grad():
-            logits = model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise ValueError("it does not end in logits (n, classes)")
-    return [replace(output, is_single=runs[output.name] == 1) for output in outputs]
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers and random numbers as they were, whatever runs inside."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # a graph may wait for it, unchanged
-                    buffer.copy_(before)
+    return apply

@@ -1,176 +1,312 @@
-"""Which layers are recorded: of models that say it, of models that are traced, under a prefix."""
+"""Layers that do more than their class says: maps are right, or the layer is refused by name."""
 
-import logging
+from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
-import timm
 import torch
-import torchdistill.models.wrapper  # noqa: F401  registers the auxiliary wrappers
-import torchvision
-from torch import nn
-from torchdistill.models.registry import MODEL_DICT, get_auxiliary_model_wrapper
+from reference import LRP, PLAIN, randomize
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import spectral_norm as old_spectral_norm
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.utils.hooks import RemovableHandle
 
-from kd_lrp_plugin import record
-from kd_lrp_plugin.relevance.layers import choose_layers, resolve_layers
+from kd_lrp_plugin.relevance.methods import METHODS as REGISTRY
+from kd_lrp_plugin.relevance.methods import Method
+from kd_lrp_plugin.relevance.recording import record, relevance_maps
+from kd_lrp_plugin.relevance.rules import epsilon, gradient, stabilize
 
-STAGES = {  # by hand, from the models' definitions
-    "resnet18": ["relu", "layer1", "layer2", "layer3"],
-    "mobilenet_v2": ["features.1", "features.3", "features.6", "features.13"],
-    "vgg11": [f"features.{n}" for n in (1, 4, 9, 14, 19)],
-    "densenet121": ["features.relu0", *(f"features.denseblock{n}" for n in (1, 2, 3))],
-    "efficientnet_b0": ["features.1", "features.2", "features.3", "features.5"],
-    "googlenet": ["conv1", "conv3", "inception3b", "inception4e"],
-    "inception_v3": ["Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e"],
-    "regnet_y_400mf": ["stem", *(f"trunk_output.block{n}" for n in (1, 2, 3))],
-    "alexnet": ["features.1", "features.4"],
-}
-OF_TORCHDISTILL = {
-    "resnet20": ["layer1", "layer2"],
-    "wide_resnet40_4": ["layer1", "layer2"],
-    "densenet_bc_k12_depth100": ["features.denseblock1", "features.denseblock2"],
-}
-OLD = {"googlenet": {"init_weights": False}, "inception_v3": {"init_weights": False}}
+METHODS = PLAIN + LRP
 
 
-def torchvisions(name: str) -> nn.Module:
-    return torchvision.models.get_model(name, weights=None, **OLD.get(name, {}))
-
-
-@pytest.mark.parametrize("name", sorted(STAGES))
-def test_torchvisions_stages_are_found(name):
-    assert choose_layers(torchvisions(name)) == STAGES[name]
-
-
-@pytest.mark.parametrize("name", sorted(OF_TORCHDISTILL))
-def test_torchdistills_stages_are_found(name):
-    kwargs = {"dropout_p": 0.0} if name.startswith("wide") else {}
-    model = MODEL_DICT[name](num_classes=10, **kwargs)
-    assert choose_layers(model) == OF_TORCHDISTILL[name]
-
-
-@pytest.mark.parametrize("name", ["mobilenetv2_035", "resnet10t"])
-def test_timms_own_stages_are_taken(name):
-    model = timm.create_model(name, num_classes=4)
-    info = model.feature_info[:-1]
-    assert choose_layers(model) == [entry["module"] for entry in info]
-    wrapped = nn.ModuleDict({"inner": model})
-    assert choose_layers(wrapped) == [f"inner.{entry['module']}" for entry in info]
-
-
-class _Small(nn.Module):
-    """Three stages, an input that is normalised, a dropout, a counter of calls."""
+class Chain(nn.Module):
+    """A target layer and one layer of each kind behind it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.normalize = nn.BatchNorm2d(1, affine=False)
-        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
-        self.down1 = nn.Sequential(nn.Conv2d(4, 6, 3, 2, 1), nn.Dropout(0.5), nn.ReLU())
-        self.down2 = nn.Conv2d(6, 8, 3, 2, 1)
-        self.squeeze = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(8, 3)
-        self.register_buffer("calls", torch.zeros(()))
-        self.sizes: list[int] = []
+        self.layer = nn.Conv2d(3, 4, 3)
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.SiLU()
+        self.bare, self.norm_act = nn.Conv2d(4, 4, 1), BatchNormAct2d(4, act_layer=nn.SiLU)
+        self.gate, self.head = nn.Sigmoid(), nn.Linear(4, 3)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        self.sizes.append(len(images))
-        x = self.down2(self.down1(self.stem(self.normalize(images))))
-        return self.head(self.squeeze(x).flatten(1))
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(self.layer(images))))
+        x = self.norm_act(self.bare(x))
+        return self.head((x * self.gate(x.mean((2, 3), keepdim=True))).mean((2, 3)))
 
 
-class TestTrace:
-    @pytest.mark.parametrize("training", [True, False])
-    def test_the_model_and_the_random_numbers_are_left_as_they_were(self, untouched, training):
-        model = _Small().train(training)
-        torch.nn.utils.parametrizations.spectral_norm(model.stem[0])
-        model.stem.eval()  # as a frozen part
-        generator = torch.get_rng_state()
-        with untouched(model):
-            model.sizes.clear()
-            layers = choose_layers(model)
-        assert layers == ["stem", "down1"]  # neither the normalised image nor the last
-        assert torch.equal(torch.get_rng_state(), generator)
+LAYERS = ["conv", "norm", "act", "bare", "norm_act", "gate", "head"]
+IMAGES = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(5)).double()
+TARGETS = torch.tensor([0, 2])
 
-    def test_steps_cost_no_forward_pass_more(self, caplog):
-        model = _Small()
-        with caplog.at_level(logging.INFO):
-            for _ in range(3):
-                with record(model) as recording:
-                    logits = model(torch.rand(5, 1, 32, 32))
-        assert model.sizes == [2, 5, 5, 5]
-        assert [tuple(m.shape) for m in recording.maps(logits, torch.zeros(5, dtype=torch.long))]
-        said = [r.getMessage() for r in caplog.records if "'auto'" in r.getMessage()]
-        assert said == ["layers of _Small for 'auto': ['stem', 'down1']"]
 
-    def test_a_graph_that_waits_for_its_backward_pass_is_not_hurt(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, 2))
-        model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-        logits = model(torch.rand(2, 3, 32, 32))
-        choose_layers(model)
-        logits.sum().backward()
+def chain(training: bool = False) -> nn.Module:
+    return randomize(Chain(), 31).train(training)
 
-    @pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
-    def test_transformers_are_refused(self, name):
-        with pytest.raises(ValueError, match=r"more for 'auto', got .*Name the layers"):
-            choose_layers(torchvision.models.get_model(name, weights=None))
 
-    def test_a_model_of_one_size_is_refused(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        with pytest.raises(ValueError, match="two sizes or more"):
-            choose_layers(model)
+def maps_of(model: nn.Module, method: str) -> Tensor:
+    return relevance_maps(model, IMAGES, TARGETS, ["layer"], method, signed=True)[0]
 
-    def test_a_model_that_does_not_run_says_why(self):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(7, 3))
-        with pytest.raises(ValueError, match=r"runs on zeros for 'auto', got .* 64 px: .*shape"):
-            choose_layers(model)
 
-    @pytest.mark.parametrize(
-        ("name", "method"),
-        [
-            ("resnet18", "lrp_epsilon"),
-            ("mobilenet_v2", "lrp_epsilon"),
-            ("vgg11_bn", "lrp_epsilon"),
-            ("densenet121", "gradient_activation"),  # its functional ReLU has no rule
-        ],
+def autograd_map(model: nn.Module, method: str) -> Tensor:
+    kept: list[Tensor] = []
+    handle = model.layer.register_forward_hook(lambda _, __, y: kept.append(y))
+    score = model(IMAGES).gather(1, TARGETS[:, None]).sum()
+    handle.remove()
+    (grad,) = torch.autograd.grad(score, kept[0])
+    if method == "grad_cam":
+        grad = grad.mean((2, 3), keepdim=True)
+    return (kept[0] * grad).sum(1).detach()
+
+
+def assert_right_or_refused(model: nn.Module, naming: str, written: nn.Module | None) -> None:
+    """Plain gradients are autograd's; LRP is that of the same net ``written`` with modules."""
+    for method in PLAIN:
+        expected = autograd_map(model, method)
+        torch.testing.assert_close(maps_of(model, method), expected, rtol=1e-9, atol=1e-12)
+    for method in LRP:
+        try:
+            got = maps_of(model, method)
+        except ValueError as error:
+            if naming not in str(error) and "Backward" not in str(error):
+                raise
+            continue
+        assert written is not None, f"{method} is neither refused nor known"
+        torch.testing.assert_close(got, maps_of(written, method), rtol=1e-9, atol=1e-12)
+
+
+# --- forward passes of their own ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_instance_with_its_own_forward(name):
+    net = chain()
+    layer = net.get_submodule(name)
+    plain = layer.forward
+    layer.forward = lambda x: plain(x).tanh()
+    assert_right_or_refused(net, f"'{name}'", None)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_instance_whose_own_forward_is_its_class_s(name):
+    net = chain()
+    layer = net.get_submodule(name)
+    layer.forward = layer.forward
+    for method in METHODS:
+        assert torch.equal(maps_of(net, method), maps_of(chain(), method))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_class_whose_forward_is_its_own(name):
+    net = chain()
+    layer = net.get_submodule(name)
+    kind = type(layer)
+    own = type("Own", (kind,), {"forward": lambda self, x: kind.forward(self, x).tanh()})
+    layer.__class__ = own
+    assert_right_or_refused(net, "Own", None)
+
+
+@pytest.mark.parametrize("of_the_instance", [True, False])
+def test_a_convolution_that_changes_its_weights(of_the_instance):
+    def standardised(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return nn.Conv2d._conv_forward(self, x, weight - weight.mean((1, 2, 3), True), bias)
+
+    net = chain()
+    if of_the_instance:
+        net.conv._conv_forward = standardised.__get__(net.conv)
+    else:
+        net.conv.__class__ = type("Own", (nn.Conv2d,), {"_conv_forward": standardised})
+    assert_right_or_refused(net, "'conv'", None)
+
+
+def test_an_adapter_beside_a_layer_is_served():
+    """As LoRA does it with modules: the layer's output, and that of two small ones."""
+
+    class Adapted(nn.Module):
+        def __init__(self, base: nn.Conv2d) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Conv2d(4, 2, 3), nn.Conv2d(2, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + 0.5 * self.up(self.down(x))
+
+    net = Chain()
+    net.conv = Adapted(net.conv)
+    net = randomize(net, 31).eval()
+    assert_right_or_refused(net, "conv", net)
+
+
+# --- hooks of the user ----------------------------------------------------------------------------
+
+
+class Then(nn.Module):
+    """A layer, with what a hook does written out before or behind it."""
+
+    def __init__(self, before: Callable, layer: nn.Module, behind: Callable) -> None:
+        super().__init__()
+        self.before, self.inner, self.behind = before, layer, behind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.inner(self.before(x)))
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize("when", ["before", "inside", "in front"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_hook_that_changes_the_output(name, when):
+    net = chain()
+    written = deepcopy(net)
+    setattr(written, name, Then(same, written.get_submodule(name), lambda y: 2 * y))
+    layer = net.get_submodule(name)
+    if when == "before":
+        layer.register_forward_hook(lambda _, __, y: 2 * y)
+        assert_right_or_refused(net, name, written)
+        return
+
+    def register() -> RemovableHandle:
+        return layer.register_forward_hook(lambda _, __, y: 2 * y, prepend=when == "in front")
+
+    assert_right_or_refused_inside(net, name, written, register)
+
+
+def assert_right_or_refused_inside(
+    net: nn.Module, name: str, written: nn.Module, register: Callable[[], RemovableHandle]
+) -> None:
+    """The same for a hook that comes when the recording has begun."""
+    for method in METHODS:
+        try:
+            with record(net, ["layer"], method) as recording:
+                handle = register()
+                logits = net(IMAGES)
+        except ValueError as error:
+            if f"'{name}" not in str(error):
+                raise
+        else:
+            (got,) = recording.maps(logits, TARGETS, signed=True)
+            torch.testing.assert_close(got, maps_of(written, method), rtol=1e-9, atol=1e-12)
+        finally:
+            handle.remove()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_hook_that_changes_the_input(name, inside):
+    net = chain()
+    written = deepcopy(net)
+    setattr(written, name, Then(lambda x: 2 * x, written.get_submodule(name), same))
+    layer = net.get_submodule(name)
+    if not inside:
+        layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+        assert_right_or_refused(net, name, written)
+        return
+    assert_right_or_refused_inside(
+        net, name, written, lambda: layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
     )
-    def test_the_chosen_layers_have_maps(self, name, method):
-        model = torchvisions(name).eval()
-        with record(model, "auto", method) as recording:
-            logits = model(torch.rand(2, 3, 64, 64))
-        maps = recording.maps(logits, torch.tensor([0, 1]), signed=True)
-        sides = [m.shape[-1] for m in maps]
-        assert sides == sorted(sides, reverse=True)
-        assert all(m.isfinite().all() and m.abs().sum() > 0 for m in maps)
 
 
-class TestPrefix:
-    def wrapped(self) -> nn.Module:
-        kwargs = {"input_module": {"path": "model.avgpool", "io": "output"}, "feat_dim": 512}
-        return get_auxiliary_model_wrapper(
-            "SSWrapper4SSKD",
-            student_model=torchvisions("resnet18"),
-            ss_module_ckpt="none.pt",
-            device=torch.device("cpu"),
-            device_ids=None,
-            distributed=False,
-            **kwargs,
+@pytest.mark.parametrize("method", PLAIN)
+def test_a_hook_on_the_gradient_between_convolution_and_norm(method):
+    net = chain()
+    net.conv.register_forward_hook(lambda _, __, y: y.register_hook(lambda g: -g) and None)
+    expected = autograd_map(net, method)
+    torch.testing.assert_close(maps_of(net, method), expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(expected, autograd_map(chain(), method))
+
+
+# --- weights that are computed --------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "own": lambda layer: parametrize.register_parametrization(layer, "weight", Doubled()),
+    "weight norm, old": old_weight_norm,
+    "spectral norm, old": old_spectral_norm,
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+}
+
+
+def frozen_copy(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The net with the weights that its layers computed in their latest call, as parameters."""
+    copy = chain(model.training)
+    for name, weight in weights.items():
+        copy.get_submodule(name).weight.data.copy_(weight)
+    return copy
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("how", COMPUTED)
+def test_computed_weights_are_those_of_the_call_and_their_buffers_stay(how, training):
+    torch.manual_seed(7)
+    net = chain(training)
+    names = ["conv", "bare", "head"] + (["norm"] if how == "own" else [])
+    for name in names:
+        COMPUTED[how](net.get_submodule(name))
+    for method in METHODS:
+        once = deepcopy(net) if "old" not in how and how != "pruned" else None
+        before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        with record(net, ["layer"], method) as recording:
+            logits = net(IMAGES)
+        maps = recording.maps(logits, TARGETS, create_graph=True, signed=True)
+        maps[0].square().sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in net.parameters())
+        if once is not None:
+            once(IMAGES)  # one forward pass moves the buffers by as much as one recorded
+            for (name, buffer), moved in zip(net.named_buffers(), once.buffers(), strict=True):
+                torch.testing.assert_close(buffer, moved, msg=name)
+        for name, buffer in net.named_buffers():
+            buffer.copy_(before[name])
+        weights = latest_weights(net, names)
+        torch.testing.assert_close(
+            maps[0].detach(), maps_of(frozen_copy(net, weights), method), rtol=1e-7, atol=1e-9
         )
 
-    def test_a_wrappers_prefix_is_found(self):
-        model = self.wrapped()
-        assert resolve_layers(model, ["layer2", "layer3"]) == ["model.layer2", "model.layer3"]
-        assert resolve_layers(model, ["model.layer2"]) == ["model.layer2"]
 
-    def test_auto_looks_into_the_wrapper(self):
-        layers = choose_layers(self.wrapped())
-        assert layers == [f"model.{name}" for name in STAGES["resnet18"]]
+@torch.no_grad()
+def latest_weights(net: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """The weights with which the next call computes; it moves no buffer."""
+    before = {key: buffer.clone() for key, buffer in net.named_buffers()}
+    with parametrize.cached():
+        net(IMAGES)
+        weights = {name: net.get_submodule(name).weight.clone() for name in names}
+    for key, buffer in net.named_buffers():
+        buffer.copy_(before[key])
+    return weights
 
-    def test_what_could_be_several_is_refused_with_suggestions(self):
-        model = nn.ModuleDict({"one": _Small(), "two": _Small()})
-        with pytest.raises(ValueError, match=r"got 'down1'. Did you mean .*'one\.down1'"):
-            resolve_layers(model, ["down1"])
 
-    def test_names_under_different_prefixes_are_refused(self):
-        model = nn.ModuleDict({"one": nn.ModuleDict({"relu": nn.ReLU()}), "down": nn.ReLU()})
-        with pytest.raises(ValueError, match=r"got 'relu'. Did you mean 'one.relu'"):
-            resolve_layers(model, ["relu", "down"])
+# --- rules and methods of the user ----------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(REGISTRY, "_entries", dict(REGISTRY._entries))
+    return REGISTRY
+
+
+def test_a_method_of_the_user_is_used_by_name(registry):
+    def as_epsilon(g, x, y, w, layer):
+        return layer.transpose(g * (y / stabilize(y)), w)
+
+    registry.register(Method(as_epsilon, as_epsilon), "lrp_mine")
+    torch.testing.assert_close(maps_of(chain(), "lrp_mine"), maps_of(chain(), "lrp_epsilon"))
+
+
+@pytest.mark.parametrize("rules", [(gradient, epsilon), (epsilon, gradient)])
+def test_a_method_of_which_one_rule_is_the_gradient_is_checked_as_lrp(registry, rules):
+    registry.register(Method(*rules), "mixed")
+    assert maps_of(chain(), "mixed").abs().max() > 0
+    net = chain()
+    net.act.forward = lambda x: x * x
+    with pytest.raises(ValueError, match="MulBackward"):
+        maps_of(net, "mixed")
