@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.metrics.efficiency import count_macs
 from kd_lrp_plugin.models.factory import build_model
 from kd_lrp_plugin.runs import loading
 from kd_lrp_plugin.selection import select
@@ -112,6 +115,18 @@ class TestChoice:
         models.diswot_student(**asked(**space))
         with pytest.raises(ValueError, match=r"Delete the record to select again"):
             models.diswot_student(**asked(**space | changes))
+
+    def test_counts_images_as_wide_as_they_are(self):
+        """A budget between the costs of 32x64 and of 64x64 pixels admits the former."""
+        images = [(torch.randn(3, 32, 64), index % 4) for index in range(4)]
+        macs = {
+            size: count_macs(build_model("test_resnet", 4), size) for size in ((32, 64), (64, 64))
+        }
+        budget = [f"macs={sum(macs.values()) // 2}"]
+        few = {"candidates": ["test_resnet"], "score": "macs"}
+        models.diswot_student(**asked(data=images, budget=budget, **few))
+        (record,) = json.loads(Path("choice.json").read_text())["ranking"]
+        assert record["macs"] == macs[32, 64] == -record["score"]
 
     def test_keeps_the_budget(self):
         models.diswot_student(**asked(budget=["params=200K"]))
@@ -386,6 +401,30 @@ class TestCommand:
         journal = RECORD.with_suffix(".search") / "study.journal"
         ended = [line for line in map(json.loads, journal.open()) if "values" in line]
         assert len(ended) == 4
+
+    def test_takes_scores_and_spaces_of_a_users_module_into_its_processes(self, tmp_path):
+        """With several threads they are spawned, and have imported nothing of this process."""
+        Path("mine.py").write_text(
+            "from kd_lrp_plugin.selection.scores.registry import SCORES, Score\n"
+            "from kd_lrp_plugin.selection.spaces import SPACES, Space\n"
+            "SCORES.register(Score(lambda s, t: float(s.logits.std()), 'a test'), 'my_score')\n"
+            "SPACES.register(Space({'width': [0.25, 0.35], 'depth': [0.5]}), 'my_space')\n"
+        )
+        kwargs = "models.student_model.kwargs"
+        more = self.flags(
+            "dependencies=[kd_lrp_plugin.torchdistill, mine]",
+            *(f"{kwargs}.candidates=my_space", f"{kwargs}.score=my_score"),
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+        words = [sys.executable, "-m", "kd_lrp_plugin.cli", "select", str(DISWOT), *more]
+        done = subprocess.run(
+            [*words, "--jobs", "2"], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "best by my_score" in done.stdout
+        refused = CliRunner().invoke(app, ["select", str(DISWOT), *more, "--safe"])
+        assert refused.exit_code == 1
+        assert "a dependency on 'mine'" in refused.output
 
     def test_says_what_a_config_without_a_selection_lacks(self):
         kd = CONFIGS / "phantom/kd/test_resnet_from_resnet10t.yaml"
