@@ -20,7 +20,7 @@ from kd_lrp_plugin.utils.validation import message
 
 
 def select(
-    config: DocumentFile,
+    config: ConfigFile,
     overrides: Overrides = None,
     budget: Annotated[
         list[str] | None,

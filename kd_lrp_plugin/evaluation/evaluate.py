@@ -74,9 +74,8 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     Returns:
         By "student", and "teacher" where the run has one: the figures of
         :func:`~kd_lrp_plugin.metrics.classification.classification_metrics` and, under "cost",
-        those of :func:`~kd_lrp_plugin.metrics.efficiency.cost`, None for images that are not
-        square. Under "student_and_teacher" those of
-        :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
+        those of :func:`~kd_lrp_plugin.metrics.efficiency.cost`. Under "student_and_teacher" those
+        of :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
@@ -90,9 +89,7 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     for role, values in probabilities.items():
         figures = classification_metrics(values, labels, classes, resamples)
         channels, height, width = summary["image_shape"]
-        figures["cost"] = (
-            cost(build_untrained(role, entries), height, channels) if height == width else None
-        )
+        figures["cost"] = cost(build_untrained(role, entries), (height, width), channels)
         found[role] = figures
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(

@@ -113,22 +113,24 @@ def compare_counters(macs: int, by_thop: int | None) -> float | None:
     return None if by_thop is None else abs(macs - by_thop) / max(macs, by_thop, 1)
 
 
-def explain_counters(name: str, cost: Mapping[str, Any]) -> str | None:
+def explain_counters(name: str, cost: Mapping[str, Any] | None) -> str | None:
     """A line for whoever reads the cost of a model, where the counters of MACs do not agree.
 
     Args:
         name: of the model.
         cost: a record with "macs", "macs_by_thop" and "counters_differ_by", such as that of
-            :func:`kd_lrp_plugin.metrics.efficiency.cost`.
+            :func:`kd_lrp_plugin.metrics.efficiency.cost`; None for one that has none.
 
     Returns:
-        None where they agree to :data:`TOLERANCE`.
+        None where they agree to :data:`TOLERANCE`, or nothing was counted.
 
     Example:
         >>> record = {"macs": 400, "macs_by_thop": 300, "counters_differ_by": 0.25}
         >>> explain_counters("student", record)
         'student: 400 MACs; thop counts 300 (25 % apart), by modules and not by what is computed'
     """
+    if cost is None:
+        return None
     apart = cost["counters_differ_by"]
     if apart is None:
         return f"{name}: {cost['macs']:,} MACs; thop cannot count it"
