@@ -220,7 +220,7 @@ def load_choice(spec: SelectionSpec) -> Entry:
     if differ:
         got = f"another {', '.join(differ)} in {spec.file}"
         fix = "Delete the record to select again, or set them back."
-        raise ValueError(message(WHERE, "the question of the record", got, fix))
+        raise ValueError(message(WHERE, "what the record was asked", got, fix))
     return content["entry"]
 
 

@@ -72,7 +72,7 @@ class TestChoice:
         save_choice(choice(), self.RECORD)
         content = json.loads(Path("choice.json").read_text())
         Path("choice.json").write_text(json.dumps({**content, key: 3}))
-        with pytest.raises(ValueError, match=r"choice.json: expected a recorded selection, whole"):
+        with pytest.raises(ValueError, match=f"choice.json: expected {key!r} of type"):
             read_choice(Path("choice.json"))
 
 

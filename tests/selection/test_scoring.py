@@ -2,11 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -206,31 +201,6 @@ class TestMeasure:
             score_candidates([candidates[0]] * 2, TEACHER, batches, ["diswot"])
         with pytest.raises(ValueError, match="0 batches"):
             score_candidates(candidates, TEACHER, [], ["diswot"])
-
-
-def test_processes_end_with_the_one_that_is_killed(tmp_path):
-    """They hold its output open for as long as they live."""
-    script = tmp_path / "busy.py"
-    script.write_text(
-        "import sys, time, torch\n"
-        "from kd_lrp_plugin.utils.workers import workers\n"
-        "if __name__ == '__main__':\n"
-        "    torch.set_num_threads(1)\n"
-        "    with workers(2) as pool:\n"
-        "        list(pool.map(abs, range(2)))\n"
-        "        print('at work', flush=True)\n"
-        "        list(pool.map(time.sleep, [600] * 2))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        assert process.stdout.readline() == b"at work\n"
-        process.kill()
-        process.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 class TestQuality:
