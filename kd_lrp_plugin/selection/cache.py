@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class ScoreCache:
     """Rows that are kept in a file of JSON lines, added to as they come.
 
-    A line that is no row, as a kill or a full disk leaves it, is named in a warning and left out: what it
+    A line that is no row, as a kill or a full disk leaves it, is left out with a warning: what it
     held is computed again, and all other rows are used.
 
     Args:
