@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from kd_lrp_plugin.models.factory import thesis_teacher
 from kd_lrp_plugin.plots.tables import table
-from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher, seeded
+from kd_lrp_plugin.selection.candidates import Batch, Candidate, ScoringSetup, Teacher, build_seeded
 from kd_lrp_plugin.selection.scores.registry import normal_init
 from kd_lrp_plugin.selection.scoring import score_candidates
 from kd_lrp_plugin.selection.spaces import THESIS
@@ -64,7 +64,8 @@ def main() -> None:
     for score in ("diswot", "diswot_reference"):
         memory, started = Memory(), time.perf_counter()
         with memory:
-            score_candidates(candidates, teacher, [batch], [score], jobs=args.jobs)
+            setup = ScoringSetup(teacher, [batch], [score])
+            score_candidates(candidates, setup, jobs=args.jobs)
         seconds = time.perf_counter() - started
         rows.append(row(score, seconds, len(candidates), memory.seen))
     step = max(1, len(candidates) // args.afresh)
@@ -94,7 +95,7 @@ def afresh(student: Callable[[], nn.Module], teacher: Callable[[], nn.Module], b
     images, targets = batch
     gradients, relations = [], []
     for build in (student, teacher):
-        model = normal_init(seeded(build, 0)).train()
+        model = normal_init(build_seeded(build, 0)).train()
         kept = []
         handle = model.get_submodule("bn2").register_forward_hook(
             lambda module, inputs, output, kept=kept: kept.append(output)

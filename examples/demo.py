@@ -22,7 +22,8 @@ from kd_lrp_plugin.evaluation.explain import explain
 from kd_lrp_plugin.evaluation.explain_inputs import ExplainOptions
 from kd_lrp_plugin.plots import tables
 from kd_lrp_plugin.report import page
-from kd_lrp_plugin.selection import select, spec
+from kd_lrp_plugin.selection import select
+from kd_lrp_plugin.selection.spec import SelectionSpec
 from kd_lrp_plugin.torchdistill.models import make_builder
 from kd_lrp_plugin.training.trainer import distill
 
@@ -109,11 +110,11 @@ def rank(changes: list[str], record: Path, short: bool) -> Path:
         changes += [f"{kwargs}.batch_size=8", f"{kwargs}.seeds=[0]"]
     config = resolve_config(CONFIGS / "diswot" / "chosen_from_resnet10t.yaml", changes)
     models = construct(config.only("dependencies", "datasets", "models"))["models"]
-    question = spec.spec_from_kwargs(**models["student_model"]["kwargs"])
+    spec = SelectionSpec.from_kwargs(**models["student_model"]["kwargs"])
     if not record.exists():
         with console.RichProgress():
-            select.save_choice(question, select.select(question, make_builder))
-    first = select.load_choice(question)["kwargs"]["name"]
+            select.save_choice(spec, select.Selection(spec, make_builder).rank())
+    first = select.load_choice(spec)["kwargs"]["name"]
     print(f"\nof the untrained students, DisWOT puts {first} first")
     return record
 

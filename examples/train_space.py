@@ -1,9 +1,9 @@
 """Train every student of a space under one protocol: what a selection should have known.
 
 Each student is one run of the driver with the same config, which must have a student_model; its
-architecture is put in. Runs that are finished are used again, and runs that another process is at
-are left to it: start the command several times, on as many processors. When all are finished,
-writes OUT/ground_truth.csv: a row for each student and seed.
+architecture is put in. Finished runs are used again, and those that another process is running are
+left to it: start the command several times, on as many processors. When all are finished, writes
+OUT/ground_truth.csv: a row for each student and seed.
 
     python examples/train_space.py kd.yaml --space thesis --seeds 0 1 --out truth \\
         --set image_size=64 --set train.num_epochs=10
@@ -98,14 +98,15 @@ def train(
         except BlockingIOError:
             missing += 1
             continue
-        size = summary["image_shape"][-1]
-        built = student.build(args.classes, size)
+        channels, height, width = summary["image_shape"]
+        built = student.build(args.classes, height)
+        macs = count_macs(built, (height, width), channels)
         row = {"student": str(student), "seed": seed, "choices": json.dumps(asdict(student))}
         row |= {key: summary[key] for key in ("test_accuracy", "test_loss", "val_accuracy")}
-        row |= {"parameters": count_parameters(built), "macs": count_macs(built, size)}
+        row |= {"parameters": count_parameters(built), "macs": macs}
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         row["val_accuracies"] = json.dumps([json.loads(line)["val_accuracy"] for line in lines])
-        row["image_size"] = size
+        row["image_size"] = height
         rows.append({**row, "seconds": summary["seconds"]})
     if missing:
         sys.exit(f"{missing} runs are still with other processes: start this again to collect all")

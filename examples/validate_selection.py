@@ -41,7 +41,7 @@ from kd_lrp_plugin.models.factory import build_model
 from kd_lrp_plugin.models.mobilenetv2 import mobilenetv2
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.plots import tables
-from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher
+from kd_lrp_plugin.selection.candidates import Batch, Candidate, ScoringSetup, Teacher
 from kd_lrp_plugin.selection.scores.registry import SCORES
 from kd_lrp_plugin.selection.scoring import score_candidates
 
@@ -180,10 +180,8 @@ def score_networks(args: argparse.Namespace, all_kinds: bool = True) -> Judge:
             record = args.out / f"scores-{images}-{name}.jsonl"
             print(f"{len(candidates)} networks, {images}, {name} teacher", flush=True)
             with RichProgress():
-                found = score_candidates(
-                    *(candidates, teacher, [batch], args.scores),
-                    *(range(args.seeds), record, args.jobs),
-                )
+                setup = ScoringSetup(teacher, [batch], args.scores, range(args.seeds))
+                found = score_candidates(candidates, setup, record, args.jobs)
             for score in args.scores:
                 values = [row["scores"][score][0] for row in found]  # there is one batch
                 table = np.array(values, dtype=float).reshape(len(candidates), args.seeds)

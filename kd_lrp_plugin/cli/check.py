@@ -37,7 +37,7 @@ def check(
         read = resolve_config(config, overrides or [])
         problems, warnings = unsafe_tags(read) if safe else [], []
         if not problems:
-            with init_distributed(device) as context, select.preview():
+            with init_distributed(device) as context, select.dry_run():
                 report = dry_run.check(read, context)
             problems, warnings = report.problems, report.warnings
     for warning in warnings:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kd_lrp_plugin.cli.console import RichProgress, Safe, errors_in_words
+from kd_lrp_plugin.metrics.counting import explain_counters
 from kd_lrp_plugin.plots import tables
 from kd_lrp_plugin.runs.folder import RunFolder
 
@@ -42,6 +43,9 @@ def evaluate(
         print(tables.table(found["student"]["per_class"]))
         if both := found.get("student_and_teacher"):
             print(f"\nstudent and teacher agree on {both['agreement']:.3f} of the images")
+        for role in ("student", "teacher"):
+            if line := explain_counters(role, found.get(role, {}).get("cost")):
+                print(line)
         print(f"written: {run}/evaluation.json, confusion.png, reliability.png")
 
 

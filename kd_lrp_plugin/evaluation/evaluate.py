@@ -70,9 +70,8 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     Returns:
         By "student", and "teacher" where the run has one: the metrics of
         :func:`~kd_lrp_plugin.metrics.classification.classification_metrics` and, under "cost",
-        those of :func:`~kd_lrp_plugin.metrics.efficiency.cost`, None for images that are not
-        square. Under "student_and_teacher" those of
-        :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
+        those of :func:`~kd_lrp_plugin.metrics.efficiency.cost`. Under "student_and_teacher" those
+        of :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
@@ -89,9 +88,8 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         outputs = name_outputs(summary["classes"], values.shape[1])
         found[role] = classification_metrics(values, labels, outputs, resamples)
         channels, height, width = summary["image_shape"]
-        found[role]["cost"] = (
-            cost(build_untrained(role, entries), height, channels) if height == width else None
-        )
+        size = (height, width)
+        found[role]["cost"] = cost(build_untrained(role, entries), size, channels)
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(
             probabilities["student"], probabilities["teacher"], labels

@@ -123,7 +123,7 @@ def classification_metrics(
 
 
 def _interval(accuracy: float, n: int, resamples: int, seed: int, confidence: float) -> list[float]:
-    # Each image drawn anew is right with probability `accuracy`: the number of right ones in a
+    # Each image drawn again is right with probability `accuracy`: the number of right ones in a
     # resample is binomial, so no image needs to be drawn.
     right = np.random.default_rng(seed).binomial(n, accuracy, resamples)
     tail = (1 - confidence) / 2

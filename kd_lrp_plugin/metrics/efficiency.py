@@ -4,22 +4,37 @@ Every measurement runs a copy of the model, in evaluation mode and on its own de
 the model and torch's random state stay as they were. Hooks on the model run on the copy too.
 """
 
-import copy
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Any
 
-import thop
 import torch
 from jaxtyping import Float
-from thop.vision.basic_hooks import count_convNd, count_linear, zero_ops
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from kd_lrp_plugin.metrics.counting import (
+    ImageSize,
+    compare_counters,
+    copied,
+    count_flops,
+    count_macs,
+    count_macs_by_thop,
+    fold_weights,
+    run_counter,
+)
 from kd_lrp_plugin.utils.validation import message
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+__all__ = [
+    "cost",
+    "count_flops",
+    "count_macs",
+    "count_parameters",
+    "measure_latency",
+    "megabytes",
+    "memory_access_cost",
+]
 # The first batch allocates memory and, on a GPU, chooses kernels; the second should be like all
 # that follow.
 WARM_UP = 2
@@ -49,67 +64,15 @@ def count_parameters(model: nn.Module, buffers: bool = False) -> int:
     return count
 
 
-def count_macs(model: nn.Module, image_size: int, channels: int = 3) -> int:
-    """Multiply-accumulates of one image in evaluation mode; FLOPs are twice as many.
-
-    Counts convolutions and linear layers, subclasses included; not norms, activations, pooling or
-    the products inside attention. The model is left untouched: thop measures a copy of it.
-
-    Args:
-        model: takes images of shape (1, channels, image_size, image_size).
-        image_size: side of the square image, in pixels.
-        channels: of the image.
-
-    Returns:
-        A number of multiply-accumulates.
-
-    Example:
-        >>> count_macs(nn.Conv2d(3, 8, kernel_size=3, padding=1), image_size=10)
-        21600
-
-    Reference:
-        [T], section 3.3.2: MACs = H·W·Cin·Cout·K², with H×W the output's size, for each
-        convolution. Deviation: Cin/groups where a convolution has groups, and linear layers.
-    """
-    with _copied(model, image_size, channels) as (copied, image):
-        return _macs(copied, image)
-
-
-def count_flops(model: nn.Module, image_size: int, channels: int = 3) -> int:
-    """FLOPs of one image in evaluation mode as torch itself counts them: two for each MAC.
-
-    Counts what is computed rather than which modules there are: convolutions, transposed ones
-    too, and every matrix product, so also those inside attention that :func:`count_macs` leaves
-    out. Biases, norms, activations and pooling are free here as well.
-
-    Args:
-        model: takes images of shape (1, channels, image_size, image_size).
-        image_size: side of the square image, in pixels.
-        channels: of the image.
-
-    Returns:
-        A number of floating-point operations.
-
-    Example:
-        >>> count_flops(nn.Conv2d(3, 8, kernel_size=3, padding=1), image_size=10)
-        43200
-
-    Reference:
-        [T], section 3.3.2: FLOPs = 2·H·W·Cin·Cout·K². Deviation: Cin/groups where a convolution
-        has groups, and matrix products. Counted by torch.utils.flop_counter.FlopCounterMode.
-    """
-    with _copied(model, image_size, channels) as (copied, image):
-        return _flops(copied, image)
-
-
-def memory_access_cost(model: nn.Module, image_size: int, channels: int = 3) -> int:
+def memory_access_cost(model: nn.Module, image_size: ImageSize, channels: int = 3) -> int:
     """Scalars that the convolutions read and write for one image: maps in and out, and weights.
 
-    Sums over the calls of convolutions, subclasses included; no other layer counts.
+    Sums over the calls of convolutions, be they modules or functions; nothing else counts, nor do
+    transposed ones.
 
     Args:
-        model: takes images of shape (1, channels, image_size, image_size).
-        image_size: side of the square image, in pixels.
+        model: takes images of shape (1, channels, height, width).
+        image_size: side of the square image in pixels, or its height and width.
         channels: of the image.
 
     Returns:
@@ -124,8 +87,10 @@ def memory_access_cost(model: nn.Module, image_size: int, channels: int = 3) -> 
         output's size, even where a stride makes the input larger. Deviation: Cin/groups in the
         product with K² where a convolution has groups.
     """
-    with _copied(model, image_size, channels) as (copied, image):
-        return _memory_access_cost(copied, image)
+    with copied(model, image_size, channels) as (copy_of_model, image):
+        formulas = {torch.ops.aten.convolution: _count_accesses}
+        counter = run_counter(fold_weights(copy_of_model), image, formulas)
+        return counter.get_flop_counts().get("Global", {}).get(torch.ops.aten.convolution, 0)
 
 
 def megabytes(model: nn.Module) -> float:
@@ -155,7 +120,7 @@ def megabytes(model: nn.Module) -> float:
 
 def measure_latency(
     model: nn.Module,
-    image_size: int,
+    image_size: ImageSize,
     batch_size: int = 1,
     channels: int = 3,
     seconds: float = 0.5,
@@ -167,8 +132,8 @@ def measure_latency(
     number of threads and on what else it does, so compare only figures of one quiet machine.
 
     Args:
-        model: takes images of shape (batch_size, channels, image_size, image_size).
-        image_size: side of the square images, in pixels.
+        model: takes images of shape (batch_size, channels, height, width).
+        image_size: side of the square images in pixels, or their height and width.
         batch_size: images in the batch.
         channels: of the images.
         seconds: how long to measure, warm-up excluded.
@@ -187,18 +152,18 @@ def measure_latency(
         [T], section 3.3.2, which states no protocol: batch, warm-up and median are ours.
     """
     _check_batch_sizes("measure_latency", [batch_size])
-    with _copied(model, image_size, channels) as (copied, image):
-        return _latency(copied, image, batch_size, seconds)
+    with copied(model, image_size, channels) as (copy_of_model, image):
+        return _latency(copy_of_model, image, batch_size, seconds)
 
 
 def cost(
-    model: nn.Module, image_size: int, channels: int = 3, batch_sizes: Sequence[int] = (1, 32)
-) -> dict[str, int | float]:
+    model: nn.Module, image_size: ImageSize, channels: int = 3, batch_sizes: Sequence[int] = (1, 32)
+) -> dict[str, Any]:
     """All figures of this module in one flat record, ready for JSON.
 
     Args:
-        model: takes images of shape (n, channels, image_size, image_size) for any n.
-        image_size: side of the square images, in pixels.
+        model: takes images of shape (n, channels, height, width) for any n.
+        image_size: side of the square images in pixels, or their height and width.
         channels: of the images.
         batch_sizes: where to measure time; noisy, see :func:`measure_latency`.
 
@@ -206,10 +171,10 @@ def cost(
         ``parameters``; ``parameters_and_statistics``, with the running statistics of batch norms;
         ``macs``, ``flops`` (twice the MACs), ``memory_access_cost``, all for one image;
         ``megabytes``; for each batch size ``latency_ms_batch_N`` and
-        ``images_per_second_batch_N``. As a check of ``macs``, counted by thop, also
-        ``macs_by_torch`` (half of :func:`count_flops`) and ``counters_differ_by``, the difference
-        of both as a part of the larger: 0 where they agree, at most 1. Attention makes it large,
-        since torch alone counts its products.
+        ``images_per_second_batch_N``. As a check of ``macs`` also ``macs_by_thop`` and
+        ``counters_differ_by``, the difference of both as a part of the larger: 0 where they agree,
+        at most 1; :func:`~kd_lrp_plugin.metrics.counting.explain_counters` puts it in words. Both
+        are None for a model that thop cannot run.
 
     Raises:
         ValueError: if a batch size is below 1.
@@ -223,76 +188,50 @@ def cost(
         [T], section 3.3.2 and table 3.6. Deviations: those of the functions above.
     """
     _check_batch_sizes("cost", batch_sizes)
-    record: dict[str, int | float] = {
+    macs = count_macs(model, image_size, channels)
+    record: dict[str, Any] = {
         "parameters": count_parameters(model),
         "parameters_and_statistics": count_parameters(model, buffers=True),
-    }
-    with _copied(model, image_size, channels) as (copied, image):
-        accesses = _memory_access_cost(copied, image)
-        by_torch = _flops(copied, image) // 2
-        latencies = {n: _latency(copied, image, n) for n in batch_sizes}
-        macs = _macs(copied, image)  # last: thop leaves its counters on the copy
-    record |= {
         "macs": macs,
         "flops": 2 * macs,
-        "memory_access_cost": accesses,
+        "memory_access_cost": memory_access_cost(model, image_size, channels),
         "megabytes": megabytes(model),
     }
-    for n, latency in latencies.items():
-        record[f"latency_ms_batch_{n}"] = 1e3 * latency
-        record[f"images_per_second_batch_{n}"] = n / latency
-    record["macs_by_torch"] = by_torch
-    record["counters_differ_by"] = abs(macs - by_torch) / max(macs, by_torch, 1)
-    return record
+    with copied(model, image_size, channels) as (copy_of_model, image):
+        for n in batch_sizes:
+            latency = _latency(copy_of_model, image, n)
+            record[f"latency_ms_batch_{n}"] = 1e3 * latency
+            record[f"images_per_second_batch_{n}"] = n / latency
+    return record | check_macs(model, macs, image_size, channels)
 
 
-@contextmanager
-def _copied(
-    model: nn.Module, image_size: int, channels: int
-) -> Iterator[tuple[nn.Module, Float[Tensor, "1 c h w"]]]:
-    """A copy in evaluation mode and one image of noise; no gradients, random state put back."""
-    like = next(model.parameters(), torch.empty(0))
-    gpus = [like.device] if like.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(gpus):
-        size = (1, channels, image_size, image_size)
-        yield copy.deepcopy(model).eval(), torch.rand(size, dtype=like.dtype, device=like.device)
+def check_macs(
+    model: nn.Module, macs: int, image_size: ImageSize, channels: int = 3
+) -> dict[str, Any]:
+    """What thop counts for a model of ``macs``, and how far off that is; see :func:`cost`."""
+    try:
+        by_thop = count_macs_by_thop(model, image_size, channels)
+    except Exception:  # only a check: thop's hooks may fail in any way on others' modules
+        by_thop = None
+    return {"macs_by_thop": by_thop, "counters_differ_by": compare_counters(macs, by_thop)}
 
 
-def _macs(model: nn.Module, image: Float[Tensor, "1 c h w"]) -> int:
-    # thop goes by exact type and skips subclasses such as timm's Conv2dSame in silence. A type
-    # with children gets no rule, since thop would not look inside it any more.
-    parents = {type(module) for module in model.modules() if next(module.children(), None)}
-    rules = {type(m): _rule(m) for m in model.modules() if type(m) not in parents}
-    macs, _ = thop.profile(model, inputs=(image,), custom_ops=rules, verbose=False)
-    return int(macs)
-
-
-def _rule(module: nn.Module) -> Callable[..., None]:
-    if isinstance(module, CONVOLUTIONS):
-        return count_convNd
-    return count_linear if isinstance(module, nn.Linear) else zero_ops
-
-
-def _flops(model: nn.Module, image: Float[Tensor, "1 c h w"]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops()
-
-
-def _memory_access_cost(model: nn.Module, image: Float[Tensor, "1 c h w"]) -> int:
-    costs: list[int] = []
-
-    def add(module: nn.Conv2d, _: tuple[Tensor, ...], output: Tensor) -> None:
-        positions = output.numel() // module.out_channels
-        maps = positions * (module.in_channels + module.out_channels)
-        costs.append(maps + module.weight.numel())
-
-    convolutions = [module for module in model.modules() if isinstance(module, CONVOLUTIONS)]
-    handles = [module.register_forward_hook(add) for module in convolutions]
-    model(image)
-    for handle in handles:
-        handle.remove()
-    return sum(costs)
+def _count_accesses(
+    images: Sequence[int],
+    weight: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    *_: object,
+    out_shape: Sequence[int],
+    **__: object,
+) -> int:
+    if transposed:
+        return 0
+    positions = out_shape[0] * math.prod(out_shape[2:])
+    return positions * (images[1] + out_shape[1]) + math.prod(weight)
 
 
 def _latency(

@@ -66,8 +66,8 @@ def compare_quality(
     """
     arrays = [np.asarray(v, dtype=float) for v in (one, other, accuracies, parameters)]
 
-    def differences(places: np.ndarray) -> dict[str, float]:
-        a, b, truth, size = (array[places] for array in arrays)
+    def differences(indices: np.ndarray) -> dict[str, float]:
+        a, b, truth, size = (array[indices] for array in arrays)
         first, second = ranking_quality(a, truth, size), ranking_quality(b, truth, size)
         return {name: first[name] - second[name] for name in first}
 

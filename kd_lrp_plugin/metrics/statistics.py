@@ -99,12 +99,12 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Reference:
         Holm, Scandinavian Journal of Statistics 1979.
     """
-    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    known = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     least = 0.0
-    for rank, (p, place) in enumerate(known):
+    for rank, (p, index) in enumerate(known):
         least = max(least, min(1.0, p * (len(known) - rank)))
-        corrected[place] = least
+        corrected[index] = least
     return corrected
 
 

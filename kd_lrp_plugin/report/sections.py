@@ -224,7 +224,7 @@ def read_selection(
         record = read_json(file)
         if isinstance(record, dict) and record.get("ranking"):
             question, ranking = record["question"], record["ranking"]
-            hidden = ("problem", "entry", "latency")
+            hidden = ("problem", "entry", "latency", "counters_differ_by")
             return {
                 "file": short(file),
                 "chosen": record["candidate"],

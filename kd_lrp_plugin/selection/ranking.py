@@ -1,4 +1,4 @@
-"""What is ranked and what it costs: budgets, places, the front, what a score adds to size."""
+"""What is ranked and what it costs: budgets, ranks, Pareto front, what a score adds to size."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,12 +7,19 @@ from typing import Any
 import numpy as np
 from scipy.stats import kendalltau, rankdata
 
-from kd_lrp_plugin.metrics.efficiency import count_macs, count_parameters, measure_latency
-from kd_lrp_plugin.selection.candidates import Candidate, reason, seeded
+from kd_lrp_plugin.metrics.counting import TOLERANCE, ImageSize
+from kd_lrp_plugin.metrics.efficiency import (
+    check_macs,
+    count_macs,
+    count_parameters,
+    measure_latency,
+)
+from kd_lrp_plugin.selection.candidates import Candidate, build_seeded, describe_failure
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 
 COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
+CHECK = "counters_differ_by"  # beside the costs, and no cost itself
 BUDGETS = {  # by the name that users write: the cost, and its units
     "params": ("parameters", COUNTS),
     "macs": ("macs", COUNTS),
@@ -21,7 +28,7 @@ BUDGETS = {  # by the name that users write: the cost, and its units
 
 
 def summarise_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mean and spread of each score by candidate, over batches and seeds.
+    """Mean and standard deviation of each score by candidate, over batches and seeds.
 
     Returns:
         By candidate: {"score": (mean, standard deviation)}, None for a score that failed once or
@@ -42,10 +49,10 @@ def summarise_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, A
 
 
 def ranks(values: Sequence[float | None]) -> list[int | None]:
-    """Places from 1, the lowest value first; equal ones share the better place."""
+    """Ranks from 1, the lowest value first; equal ones share the better rank."""
     numbers = np.array(values, dtype=float)
-    places = rankdata(numbers, method="min", nan_policy="omit")
-    return [None if np.isnan(place) else int(place) for place in places]
+    found = rankdata(numbers, method="min", nan_policy="omit")
+    return [None if np.isnan(rank) else int(rank) for rank in found]
 
 
 def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:
@@ -129,48 +136,59 @@ def _as_written(budget: Iterable[str], amounts: Mapping[str, float]) -> str:
 
 def measure_costs(
     candidates: Sequence[Candidate],
-    image_size: int,
+    image_size: ImageSize,
     channels: int = 3,
     latency: bool = True,
-) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """What each candidate costs, by name.
 
+    Args:
+        candidates: to build and run.
+        image_size: side of the square images in pixels, or their height and width.
+        channels: of the images.
+        latency: measure it too.
+
     Returns:
-        Of those that work, parameters, macs and, if asked for, latency (seconds per image at
-        batch 1); and why the others cannot be built, or not run on images of this size.
+        Of those that work, parameters, macs, what thop makes of these ("counters_differ_by" of
+        :func:`kd_lrp_plugin.metrics.efficiency.cost`) and, if asked for, latency (seconds per
+        image at batch 1); and why the others cannot be built, or not run on images of this size.
     """
     costs, problems = {}, {}
     for candidate in current_progress().track(candidates, "counting", len(candidates)):
         try:
-            model = seeded(candidate.build, 0)
-            cost = {
+            model = build_seeded(candidate.build, 0)
+            macs = count_macs(model, image_size, channels)
+            cost: dict[str, Any] = {
                 "parameters": float(count_parameters(model)),
-                "macs": float(count_macs(model, image_size, channels)),
+                "macs": float(macs),
+                CHECK: check_macs(model, macs, image_size, channels)[CHECK],
             }
             if latency:
                 cost["latency"] = measure_latency(model, image_size, 1, channels)
         except Exception as error:  # a network of others may fail in any way
-            problems[candidate.name] = reason(error)
+            problems[candidate.name] = describe_failure(error)
         else:
             costs[candidate.name] = cost
     return costs, problems
 
 
 def rank_candidates(
-    rows: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str, float]], score: str
+    rows: Sequence[Mapping[str, Any]], costs: Mapping[str, Mapping[str, Any]], score: str
 ) -> list[dict[str, Any]]:
     """What :func:`score_candidates` and :func:`measure_costs` have found, a record per candidate,
     best first.
 
     Returns:
-        Records with the candidate's name, the score's mean and spread, each cost, the rank by each
-        of them, and whether the candidate is on the front of low score and few parameters and
-        macs. A candidate without the score comes last, with the problem.
+        Records with the candidate's name, the score's mean and standard deviation ("spread"), each
+        cost, the rank by score and by each cost, and whether the candidate is on the Pareto front
+        of low score and few parameters and macs ("front"). A candidate without the score comes
+        last, with the problem.
     """
     summary = summarise_scores(rows)
     names = list(summary)
     means = [summary[name][score][0] if summary[name][score] else None for name in names]
-    by_cost = {k: ranks([costs[name][k] for name in names]) for k in costs[names[0]]}
+    kinds = [kind for kind in costs[names[0]] if kind != CHECK]
+    by_cost = {kind: ranks([costs[name][kind] for name in names]) for kind in kinds}
     by_score = ranks(means)
     known = {i: value for i, value in enumerate(means) if value is not None}
     points = [
@@ -185,11 +203,22 @@ def rank_candidates(
             record["spread"] = summary[name][score][1]
         record |= costs[name]
         record["rank by score"] = by_score[i]
-        record |= {f"rank by {cost}": places[i] for cost, places in by_cost.items()}
+        record |= {f"rank by {kind}": order[i] for kind, order in by_cost.items()}
         record["front"] = front.get(i, False)
         record["problem"] = summary[name]["problems"].get(score)
         records.append(record)
     return sorted(records, key=lambda record: (record["score"] is None, record["score"] or 0.0))
+
+
+def summarise_counters(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """For how many candidates both counters of MACs are over 1 % apart; None if for none."""
+    apart = [r[CHECK] for r in records if r.get(CHECK) is not None and r[CHECK] > TOLERANCE]
+    if not apart:
+        return None
+    return (
+        f"MACs are of what is computed; thop, which counts modules, is up to {max(apart):.0%} "
+        f"apart, for {len(apart)} of {len(records)} by more than 1%."
+    ).replace("%", " %")
 
 
 def summarise_ranking(records: Sequence[Mapping[str, Any]]) -> str:
@@ -219,8 +248,8 @@ def summarise_ranking(records: Sequence[Mapping[str, Any]]) -> str:
         )
     if spread > float(np.median(steps)):
         words.append(
-            f"Neighbours in the ranking are not told apart: the spread over initialisations and "
-            f"batches is {spread:.3g}, a step of the ranking {float(np.median(steps)):.3g}."
+            f"Neighbours in the ranking do not differ: the standard deviation over initialisations "
+            f"and batches is {spread:.3g}, a step of the ranking {float(np.median(steps)):.3g}."
         )
     words.append("Whether it finds accurate students, only trained ones can tell.")
     return " ".join(words)

@@ -9,7 +9,12 @@ import torch
 from torch import nn
 
 from kd_lrp_plugin.selection.cache import ScoreCache
-from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher, reason, seeded
+from kd_lrp_plugin.selection.candidates import (
+    Candidate,
+    ScoringSetup,
+    build_seeded,
+    describe_failure,
+)
 from kd_lrp_plugin.selection.scores.observation import Observation
 from kd_lrp_plugin.selection.scores.registry import SCORES
 from kd_lrp_plugin.utils.progress import current_progress
@@ -21,24 +26,17 @@ TEACHER_SEED = 1_000_003  # added to a seed for the teacher's initialisation
 
 def score_candidates(
     candidates: Sequence[Candidate],
-    teacher: Teacher,
-    batches: Sequence[Batch],
-    scores: Sequence[str],
-    seeds: Sequence[int] = (0,),
+    setup: ScoringSetup,
     record: Path | None = None,
     jobs: int = 1,
 ) -> list[dict[str, Any]]:
     """Score every candidate with every seed and batch.
 
-    A seed stands for one initialisation of student and, unless it is trained, teacher. A score
-    that fails, or is not finite, is reported in its row; the others go on.
+    A score that fails, or is not finite, is reported in its row; the others go on.
 
     Args:
         candidates: with names of their own.
-        teacher: see :class:`Teacher`.
-        batches: images and class indices.
-        scores: of :data:`kd_lrp_plugin.selection.scores.registry.SCORES`.
-        seeds: of the initialisations.
+        setup: teacher, batches, scores and seeds.
         record: a file of JSON lines to which rows are added as they come; what it holds already
             is not computed again.
         jobs: processes to share the work.
@@ -50,93 +48,98 @@ def score_candidates(
     Raises:
         ValueError: for an unknown score, candidates of one name, or no batch.
     """
-    for name in scores:
+    for name in setup.scores:
         check_known("score", name, SCORES)
     names = [candidate.name for candidate in candidates]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(message("candidates", "different names", twice, "Name each once."))
-    if not batches or not names:
-        got = f"{len(names)} candidates, {len(batches)} batches"
-        raise ValueError(message("measure", "a candidate and a batch or more", got, ""))
-    kept = ScoreCache(record, teacher, batches, scores)
+    if not setup.batches or not names:
+        got = f"{len(names)} candidates, {len(setup.batches)} batches"
+        expected, fix = "a candidate and a batch or more", "Name some."
+        raise ValueError(message("score_candidates", expected, got, fix))
+    cache = ScoreCache(record, setup)
     work = [
         (candidate, seed)
-        for seed in seeds  # all with one seed, so that the teacher is observed once for it
+        for seed in setup.seeds  # all with one seed, so that the teacher is observed once for it
         for candidate in candidates
-        if kept.row(candidate, seed) is None
+        if cache.row(candidate, seed) is None
     ]
-    task = Scorer(teacher, batches, scores)
-    for (candidate, _), row in zip(
-        work, current_progress().track(_spread(task, work, jobs), "scoring", len(work)), strict=True
-    ):
-        kept.add(candidate, row)
-    return [row for c in candidates for seed in seeds if (row := kept.row(c, seed)) is not None]
+    rows = current_progress().track(_score_all(Scorer(setup), work, jobs), "scoring", len(work))
+    for (candidate, _), row in zip(work, rows, strict=True):
+        cache.add(candidate, row)
+    wanted = [(candidate, seed) for candidate in candidates for seed in setup.seeds]
+    return [row for pair in wanted if (row := cache.row(*pair)) is not None]
 
 
 class Scorer:
     """Scores candidates; observes the teacher once per seed and batch."""
 
-    def __init__(self, teacher: Teacher, batches: Sequence[Batch], scores: Sequence[str]) -> None:
-        self.teacher, self.batches, self.scores = teacher, list(batches), list(scores)
+    def __init__(self, setup: ScoringSetup) -> None:
+        self.setup = setup
         self._observed: dict[tuple[int | None, str], list[Observation]] = {}
 
     def __call__(self, candidate: Candidate, seed: int) -> dict[str, Any]:
-        values: dict[str, list[float | None]] = {name: [] for name in self.scores}
+        values: dict[str, list[float | None]] = {name: [] for name in self.setup.scores}
         problems: dict[str, str] = {}
         students: dict[str, list[Observation]] = {}
-        for name in self.scores:
+        for name in self.setup.scores:
             score = SCORES[name]
-            for place in range(len(self.batches)):
+            for index in range(len(self.setup.batches)):
                 try:
                     if score.init not in students:
-                        model = seeded(candidate.build, seed, score.init)
+                        model = build_seeded(candidate.build, seed, score.init)
                         students[score.init] = self._observe(model, candidate.layers, seed)
-                    teacher = self._teacher(seed, score.init)[place]
+                    teacher = self._observe_teacher(seed, score.init)[index]
                     with torch.random.fork_rng(devices=[]):
                         torch.manual_seed(seed)  # of noise, if a score draws any
-                        value = score.function(students[score.init][place], teacher)
+                        value = score.function(students[score.init][index], teacher)
                     if not math.isfinite(value):
                         raise ValueError(message(name, "a finite score", value, ""))
                     values[name].append(value)
                 except Exception as error:  # a network of others may fail in any way
                     values[name].append(None)
-                    problems[name] = reason(error)
+                    problems[name] = describe_failure(error)
         return {"candidate": candidate.name, "seed": seed, "scores": values, "problems": problems}
 
-    def _teacher(self, seed: int, init: str) -> list[Observation]:
-        fixed = self.teacher.trained and init == "own"
+    def _observe_teacher(self, seed: int, init: str) -> list[Observation]:
+        given = self.setup.teacher
+        fixed = given.trained and init == "own"
         key = (None if fixed else seed, init)
         if key not in self._observed:
             for old in [old for old in self._observed if old[0] not in (None, seed)]:
                 del self._observed[old]  # seeds come one after the other
             # Drawn from the student's seed, their first layers would be the same.
             drawn = seed + TEACHER_SEED
-            model = seeded(self.teacher.build, drawn, init)
-            self._observed[key] = self._observe(model, self.teacher.layers, drawn, not fixed)
+            model = build_seeded(given.build, drawn, init)
+            self._observed[key] = self._observe(model, given.layers, drawn, not fixed)
         return self._observed[key]
 
     def _observe(
         self, model: nn.Module, layers: tuple[str, ...] | None, seed: int, train_mode: bool = True
     ) -> list[Observation]:
-        return [Observation(model, *batch, layers, train_mode, seed) for batch in self.batches]
+        return [
+            Observation(model, *batch, layers, train_mode, seed) for batch in self.setup.batches
+        ]
 
 
-def _spread(task: Scorer, work: list[tuple[Candidate, int]], jobs: int) -> Iterable[dict[str, Any]]:
+def _score_all(
+    scorer: Scorer, work: list[tuple[Candidate, int]], jobs: int
+) -> Iterable[dict[str, Any]]:
     if jobs == 1 or len(work) < 2:
         for candidate, seed in work:
-            yield task(candidate, seed)
+            yield scorer(candidate, seed)
         return
-    with workers(jobs, _begin_scoring, task) as pool:
-        yield from pool.map(_go_on, work)
+    with workers(jobs, _begin_scoring, scorer) as pool:
+        yield from pool.map(_score_in_worker, work)
 
 
-_TASK: list[Scorer] = []  # of a worker process
+_SCORER: list[Scorer] = []  # of a worker process
 
 
-def _begin_scoring(task: Scorer) -> None:
-    _TASK.append(task)
+def _begin_scoring(scorer: Scorer) -> None:
+    _SCORER.append(scorer)
 
 
-def _go_on(work: tuple[Candidate, int]) -> dict[str, Any]:
-    return _TASK[0](*work)
+def _score_in_worker(work: tuple[Candidate, int]) -> dict[str, Any]:
+    return _SCORER[0](*work)

@@ -1,26 +1,27 @@
 """Search a space too large to rank: Optuna's NSGA-II on score, MACs and parameters."""
 
-import fcntl
+import errno
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
 from kd_lrp_plugin.selection.cache import ScoreCache
-from kd_lrp_plugin.selection.candidates import Batch, Candidate, Teacher
+from kd_lrp_plugin.selection.candidates import Candidate, ScoringSetup, describe_entry
 from kd_lrp_plugin.selection.ranking import filter_by_budget, measure_costs
 from kd_lrp_plugin.selection.scoring import Scorer
 from kd_lrp_plugin.selection.spaces import Space
-from kd_lrp_plugin.utils.files import hash_contents
+from kd_lrp_plugin.utils.files import damaged, hash_contents
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.workers import workers
 
@@ -28,6 +29,7 @@ try:
     import fcntl
 except ImportError:  # Windows: two processes may score the same student
     fcntl = None  # type: ignore[assignment]
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 UNKNOWN = 1e15  # stands for what a student over budget, or one that fails, would have
 
 
@@ -48,43 +50,45 @@ class SearchResult(NamedTuple):
     problems: dict[str, str]
 
 
-def search(
-    space: Space,
-    candidate_of: Callable[[MobileNetV2], Candidate],
-    teacher: Teacher,
-    batches: list[Batch],
-    score: str,
-    trials: int,
-    folder: Path,
-    budget: Mapping[str, float] | None = None,
-    seeds: tuple[int, ...] = (0,),
-    jobs: int = 1,
-) -> SearchResult:
-    """Look at ``trials`` students of a space, more of those that no other one beats.
+@dataclass(frozen=True)
+class SearchTask:
+    """What is searched, and for what.
 
-    The study is a journal in ``folder``: given again, the search goes on, and several processes
-    that are given the same folder share it. No architecture is scored twice: scores are kept in
+    Attributes:
+        space: see :class:`kd_lrp_plugin.selection.spaces.Space`.
+        make_candidate: makes the candidate of a student, named by its text; can be pickled.
+        setup: teacher, images, seeds and the one score.
+        trials: of the study in all, those of an earlier call included.
+        budget: of :func:`kd_lrp_plugin.selection.ranking.parse_budget`.
+    """
+
+    space: Space
+    make_candidate: Callable[[MobileNetV2], Candidate]
+    setup: ScoringSetup
+    trials: int
+    budget: Mapping[str, float] = field(default_factory=dict)
+
+
+def search(task: SearchTask, folder: Path, jobs: int = 1) -> SearchResult:
+    """Look at some students of a space, more of those that no other one beats.
+
+    The study is a journal in ``folder``: the same call resumes it, and several processes that are
+    given the same folder share it. No architecture is scored twice: scores are kept in
     ``scores.jsonl``, costs in the study. A student over budget costs no score. Another teacher,
-    other images or another question make a study of their own.
+    other images or another task make a study of their own. One process draws the same students
+    each time; how several of them take turns is up to the system.
 
     Args:
-        space: see :class:`kd_lrp_plugin.selection.spaces.Space`.
-        candidate_of: makes the candidate of a student, named by its text; can be pickled.
-        teacher: see :func:`kd_lrp_plugin.selection.scoring.score_candidates`, as batches, score and
-            seeds.
-        batches: of images and class indices.
-        score: of :data:`kd_lrp_plugin.selection.scores.registry.SCORES`.
-        trials: of the study in all, those of an earlier call included.
+        task: space, students, score, number of trials and budget.
         folder: for ``study.journal`` and ``scores.jsonl``.
-        budget: of :func:`kd_lrp_plugin.selection.ranking.parse_budget`.
-        seeds: of the initialisations.
         jobs: processes to share the work.
 
     Returns:
         What it has seen, earlier calls included.
 
     Raises:
-        ValueError: if no student within budget was seen; names the nearest.
+        ValueError: if no student within budget was seen (names the nearest), or if the journal is
+            damaged.
 
     Reference:
         Deb et al., 2002 (NSGA-II), by Optuna (Akiba et al., KDD 2019). The thesis and DisWOT name
@@ -92,121 +96,136 @@ def search(
     """
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(logging.WARNING)
-    question = (score, trials, folder.resolve(), budget or {}, seeds)
-    here = SearchWorker(space, candidate_of, teacher, batches, *question)
-    missing = max(0, trials - len(here.finished()))
-    for _ in current_progress().track(_looks(here, missing, jobs), "searching", missing):
+    worker = SearchWorker(task, folder.resolve())
+    missing = max(0, task.trials - len(worker.finished()))
+    for _ in current_progress().track(_run_trials(worker, missing, jobs), "searching", missing):
         pass
-    seen = {trial.user_attrs["candidate"]: trial for trial in here.finished()}
+    seen = {trial.user_attrs["candidate"]: trial for trial in worker.finished()}
     costs = {name: dict(t.user_attrs["costs"]) for name, t in seen.items() if t.user_attrs["costs"]}
     problems = {name: t.user_attrs["problem"] for name, t in seen.items() if name not in costs}
     try:
-        kept = filter_by_budget(here.budget, costs) if costs else []
+        kept = filter_by_budget(task.budget, costs) if costs else []
     except ValueError as error:
         raise ValueError(
             f"{error} That is of {len(seen)} seen; more trials may find one."
         ) from None
-    students = {name: here.student(seen[name].params) for name in (*kept, *problems)}
-    rows = [here.row(candidate_of(students[name]), seed) for name in kept for seed in seeds]
+    students = {name: worker.student(seen[name].params) for name in (*kept, *problems)}
+    pairs = [(task.make_candidate(students[name]), seed) for name in kept for seed in worker.seeds]
+    rows = [worker.row(*pair) for pair in pairs]
     return SearchResult(students, rows, {name: costs[name] for name in kept}, problems)
 
 
-def _looks(part: "SearchWorker", missing: int, jobs: int) -> Iterator[None]:
-    fresh = replace(part)  # a forked process must open a study of its own
+def _run_trials(worker: "SearchWorker", missing: int, jobs: int) -> Iterator[None]:
+    fresh = replace(worker)  # a forked process must open a study of its own
     if jobs == 1 or missing < 2:
         for _ in range(missing):
             fresh()
             yield
         return
-    with workers(jobs, _begin, fresh) as pool:
-        yield from pool.map(_look, range(missing))
+    with workers(jobs, _begin_search, fresh) as pool:
+        yield from pool.map(_run_trial, range(missing))
 
 
-_PART: "list[SearchWorker]" = []  # of a worker process
+_WORKER: "list[SearchWorker]" = []  # of a worker process
 
 
-def _begin(part: "SearchWorker") -> None:
+def _begin_search(worker: "SearchWorker") -> None:
     optuna.logging.set_verbosity(logging.WARNING)
-    _PART.append(part)
+    _WORKER.append(replace(worker, draw=os.getpid()))  # else all would draw the same students
 
 
-def _look(_: int) -> None:
-    _PART[0]()
+def _run_trial(_: int) -> None:
+    _WORKER[0]()
 
 
 @dataclass(frozen=True)
 class SearchWorker:
-    """One process's part in a search; its study is opened when it is first used."""
+    """One process's part in a search; its study is opened when it is first used.
 
-    space: Space
-    candidate_of: Callable[[MobileNetV2], Candidate]
-    teacher: Teacher
-    batches: list[Batch]
-    score: str
-    trials: int
+    Attributes:
+        task: what is searched.
+        folder: of the study.
+        draw: what this process's draws depend on, beside the trials that it finds.
+    """
+
+    task: SearchTask
     folder: Path
-    budget: Mapping[str, float]
-    seeds: tuple[int, ...]
+    draw: int = 0
 
     def __call__(self) -> None:
         """One more trial, unless other processes have added the last one."""
-        if len(self.finished()) < self.trials:
-            self.study.optimize(self._look, n_trials=1)
+        if len(self.finished()) < self.task.trials:
+            self.study.optimize(self._evaluate, n_trials=1)
 
     @cached_property
     def axes(self) -> dict[str, Any]:
-        return self.space.axes()
+        return self.task.space.axes()
 
     @cached_property
-    def kept(self) -> ScoreCache:
-        return ScoreCache(self.folder / "scores.jsonl", self.teacher, self.batches, [self.score])
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(self.task.setup.seeds)
+
+    @cached_property
+    def score(self) -> str:
+        (score,) = self.task.setup.scores
+        return score
+
+    @cached_property
+    def cache(self) -> ScoreCache:
+        return ScoreCache(self.folder / "scores.jsonl", self.task.setup)
 
     @cached_property
     def scorers(self) -> dict[int, Scorer]:
         """One for each seed, since each observes the teacher for one seed only."""
-        return {seed: Scorer(self.teacher, self.batches, [self.score]) for seed in self.seeds}
+        return {seed: Scorer(self.task.setup) for seed in self.seeds}
 
     @cached_property
     def study(self) -> optuna.Study:
-        one = self.candidate_of(next(iter(self.space)))  # tells of what kind all are
-        kind, asked = (one.about, one.layers), (self.score, self.axes, sorted(self.budget.items()))
-        question = repr((*asked, self.seeds, self.kept.setting, kind))
-        return optuna.create_study(
-            study_name=hash_contents(question.encode()),
-            directions=["minimize"] * 3,
-            sampler=optuna.samplers.NSGAIISampler(
-                population_size=min(50, max(4, self.trials // 5))
-            ),
-            storage=JournalStorage(_mended(self.folder / "study.journal")),
-            load_if_exists=True,
+        one = self.task.make_candidate(next(iter(self.task.space)))  # tells of what kind all are
+        kind = describe_entry(one.entry), one.layers
+        asked = self.score, self.axes, sorted(self.task.budget.items()), self.seeds
+        identity = repr((*asked, self.cache.setting, kind))
+        storage = open_journal(self.folder / "study.journal")
+        name = hash_contents(identity.encode())
+        study = optuna.create_study(
+            study_name=name, directions=["minimize"] * 3, storage=storage, load_if_exists=True
         )
+        # What a resumed search drew before, it would draw again from the same seed.
+        begun = len(study.get_trials(deepcopy=False))
+        study.sampler = optuna.samplers.NSGAIISampler(
+            population_size=min(50, max(4, self.task.trials // 5)), seed=self.draw + begun
+        )
+        return study
 
     def finished(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
 
-    def student(self, places: Mapping[str, int]) -> MobileNetV2:
-        return self.space.student({name: self.axes[name][place] for name, place in places.items()})
+    def student(self, chosen: Mapping[str, int]) -> MobileNetV2:
+        """The student of one index per axis."""
+        values = {name: self.axes[name][index] for name, index in chosen.items()}
+        return self.task.space.student(values)
 
     def row(self, candidate: Candidate, seed: int) -> dict[str, Any]:
-        """Kept, or scored now."""
+        """Cached, or scored now."""
         with _alone(self.folder / "scoring.lock", candidate.name):
-            self.kept.refresh()
-            row = self.kept.row(candidate, seed)
+            self.cache.refresh()
+            row = self.cache.row(candidate, seed)
             if row is None:
                 row = self.scorers[seed](candidate, seed)
-                self.kept.add(candidate, row)
+                self.cache.add(candidate, row)
         return row
 
-    def _look(self, trial: optuna.Trial) -> tuple[float, float, float]:
-        places = {
+    def _evaluate(self, trial: optuna.Trial) -> tuple[float, float, float]:
+        chosen = {
             name: trial.suggest_categorical(name, range(len(values)))
             for name, values in self.axes.items()
         }
-        candidate = self.candidate_of(self.student(places))
-        costs, problem = self._costs(candidate)
+        candidate = self.task.make_candidate(self.student(chosen))
+        costs, problem = self._measure(candidate)
         for key, value in {"candidate": candidate.name, "costs": costs, "problem": problem}.items():
             trial.set_user_attr(key, value)
-        over = max((costs.get(k, UNKNOWN) / most - 1 for k, most in self.budget.items()), default=0)
+        budget = self.task.budget.items()
+        over = max((costs.get(k, UNKNOWN) / most - 1 for k, most in budget), default=0)
         values: list[float | None] = [None]
         if costs and over <= 0:
             rows = [self.row(candidate, seed) for seed in self.seeds]
@@ -216,13 +235,13 @@ class SearchWorker:
         trial.set_constraint("student", over if over > 0 else float(score == UNKNOWN))
         return score, costs.get("macs", UNKNOWN), costs.get("parameters", UNKNOWN)
 
-    def _costs(self, candidate: Candidate) -> tuple[dict[str, float], str | None]:
+    def _measure(self, candidate: Candidate) -> tuple[dict[str, Any], str | None]:
         for trial in self.finished():
             if trial.user_attrs["candidate"] == candidate.name:
                 return trial.user_attrs["costs"], trial.user_attrs["problem"]
-        images, _ = self.batches[0]
-        size, channels = images.shape[-1], images.shape[1]
-        costs, problems = measure_costs([candidate], size, channels, "latency" in self.budget)
+        size, channels = self.task.setup.image_size, self.task.setup.channels
+        latency = "latency" in self.task.budget
+        costs, problems = measure_costs([candidate], size, channels, latency)
         return costs.get(candidate.name, {}), problems.get(candidate.name)
 
 
@@ -231,21 +250,81 @@ def _alone(file: Path, name: str) -> Iterator[None]:
     """Other processes wait here that have the same name; a killed one lets them go on."""
     with file.open("a") as lock:
         if fcntl:
-            place = int(hash_contents(name.encode())[:15], 16)
+            offset = int(hash_contents(name.encode())[:15], 16)
             with suppress(OSError):  # of a file system without locks
-                fcntl.lockf(lock, fcntl.LOCK_EX, 1, place)
+                fcntl.lockf(lock, fcntl.LOCK_EX, 1, offset)
         yield
 
 
-def _mended(journal: Path) -> JournalFileBackend:
-    """A journal without half a line at its end, which a power cut or a full disk has left."""
-    lock = JournalFileSymlinkLock(str(journal))
-    backend = JournalFileBackend(str(journal), lock)
+# --- the journal --------------------------------------------------------------------------------
+
+
+class JournalLock(JournalFileOpenLock):
+    """A lock of the operating system, which ends with the process that holds it.
+
+    Optuna's usual one is a link that a killed process leaves behind; to a relative path it leads
+    nowhere, and is waited for without end. Where the file system has no locks, the parent class
+    takes over: a file, removed when nobody has touched it for half a minute.
+
+    Args:
+        journal: the file to lock; beside it lies ``<journal>.held``.
+    """
+
+    def __init__(self, journal: Path) -> None:
+        super().__init__(f"{journal.resolve()}.held")
+        self._file = f"{journal.resolve()}.held"
+        self._handle: int | None = None
+        self._has_locks = fcntl is not None
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and hold it."""
+        if not self._has_locks:
+            return super().acquire()
+        handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in NO_LOCKS:
+                raise
+            self._has_locks = False
+            return super().acquire()
+        except BaseException:
+            os.close(handle)
+            raise
+        self._handle = handle
+        return True
+
+    def release(self) -> None:
+        """Let others have it."""
+        if not self._has_locks:
+            super().release()
+        elif self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def open_journal(file: Path) -> JournalStorage:
+    """A journal without half a line at its end, which a power cut or a full disk has left.
+
+    Raises:
+        ValueError: if it is damaged elsewhere; names the repair, which scores nothing again.
+    """
+    lock = JournalLock(file)
+    backend = JournalFileBackend(str(file), lock)
     lock.acquire()
     try:
-        with journal.open("rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
+        with file.open("rb+") as journal:
+            content = journal.read()
+            journal.truncate(content.rfind(b"\n") + 1)
     finally:
         lock.release()
-    return backend
+    try:
+        return JournalStorage(backend)
+    except Exception as error:  # whatever replaying a line of nonsense may raise
+        fix = (
+            "Delete this file and give the same command again: the search begins again, and takes "
+            "all scores from scores.jsonl beside it."
+        )
+        got = f"one that cannot be read ({type(error).__name__}: {error})"
+        raise damaged(file, "an intact journal", got, fix) from error

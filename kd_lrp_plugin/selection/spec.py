@@ -1,4 +1,4 @@
-"""What a selection is asked: checked once, and what the record of its answer must agree on."""
+"""What a selection is asked: checked once, and what a recorded selection must agree on."""
 
 import json
 import os
@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
-from kd_lrp_plugin.selection.candidates import Batch
+from kd_lrp_plugin.selection.candidates import Batch, Entry
 from kd_lrp_plugin.selection.ranking import parse_budget
 from kd_lrp_plugin.selection.scores.registry import SCORES
 from kd_lrp_plugin.selection.spaces import SPACES, Space
 from kd_lrp_plugin.utils.validation import check_known, message
 
-Entry = dict[str, Any]  # {"key": ..., "kwargs": ...}, as under ``models``
 WHERE = "diswot_student"
 MANY = 2000  # more candidates than anybody wants to score one by one
 
@@ -138,12 +137,27 @@ class SelectionSpec:
             return SPACES[given]
         return Space(given) if isinstance(given, Mapping) else None
 
-    def words(self) -> dict[str, Any]:
-        """What a record must agree on, as JSON; without data, nothing is said of it."""
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> "SelectionSpec":
+        """What is asked by some keywords, as they stand in YAML.
+
+        Raises:
+            ValueError: for one that this class does not have, or needs, or whose value is wrong.
+        """
+        known = {field.name: field.default is MISSING for field in fields(cls)}
+        for key in kwargs:
+            check_known(f"{WHERE}: keyword", key, known)
+        if missing := [name for name, needed in known.items() if needed and name not in kwargs]:
+            fix = "See torchdistill_configs/phantom/diswot."
+            raise ValueError(message(WHERE, f"also {', '.join(missing)}", sorted(kwargs), fix))
+        return cls(**kwargs)
+
+    def identity(self) -> dict[str, Any]:
+        """What a recorded selection must agree on, as JSON; without data, nothing is said of it."""
         teacher = {k: self.teacher.get(k) for k in ("key", "kwargs", "src_ckpt")}
-        told = {
+        facts = {
             "num_classes": self.num_classes,
-            "candidates": self.space.axes() if self.space else list_entries(self),
+            "candidates": self.space.axes() if self.space else self.entries(),
             "search": self.search,
             "teacher": teacher,
             "score": self.score,
@@ -155,24 +169,61 @@ class SelectionSpec:
         }
         if self.data is not None:
             with _same_draws():
-                shape = _one_shape([self.data[0][0]])
-            told["data"] = {"images": len(self.data), "shape": shape}
-        return json.loads(json.dumps(told, default=str))
+                shape = _check_one_shape([self.data[0][0]])
+            facts["data"] = {"images": len(self.data), "shape": shape}
+        return json.loads(json.dumps(facts, default=str))
+
+    def entries(self) -> dict[str, Entry]:
+        """The candidates as entries of ``models``, by name.
+
+        Raises:
+            ValueError: for too many to score, or two of one name.
+        """
+        space = self.space
+        if space and len(space) > MANY:
+            got, fix = f"{len(space):,}", "Search it, as by search: 500."
+            raise ValueError(message(f"{WHERE}: candidates", f"{MANY} or fewer", got, fix))
+        given: Any = space or self.candidates
+        entries: dict[str, Entry] = {}
+        for item in given:
+            name, entry = self._name_entry(item)
+            if name in entries:
+                fix = "Name each candidate once."
+                raise ValueError(message(WHERE, "different candidates", name, fix))
+            entries[name] = entry
+        return entries
+
+    def _name_entry(self, item: Any) -> tuple[str, Entry]:
+        if isinstance(item, MobileNetV2):
+            return str(item), make_entry(item, self.num_classes)
+        if isinstance(item, str):
+            kwargs = {"name": item, "num_classes": self.num_classes}
+            return item, {"key": "timm_model", "kwargs": kwargs}
+        kwargs = dict(item.get("kwargs") or {})
+        words = [f"{k}={v}" for k, v in kwargs.items() if k != "num_classes"]
+        return " ".join([item["key"], *words]), {"key": item["key"], "kwargs": kwargs}
+
+    def draw_batches(self) -> list[Batch]:
+        """Random batches of the data, the same in every run, whatever its transform draws.
+
+        Raises:
+            ValueError: without data, or for images that are no tensors of one shape.
+        """
+        if self.data is None:
+            fix = "Give the data set by alias; only a choice that is recorded needs none."
+            raise ValueError(message(f"{WHERE}: data", "a data set", self.data, fix))
+        with _same_draws():
+            order = torch.randperm(len(self.data)).tolist()
+            drawn = order[: self.batch_size * self.batches]
+            images, targets = zip(*(self.data[index][:2] for index in drawn), strict=True)
+        _check_one_shape(images)
+        stacked = torch.stack(images), torch.tensor(targets)
+        return list(zip(*(part.split(self.batch_size) for part in stacked), strict=True))
 
 
-def spec_from_kwargs(**asked: Any) -> SelectionSpec:
-    """The question of some keywords, as they stand in YAML.
-
-    Raises:
-        ValueError: for one that :class:`SelectionSpec` does not have, or needs, or whose value is
-            wrong.
-    """
-    known = {field.name: field.default is MISSING for field in fields(SelectionSpec)}
-    for key in asked:
-        check_known(f"{WHERE}: keyword", key, known)
-    if missing := [name for name, needed in known.items() if needed and name not in asked]:
-        raise ValueError(message(WHERE, f"also {', '.join(missing)}", sorted(asked), ""))
-    return SelectionSpec(**asked)
+def make_entry(student: MobileNetV2, num_classes: int) -> Entry:
+    """A student of a space as an entry of ``models``."""
+    return {"key": "timm_mobilenetv2", "kwargs": {**asdict(student), "num_classes": num_classes}}
 
 
 def _lists(given: object, kind: type) -> bool:
@@ -185,62 +236,7 @@ def _is_entry(given: object) -> bool:
     return isinstance(given.get("kwargs") or {}, Mapping)
 
 
-# --- candidates and images ----------------------------------------------------------------------
-
-
-def make_entry(student: MobileNetV2, num_classes: int) -> Entry:
-    """A student of a space as an entry of ``models``."""
-    return {"key": "timm_mobilenetv2", "kwargs": {**asdict(student), "num_classes": num_classes}}
-
-
-def list_entries(question: SelectionSpec) -> dict[str, Entry]:
-    """The candidates as entries of ``models``, by name.
-
-    Raises:
-        ValueError: for too many to score, or two of one name.
-    """
-    space, classes = question.space, question.num_classes
-    if space and len(space) > MANY:
-        got, fix = f"{len(space):,}", "Search it, as by search: 500."
-        raise ValueError(message(f"{WHERE}: candidates", f"{MANY} or fewer", got, fix))
-    given: Any = space or question.candidates
-    entries: dict[str, Entry] = {}
-    for item in given:
-        if isinstance(item, MobileNetV2):
-            name, entry = str(item), make_entry(item, classes)
-        elif isinstance(item, str):
-            kwargs = {"name": item, "num_classes": classes}
-            name, entry = item, {"key": "timm_model", "kwargs": kwargs}
-        else:
-            entry = {"key": item["key"], "kwargs": dict(item.get("kwargs") or {})}
-            words = [f"{k}={v}" for k, v in entry["kwargs"].items() if k != "num_classes"]
-            name = " ".join([entry["key"], *words])
-        if name in entries:
-            fix = "Name each candidate once."
-            raise ValueError(message(WHERE, "different candidates", name, fix))
-        entries[name] = entry
-    return entries
-
-
-def draw_batches(question: SelectionSpec) -> list[Batch]:
-    """Random batches of the data, the same in every run, whatever its transform draws.
-
-    Raises:
-        ValueError: without data, or for images that are no tensors of one shape.
-    """
-    data, size = question.data, question.batch_size
-    if data is None:
-        fix = "Give the data set by alias; only a choice that is recorded needs none."
-        raise ValueError(message(f"{WHERE}: data", "a data set", data, fix))
-    with _same_draws():
-        places = torch.randperm(len(data))[: size * question.batches].tolist()
-        images, targets = zip(*(data[place][:2] for place in places), strict=True)
-    _one_shape(images)
-    stacked = torch.stack(images).split(size), torch.tensor(targets).split(size)
-    return list(zip(*stacked, strict=True))
-
-
-def _one_shape(images: Sequence[Any]) -> list[int]:
+def _check_one_shape(images: Sequence[Any]) -> list[int]:
     shapes = {
         str(list(image.shape)) if isinstance(image, Tensor) else type(image).__name__
         for image in images

@@ -19,7 +19,7 @@ from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import list_files
-from kd_lrp_plugin.selection.select import preview
+from kd_lrp_plugin.selection.select import dry_run
 from kd_lrp_plugin.studies.executors import StudyExecutor, count_threads
 from kd_lrp_plugin.studies.parser import read_plan
 from kd_lrp_plugin.studies.plan import Plan, StudyOptions
@@ -117,7 +117,7 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
         tempfile.TemporaryDirectory() as scratch,
         init_distributed(device) as context,
         _quiet(),
-        preview(),
+        dry_run(),
     ):
         untrained = {folder: Path(scratch, folder.parent.name, folder.name) for folder in prepare}
         for run in current_progress().track(new, "checking", len(new)):

@@ -13,23 +13,9 @@ from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 
 from kd_lrp_plugin.models import factory, mobilenetv2
 from kd_lrp_plugin.models.weights import load_weights
-from kd_lrp_plugin.selection.select import (
-    get_teacher,
-    is_preview,
-    list_affordable,
-    load_choice,
-    save_choice,
-    select,
-)
-from kd_lrp_plugin.selection.spec import (
-    WHERE,
-    Entry,
-    SelectionSpec,
-    draw_batches,
-    list_entries,
-    make_entry,
-    spec_from_kwargs,
-)
+from kd_lrp_plugin.selection.candidates import Entry
+from kd_lrp_plugin.selection.select import Selection, is_dry_run, load_choice, save_choice
+from kd_lrp_plugin.selection.spec import WHERE, SelectionSpec
 from kd_lrp_plugin.utils.distributed import rank_and_world_size
 from kd_lrp_plugin.utils.validation import check_known, strict
 
@@ -40,7 +26,7 @@ timm_mobilenetv2 = register_model(mobilenetv2.mobilenetv2, key="timm_mobilenetv2
 logger = logging.getLogger(__name__)
 
 
-def diswot_student(**asked: Any) -> nn.Module:
+def diswot_student(**kwargs: Any) -> nn.Module:
     """The best of some untrained students by a score, chosen once and built from then on.
 
     The choice is recorded in a file. Where that is, the student is built from it without a look
@@ -48,14 +34,15 @@ def diswot_student(**asked: Any) -> nn.Module:
     Under torchrun the first process selects, and the others wait for its record.
 
     Args:
-        **asked: see :class:`SelectionSpec`.
+        **kwargs: see :class:`SelectionSpec`.
 
     Returns:
         The student, untrained.
 
     Raises:
-        ValueError: for an argument that :class:`SelectionSpec` lacks, a record of another question,
-            a budget that no candidate keeps, or a candidate that cannot be built, run or scored.
+        ValueError: for an argument that :class:`SelectionSpec` lacks, a record of another
+            selection or a damaged one, a budget that no candidate keeps, or a candidate that
+            cannot be built, run or scored.
 
     Example:
         .. code-block:: yaml
@@ -67,56 +54,50 @@ def diswot_student(**asked: Any) -> nn.Module:
                 kwargs: {num_classes: 4, candidates: thesis, teacher: *teacher,
                   data: *train_images, budget: [params=1M], record: runs/choice.json}
     """
-    question = spec_from_kwargs(**asked)
-    if is_preview() and not question.file.exists():
-        entry = _stand_in(question)
+    spec = SelectionSpec.from_kwargs(**kwargs)
+    if is_dry_run() and not spec.file.exists():
+        with torch.random.fork_rng(devices=[]):
+            entry = Selection(spec, make_builder).first_affordable()
     else:
-        entry = _chosen(question)
+        entry = _choose(spec)
     model = make_builder(entry)()
-    model.__dict__["chosen"] = entry  # the driver writes it into its summary
+    model.__dict__["chosen"] = entry  # the trainer writes it into its summary
     return model
 
 
 register_model(diswot_student, key="diswot_student")
 
 
-def _chosen(question: SelectionSpec) -> Entry:
+def _choose(spec: SelectionSpec) -> Entry:
     rank, _ = rank_and_world_size()
-    while rank > 0 and not question.file.exists():  # torchrun ends this process if the first fails
+    while rank > 0 and not spec.file.exists():  # torchrun ends this process if the first fails
         time.sleep(0.2)
-    if not question.file.exists():
+    if not spec.file.exists():
         with torch.random.fork_rng(devices=[]):  # a run is the same with the record and without
-            found = select(question, make_builder)
-        save_choice(question, found)
-        for record in found:
+            records = Selection(spec, make_builder).rank()
+        save_choice(spec, records)
+        for record in records:
             if record["score"] is None:
                 logger.warning("left out: %s: %s", record["candidate"], record["problem"])
-        logger.warning(
-            "%s chose %s; recorded in %s", question.score, found[0]["candidate"], question.file
-        )
-    return load_choice(question)
-
-
-def _stand_in(question: SelectionSpec) -> Entry:
-    with torch.random.fork_rng(devices=[]):
-        batches = draw_batches(question)
-        get_teacher(question, make_builder).build()
-        if question.search and question.space:
-            return make_entry(next(iter(question.space)), question.num_classes)
-        candidates, _, _ = list_affordable(question, make_builder, batches)
-    return list_entries(question)[candidates[0].name]
+        chosen = records[0]["candidate"]
+        logger.warning("%s chose %s; recorded in %s", spec.score, chosen, spec.file)
+    return load_choice(spec)
 
 
 def make_builder(entry: Entry, checkpoint: str | None = None) -> Callable[[], nn.Module]:
     """Makes the model of an entry, in another process as well."""
     _register()
     check_known(f"{WHERE}: key", entry["key"], MODEL_DICT)
-    module = MODEL_DICT[entry["key"]].__module__
+    made = MODEL_DICT[entry["key"]]
+    while isinstance(made, partial):
+        made = made.func
+    module = getattr(made, "__module__", "__main__")
     return partial(_build, module, entry["key"], entry["kwargs"], checkpoint)
 
 
 def _build(module: str, key: str, kwargs: Mapping[str, Any], checkpoint: str | None) -> nn.Module:
-    _register(module)
+    if key not in MODEL_DICT:
+        _register(module)
     model = get_model(key, None, **kwargs)
     if checkpoint:
         load_weights(model, checkpoint, f"{WHERE}: teacher", strict=True)

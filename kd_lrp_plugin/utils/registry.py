@@ -1,10 +1,12 @@
 """A dictionary of named entries whose missing keys explain themselves."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+_REGISTERING: dict[str, None] = {}  # modules that have registered something, in their order
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -40,6 +42,7 @@ class Registry(Mapping[str, T], Generic[T]):
                 "Choose another name."
             )
         self._entries[key] = entry
+        _REGISTERING[sys._getframe(1).f_globals.get("__name__", "__main__")] = None
         return entry
 
     def __getitem__(self, key: str) -> T:
@@ -52,6 +55,11 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def list_registering_modules() -> list[str]:
+    """The modules whose import has registered something: what another process must import too."""
+    return list(_REGISTERING)
 
 
 def unknown_name(where: str, got: object, known: Mapping[str, object] | list[str]) -> str:

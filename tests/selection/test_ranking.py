@@ -58,7 +58,7 @@ class TestCosts:
         fine = Candidate("fine", partial(nn.Conv2d, 3, 2, 1))
         candidates = [*(Candidate(name, build) for name, build in wrong.items()), fine]
         costs, problems = ranking.measure_costs(candidates, 8, latency=False)
-        assert costs == {"fine": {"parameters": 8, "macs": 3 * 2 * 64}}
+        assert costs == {"fine": {"parameters": 8, "macs": 3 * 2 * 64, "counters_differ_by": 0}}
         assert list(problems) == list(wrong)
         assert problems["for another size"].startswith("RuntimeError: ")
         assert problems["absent"] == "KeyError: 'a key'"

@@ -2,11 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -17,10 +12,9 @@ from torch import nn
 
 from kd_lrp_plugin.metrics import ranking_quality
 from kd_lrp_plugin.models.mobilenetv2 import mobilenetv2
-from kd_lrp_plugin.selection import ranking
-from kd_lrp_plugin.selection.candidates import Candidate, Teacher
+from kd_lrp_plugin.selection import ranking, scoring
+from kd_lrp_plugin.selection.candidates import Candidate, ScoringSetup, Teacher
 from kd_lrp_plugin.selection.scores.registry import SCORES, Score
-from kd_lrp_plugin.selection.scoring import score_candidates
 
 SCORED = ["diswot", "diswot_reference", "parameters"]
 
@@ -41,6 +35,12 @@ def candidates():
 
 
 TEACHER = Teacher(small(0.75), trained=False)
+
+
+def score_candidates(candidates, teacher, batches, scores, seeds=(0,), **kwargs) -> list[dict]:
+    return scoring.score_candidates(
+        candidates, ScoringSetup(teacher, batches, scores, seeds), **kwargs
+    )
 
 
 class TestMeasure:
@@ -92,16 +92,18 @@ class TestMeasure:
 
     def test_scores_nothing_twice(self, candidates, batches, tmp_path):
         record = tmp_path / "scores.jsonl"
-        rows = score_candidates(candidates[:1], TEACHER, batches, SCORED, (0, 1), record)
+        rows = score_candidates(candidates[:1], TEACHER, batches, SCORED, (0, 1), record=record)
         lines = record.read_text().splitlines()
         record.write_text("\n".join([*lines, '{"candidate": "wide", "se']))  # killed
-        again = score_candidates(candidates, TEACHER, batches, SCORED, (0, 1), record)
+        again = score_candidates(candidates, TEACHER, batches, SCORED, (0, 1), record=record)
         assert again[:2] == rows
         lines = record.read_text().splitlines()
         assert len(lines) == 5
         assert json.loads(lines[-1])["candidate"] == "wide"
         other = [(images + 1, targets) for images, targets in batches]
-        assert score_candidates(candidates[:1], TEACHER, other, SCORED, (0, 1), record) != rows
+        assert (
+            score_candidates(candidates[:1], TEACHER, other, SCORED, (0, 1), record=record) != rows
+        )
 
     def test_keeps_scores_of_one_teacher_and_of_what_a_candidate_is(
         self, candidates, batches, tmp_path
@@ -114,12 +116,12 @@ class TestMeasure:
             return row["scores"]["relation_l2"]
 
         narrow, wide = candidates
-        renamed = replace(wide, name=narrow.name, about="width 0.5")
+        renamed = replace(wide, name=narrow.name, entry={"key": "width 0.5"})
         found = [scores(narrow, TEACHER, 1), scores(renamed, TEACHER, 2)]
         found.append(scores(narrow, Teacher(small(0.6), trained=False), 3))
         assert len({*map(tuple, found)}) == 3
         # The same weights may still be another network.
-        scores(narrow, replace(TEACHER, about="with dropout"), 4)
+        scores(narrow, replace(TEACHER, entry={"key": "with dropout"}), 4)
         assert scores(narrow, TEACHER, 4) == found[0]
         assert scores(renamed, TEACHER, 4) == found[1]
 
@@ -199,31 +201,6 @@ class TestMeasure:
             score_candidates([candidates[0]] * 2, TEACHER, batches, ["diswot"])
         with pytest.raises(ValueError, match="0 batches"):
             score_candidates(candidates, TEACHER, [], ["diswot"])
-
-
-def test_processes_end_with_the_one_that_is_killed(tmp_path):
-    """They hold its output open for as long as they live."""
-    script = tmp_path / "busy.py"
-    script.write_text(
-        "import sys, time, torch\n"
-        "from kd_lrp_plugin.selection.scoring import workers\n"
-        "if __name__ == '__main__':\n"
-        "    torch.set_num_threads(1)\n"
-        "    with workers(2) as pool:\n"
-        "        list(pool.map(abs, range(2)))\n"
-        "        print('at work', flush=True)\n"
-        "        list(pool.map(time.sleep, [600] * 2))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, script], stdout=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        assert process.stdout.readline() == b"at work\n"
-        process.kill()
-        process.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 class TestQuality:

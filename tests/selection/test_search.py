@@ -15,9 +15,9 @@ import torch
 from kd_lrp_plugin.metrics.efficiency import count_parameters
 from kd_lrp_plugin.models.factory import build_model
 from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
-from kd_lrp_plugin.selection.candidates import Candidate, Teacher
+from kd_lrp_plugin.selection.candidates import Candidate, ScoringSetup, Teacher
 from kd_lrp_plugin.selection.scoring import score_candidates
-from kd_lrp_plugin.selection.search import search
+from kd_lrp_plugin.selection.search import SearchTask, search
 from kd_lrp_plugin.selection.spaces import Space
 
 SPACE = Space({"width": (0.25, 0.35, 0.5), "depth": (0.5, 1.0), "head": ("linear", "mlp")})
@@ -39,7 +39,7 @@ def look(tmp_path):
     meanwhile: list = []
     broken: list[str] = []
 
-    def candidate_of(student: MobileNetV2) -> Candidate:
+    def make_candidate(student: MobileNetV2) -> Candidate:
         def make():
             made.append(str(student))
             if str(student) in broken:
@@ -51,8 +51,9 @@ def look(tmp_path):
         return Candidate(str(student), make)
 
     def run(trials: int, teacher: Teacher = TEACHER, space: Space = SPACE, **kwargs):
-        given = (candidate_of, teacher, run.batches, kwargs.pop("score", "diswot"), trials)
-        return search(space, *given, tmp_path, **kwargs)
+        setup = ScoringSetup(teacher, run.batches, [kwargs.get("score", "diswot")])
+        task = SearchTask(space, make_candidate, setup, trials, kwargs.get("budget", {}))
+        return search(task, run.folder, kwargs.get("jobs", 1))
 
     run.made, run.folder, run.batches, run.meanwhile = made, tmp_path, batches(), meanwhile
     run.broken = broken
@@ -97,7 +98,10 @@ def test_a_budget_that_no_student_keeps_names_the_nearest(look):
 
 
 def test_students_that_fail_are_named_and_the_others_go_on(look):
-    broken = "width0.35-depth1-mlp"
+    """One that the search is sure to see: one process draws the same students each time."""
+    look.folder = look.folder / "before"
+    broken = next(iter(look(8).students))
+    look.folder = look.folder.parent / "after"
     look.broken.append(broken)
     students, rows, costs, problems = look(40)
     assert problems == {broken: "AssertionError: no such network"}
@@ -118,7 +122,8 @@ def test_a_score_that_fails_is_in_the_rows(look):
 
 def test_a_search_scores_as_a_ranking_of_all_does(look):
     """Twelve students are few enough to see nearly all of them, and the best."""
-    every = score_candidates([plain(s) for s in SPACE], TEACHER, look.batches, ["diswot"])
+    setup = ScoringSetup(TEACHER, look.batches, ["diswot"])
+    every = score_candidates([plain(s) for s in SPACE], setup)
     found = look(60).rows
     by_name = {row["candidate"]: row["scores"]["diswot"] for row in every}
     assert len(found) >= 10
@@ -158,11 +163,14 @@ def test_scores_of_another_question_are_not_taken_for_those_of_this_one(changed,
         images, targets = batches()[0]
         given = [(images + ("images" in changes), targets)]
 
-        def candidate_of(student: MobileNetV2) -> Candidate:
-            return Candidate(str(student), partial(student.build, classes), about=f"{classes}")
+        def make_candidate(student: MobileNetV2) -> Candidate:
+            return Candidate(
+                str(student), partial(student.build, classes), entry={"key": f"{classes}"}
+            )
 
         space = Space({"width": (0.25,), "depth": (0.5,)})
-        return search(space, candidate_of, teacher, given, "diswot", 1, tmp_path / folder)
+        setup = ScoringSetup(teacher, given, ["diswot"])
+        return search(SearchTask(space, make_candidate, setup, 1), tmp_path / folder)
 
     before, after, fresh = ask("a"), ask("a", changed), ask("b", changed)
     assert after == fresh
@@ -206,4 +214,5 @@ def much(folder: str | Path, trials: int):
     """A search among thousands, in this process or in one to be killed."""
     torch.set_num_threads(1)
     kernels = Space({"width": (0.25, 0.35, 0.5), "kernels": (3, 5), "expansions": (3, 6)})
-    return search(kernels, plain, TEACHER, batches(), "diswot", trials, Path(folder))
+    setup = ScoringSetup(TEACHER, batches(), ["diswot"])
+    return search(SearchTask(kernels, plain, setup, trials), Path(folder))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,12 @@ from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.metrics.efficiency import count_macs
 from kd_lrp_plugin.models.factory import build_model
 from kd_lrp_plugin.runs import loading
-from kd_lrp_plugin.selection import select, spec
+from kd_lrp_plugin.selection import select
+from kd_lrp_plugin.selection.select import Selection
+from kd_lrp_plugin.selection.spec import SelectionSpec
 from kd_lrp_plugin.torchdistill import models
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.utils.progress import NullProgress
@@ -51,13 +56,17 @@ def asked(**changes) -> dict:
     return usual | changes
 
 
+def rank(kwargs: dict) -> list[dict]:
+    return Selection(SelectionSpec.from_kwargs(**kwargs), models.make_builder).rank()
+
+
 class TestChoice:
     def test_is_made_once(self, monkeypatch):
         model = models.diswot_student(**asked())
         content = json.loads(Path("choice.json").read_text())
         assert content["candidate"] == content["ranking"][0]["candidate"]
         assert content["ranking"][0]["score"] < content["ranking"][1]["score"]
-        monkeypatch.setattr(models, "select", None)
+        monkeypatch.setattr(models, "Selection", None)
         again = models.diswot_student(**asked())
         assert list(again.state_dict()) == list(model.state_dict())
 
@@ -107,6 +116,18 @@ class TestChoice:
         with pytest.raises(ValueError, match=r"Delete the record to select again"):
             models.diswot_student(**asked(**space | changes))
 
+    def test_counts_images_as_wide_as_they_are(self):
+        """A budget between the costs of 32x64 and of 64x64 pixels admits the former."""
+        images = [(torch.randn(3, 32, 64), index % 4) for index in range(4)]
+        macs = {
+            size: count_macs(build_model("test_resnet", 4), size) for size in ((32, 64), (64, 64))
+        }
+        budget = [f"macs={sum(macs.values()) // 2}"]
+        few = {"candidates": ["test_resnet"], "score": "macs"}
+        models.diswot_student(**asked(data=images, budget=budget, **few))
+        (record,) = json.loads(Path("choice.json").read_text())["ranking"]
+        assert record["macs"] == macs[32, 64] == -record["score"]
+
     def test_keeps_the_budget(self):
         models.diswot_student(**asked(budget=["params=200K"]))
         assert json.loads(Path("choice.json").read_text())["candidate"] == "test_efficientnet"
@@ -145,12 +166,9 @@ class TestChoice:
     @pytest.mark.parametrize("search", [0, 2])
     def test_does_not_rest_on_scores_of_another_question(self, changes, search):
         space = {"candidates": {"width": [0.25]}, "search": search}
-        before = select.select(spec.spec_from_kwargs(**asked(**space)), models.make_builder)
+        before = rank(asked(**space))
         after, fresh = (
-            select.select(
-                spec.spec_from_kwargs(**asked(**space | changes, record=record)),
-                models.make_builder,
-            )
+            rank(asked(**space | changes, record=record))
             for record in ("choice.json", "fresh.json")
         )
         assert after == fresh
@@ -162,17 +180,15 @@ class TestChoice:
             ({"width": [0.35, 0.5]}, 2),
             ([{"key": "timm_model", "kwargs": {"name": "test_resnet", "num_classes": 4}}], 1),
         ):
-            assert (
-                len(spec.list_entries(spec.spec_from_kwargs(**asked(candidates=candidates)))) == n
-            )
+            assert len(SelectionSpec.from_kwargs(**asked(candidates=candidates)).entries()) == n
 
     def test_scores_nothing_twice(self):
         """Not even where the data set draws its images anew each time."""
-        question = spec.spec_from_kwargs(**asked(data=Phantom(size=8, image_size=32, augment=True)))
-        select.select(question, models.make_builder)
+        question = asked(data=Phantom(size=8, image_size=32, augment=True))
+        rank(question)
         torch.manual_seed(7)
         lines = Path("choice.scores.jsonl").read_text()
-        select.select(question, models.make_builder)
+        rank(question)
         assert Path("choice.scores.jsonl").read_text() == lines
 
     @pytest.mark.parametrize(
@@ -217,10 +233,10 @@ class TestChoice:
         }
 
 
-class TestLookingOnly:
+class TestDryRun:
     def test_builds_a_student_within_budget_and_writes_nothing(self):
         question = asked(budget=["params=200K"], record="runs/choice.json")
-        with select.preview():
+        with select.dry_run():
             model = models.diswot_student(**question)
             search = {"candidates": "large", "search": 9, "budget": []}
             assert models.diswot_student(**question | search)(torch.zeros(2, 3, 32, 32)).shape == (
@@ -239,13 +255,13 @@ class TestLookingOnly:
         ],
     )
     def test_says_what_a_choice_would_stumble_over(self, changes, words):
-        with select.preview(), pytest.raises(ValueError, match=words):
+        with select.dry_run(), pytest.raises(ValueError, match=words):
             models.diswot_student(**asked(**changes))
 
     def test_builds_what_is_recorded(self):
         models.diswot_student(**asked(candidates=["test_efficientnet", "test_resnet"]))
         chosen = json.loads(Path("choice.json").read_text())["entry"]
-        with select.preview():
+        with select.dry_run():
             assert models.diswot_student(**asked()).chosen == chosen
 
 
@@ -289,15 +305,15 @@ class TestRun:
 
 def test_the_first_of_two_choices_stays(monkeypatch):
     """Another process may choose at the same time, and train what it has recorded."""
-    question = spec.spec_from_kwargs(**asked())
-    records = select.select(question, models.make_builder)
-    choose = select.select
+    spec = SelectionSpec.from_kwargs(**asked())
+    records = rank(asked())
+    choose = Selection.rank
 
     def slowly(*words, **more):
-        select.save_choice(question, records[::-1])
+        select.save_choice(spec, records[::-1])
         return choose(*words, **more)
 
-    monkeypatch.setattr(models, "select", slowly)
+    monkeypatch.setattr(Selection, "rank", slowly)
     model = models.diswot_student(**asked())
     assert json.loads(Path("choice.json").read_text())["candidate"] == records[-1]["candidate"]
     assert model.__dict__["chosen"] == records[-1]["entry"]
@@ -309,7 +325,7 @@ def test_a_choice_is_recorded_where_files_cannot_be_linked(monkeypatch):
         raise PermissionError("no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    question = spec.spec_from_kwargs(**asked())
+    question = SelectionSpec.from_kwargs(**asked())
     records = [{"candidate": "test_resnet", "entry": {"key": "timm_model", "kwargs": {}}}]
     select.save_choice(question, records)
     assert select.load_choice(question) == records[0]["entry"]
@@ -339,18 +355,18 @@ class TestCommand:
         assert "The nearest is test_efficientnet" in result.output
         assert not list(Path().iterdir())
 
-    def test_writes_a_look_at_another_budget_beside_the_record(self):
+    def test_writes_a_preview_of_another_budget_beside_the_record(self):
         budget = ["--budget", "params=200K"]
         result = CliRunner().invoke(app, ["select", str(DISWOT), *self.flags(), *budget])
         assert result.exit_code == 0, result.output
         assert "best by diswot: test_efficientnet" in result.output
-        look = RECORD.with_suffix(".look.json")
-        content = json.loads(look.read_text())
+        preview = RECORD.with_suffix(".preview.json")
+        content = json.loads(preview.read_text())
         assert content["candidate"] == "test_efficientnet"
         assert content["question"]["budget"] == ["params=200K"]
         assert {file.name for file in RECORD.parent.iterdir()} == {
             f"{RECORD.stem}{end}"
-            for end in (".scores.jsonl", ".look.json", ".look.md", ".look.png")
+            for end in (".scores.jsonl", ".preview.json", ".preview.md", ".preview.png")
         }
 
     def test_refuses_a_record_of_another_question_before_it_writes(self):
@@ -386,6 +402,30 @@ class TestCommand:
         ended = [line for line in map(json.loads, journal.open()) if "values" in line]
         assert len(ended) == 4
 
+    def test_takes_scores_and_spaces_of_a_users_module_into_its_processes(self, tmp_path):
+        """With several threads they are spawned, and have imported nothing of this process."""
+        Path("mine.py").write_text(
+            "from kd_lrp_plugin.selection.scores.registry import SCORES, Score\n"
+            "from kd_lrp_plugin.selection.spaces import SPACES, Space\n"
+            "SCORES.register(Score(lambda s, t: float(s.logits.std()), 'a test'), 'my_score')\n"
+            "SPACES.register(Space({'width': [0.25, 0.35], 'depth': [0.5]}), 'my_space')\n"
+        )
+        kwargs = "models.student_model.kwargs"
+        more = self.flags(
+            "dependencies=[kd_lrp_plugin.torchdistill, mine]",
+            *(f"{kwargs}.candidates=my_space", f"{kwargs}.score=my_score"),
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "4"}
+        words = [sys.executable, "-m", "kd_lrp_plugin.cli", "select", str(DISWOT), *more]
+        done = subprocess.run(
+            [*words, "--jobs", "2"], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "best by my_score" in done.stdout
+        refused = CliRunner().invoke(app, ["select", str(DISWOT), *more, "--safe"])
+        assert refused.exit_code == 1
+        assert "a dependency on 'mine'" in refused.output
+
     def test_says_what_a_config_without_a_selection_lacks(self):
         kd = CONFIGS / "phantom/kd/test_resnet_from_resnet10t.yaml"
         result = CliRunner().invoke(app, ["select", str(kd)])
@@ -395,5 +435,5 @@ class TestCommand:
 
 def test_a_question_is_the_same_read_from_yaml_again():
     content = construct(resolve_config(DISWOT, QUICK))
-    question = spec.spec_from_kwargs(**content["models"]["student_model"]["kwargs"])
-    assert yaml.safe_load(yaml.safe_dump(question.words())) == question.words()
+    spec = SelectionSpec.from_kwargs(**content["models"]["student_model"]["kwargs"])
+    assert yaml.safe_load(yaml.safe_dump(spec.identity())) == spec.identity()

@@ -74,7 +74,7 @@ def bn_log_variance(student: Observation, _: Observation) -> float:
 
 for _name, _score in {
     "parameters": Score(lambda s, _: -float(s.parameters), "a count", sees_teacher=False),
-    "macs": Score(lambda s, _: -float(s.macs), "a count, by thop", sees_teacher=False),
+    "macs": Score(lambda s, _: -float(s.macs), "a count", sees_teacher=False),
     "nwot": Score(nwot, "Mellor et al., ICML 2021, in its second version", "own", False),
     "synflow": Score(synflow, "Tanaka et al., NeurIPS 2020, without rectifiers", "own", False),
     "bn_log_variance": Score(

@@ -85,14 +85,15 @@ class Observation:
 
     @cached_property
     def macs(self) -> int:
-        return count_macs(self.model, self.images.shape[-1], self.images.shape[1])
+        _, channels, height, width = self.images.shape
+        return count_macs(self.model, (height, width), channels)
 
 
 @contextmanager
 def preserved(model: nn.Module, train_mode: bool) -> Iterator[None]:
     """A model frozen in a mode; flags, modes and statistics are put back on exit.
 
-    Without weights to derive for, a forward pass keeps no graph in front of the tapped layers.
+    Without weights to derive for, a forward pass keeps no graph in front of the recorded layers.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]

@@ -208,6 +208,8 @@ def test_size_and_cost_are_counts(batch):
     observed = observe(model, batch)
     assert score("parameters", observed, observed) == -count_parameters(model)
     assert score("macs", observed, observed) == -count_macs(model, 8)
+    wide = torch.randn(2, 3, 4, 16).double(), torch.tensor([0, 1])
+    assert observe(model, wide).macs == count_macs(model, (4, 16)) == observed.macs
 
 
 @pytest.mark.parametrize("name", SCORES)
