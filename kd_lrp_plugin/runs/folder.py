@@ -120,7 +120,9 @@ class RunFolder:
     def _is_new_or_same_run(self, config: str, about: Mapping[str, Any]) -> bool:
         """True for a new run, False for the same one; raises for any other."""
         fix = "Choose another --out or --seed, or delete it."
-        found = {entry.name for entry in self.path.iterdir() if entry.suffix != files.DRAFT} - {LOCK}
+        found = {entry.name for entry in self.path.iterdir() if entry.suffix != files.DRAFT} - {
+            LOCK
+        }
         if found and not self._is_run():
             got = f"{self.path}, which holds {sorted(found)[:3]}"
             raise FileExistsError(message("run folder", "a new one or a run", got, fix))
@@ -235,4 +237,3 @@ class RunFolder:
             got = "; ".join(map(str, damaged.values()))
             raise ValueError(message(str(self.path), "a whole checkpoint", got, fix))
         return None
-

@@ -38,7 +38,7 @@ from kd_lrp_plugin.runs.predictions import predictions_csv
 from kd_lrp_plugin.runs.provenance import list_files
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.dry_run import check
-from kd_lrp_plugin.training.experiment import Experiment
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
 from kd_lrp_plugin.utils.progress import NullProgress, current_progress
@@ -179,7 +179,9 @@ class Trainer:
         metrics["seconds"] = round(time.time() - started, 2)
         improved = self._keep_best(metrics)
         self.records.append(metrics)
-        experiment.end_epoch(metrics[self.monitor], self._stalls())
+        experiment.end_epoch(
+            metrics[MONITOR if self.monitor == LAST else self.monitor], self._stalls()
+        )
         if self.here.rank == 0:
             self._save(improved)
         return metrics
@@ -210,6 +212,8 @@ class Trainer:
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         """What is monitored; more is better."""
+        if self.monitor == LAST:
+            return metrics["epoch"]
         value = metrics[self.monitor]
         return value if self.monitor.endswith("accuracy") else -value
 

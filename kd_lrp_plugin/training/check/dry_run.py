@@ -14,7 +14,7 @@ from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.problems import CheckReport, check_keys
 from kd_lrp_plugin.training.check.sections import SEE, check_sections, share
-from kd_lrp_plugin.training.experiment import MONITOR, Experiment
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
@@ -166,7 +166,7 @@ def _check_step(
         with experiment.evaluating():
             experiment.loss(images, targets)
     with findings.at("train.monitor"):
-        known = [MONITOR, "val_loss", *(f"val_{name}" for name in meter.latest)]
+        known = [MONITOR, LAST, "val_loss", *(f"val_{name}" for name in meter.latest)]
         check_known("train.monitor", experiment.monitor, known)
 
 

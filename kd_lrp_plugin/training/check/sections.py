@@ -27,7 +27,7 @@ from kd_lrp_plugin.training.check.problems import (
     check_numbers,
     section,
 )
-from kd_lrp_plugin.training.experiment import MONITOR, PRECISIONS
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, PRECISIONS
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import check_known, message
@@ -112,7 +112,7 @@ def _check_train(findings: CheckReport, train: Mapping[str, Any]) -> None:
     stages = get_stages(train)
     with findings.at("train.monitor"):
         monitor = train.get("monitor", MONITOR)
-        if not str(monitor).startswith("val_"):
+        if monitor != LAST and not str(monitor).startswith("val_"):
             fix = "For example val_accuracy or val_loss."
             raise ValueError(message("monitor", "a metric of the validation", monitor, fix))
         if monitor != MONITOR and "stage1" in train:
@@ -372,7 +372,7 @@ def _check_scheduler(
         return
     built = make(trial, **kwargs)
     monitor = others.train.get("monitor", MONITOR)
-    mode = "max" if str(monitor).endswith("accuracy") else "min"
+    mode = "max" if monitor == LAST or str(monitor).endswith("accuracy") else "min"
     if isinstance(built, ReduceLROnPlateau) and built.mode != mode:
         got, fix = f"mode {built.mode!r}", f"Set scheduler.kwargs.mode to {mode}."
         raise ValueError(message("scheduler", f"mode {mode!r} for {monitor}", got, fix))
