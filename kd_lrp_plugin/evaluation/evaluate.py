@@ -12,10 +12,11 @@ from kd_lrp_plugin.data.transforms import make_transforms
 from kd_lrp_plugin.metrics.agreement import compare_predictions
 from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.metrics.efficiency import cost
+from kd_lrp_plugin.metrics.groups import group_metrics
 from kd_lrp_plugin.plots.figures import confusion_figure, reliability_figure
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import build_untrained, load_run, read_model_entries
-from kd_lrp_plugin.runs.predictions import read_predictions
+from kd_lrp_plugin.runs.predictions import read_prediction_groups, read_predictions
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -83,7 +84,9 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     """
     run = RunFolder(folder)
     summary = run.summary()
-    labels, probabilities = read_predictions((run / "predictions.csv").read_text(encoding="utf-8"))
+    text = (run / "predictions.csv").read_text(encoding="utf-8")
+    labels, probabilities = read_predictions(text)
+    groups = read_prediction_groups(text)
     classes = summary["classes"] or [str(i) for i in range(probabilities["student"].shape[1])]
     found: dict[str, Any] = {}
     entries = read_model_entries(run, summary, safe)
@@ -93,6 +96,8 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         figures["cost"] = (
             cost(build_untrained(role, entries), height, channels) if height == width else None
         )
+        if groups:
+            figures["groups"] = group_metrics(values, labels, groups)
         found[role] = figures
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(

@@ -313,7 +313,10 @@ class Trainer:
         }
         if self.here.rank == 0:
             names = _names(experiment.test_set, loader)
-            folder.write("predictions.csv", predictions_csv(predictions, experiment.classes, names))
+            groups = _groups(experiment.test_set, loader)
+            folder.write(
+                "predictions.csv", predictions_csv(predictions, experiment.classes, names, groups)
+            )
             weights = experiment.original.state_dict()
             state = {k: v.detach().clone().contiguous() for k, v in weights.items()}
             summary["timm"] = timm_arguments(experiment.original)
@@ -342,6 +345,12 @@ def _names(dataset: Any, loader: DataLoader) -> list[str] | None:
     files = [str(file) for file, _ in samples]
     common = os.path.commonpath(files) if len(files) > 1 else os.path.dirname(files[0])
     return [os.path.relpath(file, common) for file in files]
+
+
+def _groups(dataset: Any, loader: DataLoader) -> list[str] | None:
+    """The group of each image in the order of the loader; None where there are none."""
+    groups = getattr(dataset, "groups", None)
+    return list(groups) if groups and isinstance(loader.sampler, SequentialSampler) else None
 
 
 def _memory(here: DistributedContext) -> float:
