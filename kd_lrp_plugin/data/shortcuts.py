@@ -217,7 +217,7 @@ def draw_marker(
         fix = "Lower size, or enlarge the images."
         got = f"{side} pixels in an image of {height} x {width}"
         expected = "from one pixel to half of the image, with a margin"
-        raise ValueError(message("marked: size", f"a marker of {expected}", got, fix))
+        raise ValueError(message("marked: size", f"a marker {expected}", got, fix))
     if kind == "frame":
         alpha.fill_(strength)
         alpha[side:-side, side:-side] = 0
