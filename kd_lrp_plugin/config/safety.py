@@ -16,6 +16,7 @@ HARMLESS = {
         "recorder",
         "phantom",
         "folder_images",
+        "marked",
         "weight_schedule",
         "class_weights",
         "mixup",

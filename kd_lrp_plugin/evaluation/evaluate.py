@@ -10,6 +10,7 @@ from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.metrics.agreement import compare_predictions
 from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.metrics.efficiency import cost
+from kd_lrp_plugin.metrics.groups import group_metrics
 from kd_lrp_plugin.plots.figures import confusion_figure, reliability_figure
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import build_untrained, load_run, load_transform, read_model_entries
@@ -90,6 +91,8 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         channels, height, width = summary["image_shape"]
         size = (height, width)
         found[role]["cost"] = cost(build_untrained(role, entries), size, channels)
+        if predictions.groups:
+            found[role]["groups"] = group_metrics(values, labels, predictions.groups)
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(
             probabilities["student"], probabilities["teacher"], labels

@@ -1,7 +1,7 @@
 """``predictions.csv``: probabilities of student and teacher on the test set."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from kd_lrp_plugin.runs.folder import AGAIN, RunFolder
 from kd_lrp_plugin.utils.files import damaged, read_csv, to_csv
 
 _REPAIR = f"Delete it, and give {AGAIN.rstrip(',')} again: it tests the weights that are kept."
+
+GROUP = "group"  # title of the column that a data set with groups adds
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Predictions:
         labels: their classes.
         probabilities: by role, "student" or "teacher".
         outputs: names of the outputs, see :func:`name_outputs`.
+        groups: of the images; empty where the data set has none.
     """
 
     images: list[str]
     labels: Int[np.ndarray, " n"]
     probabilities: dict[str, Float[np.ndarray, "n outputs"]]
     outputs: list[str]
+    groups: list[str] = field(default_factory=list)
 
 
 def name_outputs(classes: Sequence[str], n: int) -> list[str]:
@@ -43,14 +47,18 @@ def name_outputs(classes: Sequence[str], n: int) -> list[str]:
 
 
 def predictions_csv(
-    predictions: Sequence[Mapping[str, Any]], classes: Sequence[str], names: Sequence[str] | None
+    predictions: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    names: Sequence[str] | None,
+    groups: Sequence[str] | None = None,
 ) -> str:
-    """A table with a row per image: its name or number, its class, all probabilities.
+    """A table with a row per image: its name or number, class, perhaps group, all probabilities.
 
     Args:
         predictions: of :meth:`kd_lrp_plugin.training.meter.Meter.predictions`.
         classes: their names, see :func:`name_outputs`.
         names: of the images.
+        groups: of the images, where the data set has any.
     """
     roles = [role for role in ("student", "teacher") if predictions and predictions[0][role]]
     widths = [len(predictions[0][role]) for role in roles]
@@ -59,11 +67,11 @@ def predictions_csv(
         f"{role}: {known[i]}" for role, n in zip(roles, widths, strict=True) for i in range(n)
     ]
     rows = [
-        [names[i] if names else i, known[row["label"]]]
+        [names[i] if names else i, known[row["label"]], *(groups[i : i + 1] if groups else [])]
         + [f"{p:.9g}" for role in roles for p in row[role]]
         for i, row in enumerate(predictions)
     ]
-    return to_csv(["image", "label", *titles], rows)
+    return to_csv(["image", "label", *([GROUP] if groups else []), *titles], rows)
 
 
 def read_predictions(folder: RunFolder) -> Predictions:
@@ -76,7 +84,8 @@ def read_predictions(folder: RunFolder) -> Predictions:
     file = folder.check_output("predictions.csv")
     titles, *rows = read_csv(file, _REPAIR)
     columns: dict[str, list[int]] = {}
-    for index, title in enumerate(titles[2:], start=2):
+    first = 3 if titles[2:3] == [GROUP] else 2
+    for index, title in enumerate(titles[first:], start=first):
         columns.setdefault(title.partition(": ")[0], []).append(index)
     if titles[:2] != ["image", "label"] or not rows or "student" not in columns:
         raise damaged(file, "predictions of a student", f"columns {titles[:3]}", _REPAIR)
@@ -99,4 +108,5 @@ def read_predictions(folder: RunFolder) -> Predictions:
             raise damaged(file, f"probabilities of the {role}", "other numbers", _REPAIR)
         probabilities[role] = values
     labels = np.array([outputs.index(row[1]) for row in rows])
-    return Predictions([row[0] for row in rows], labels, probabilities, outputs)
+    groups = [row[2] for row in rows] if first == 3 else []
+    return Predictions([row[0] for row in rows], labels, probabilities, outputs, groups)

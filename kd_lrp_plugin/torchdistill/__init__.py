@@ -13,8 +13,8 @@ high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_ca
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
-datasets               ``phantom``, ``folder_images``; in ``datasets`` by ``!import_call`` of
-                       :func:`phantom` and :func:`folder_images`
+datasets               ``phantom``, ``folder_images``, and ``marked``, which puts markers on either;
+                       in ``datasets`` by ``!import_call`` of :func:`phantom` and so on
 =====================  ==========================================================================
 
 The mid-level losses stand beside torchdistill's own in one ``WeightedSumLoss``: the recorder takes
@@ -46,7 +46,7 @@ torchdistill itself would drop a misspelled one without a word.
 """
 
 from kd_lrp_plugin.torchdistill.collate import mixup
-from kd_lrp_plugin.torchdistill.datasets import class_weights, folder_images, phantom
+from kd_lrp_plugin.torchdistill.datasets import class_weights, folder_images, marked, phantom
 from kd_lrp_plugin.torchdistill.forward_proc import recorded, recorder
 from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss, check_finite
 from kd_lrp_plugin.torchdistill.mid_level import (
@@ -67,6 +67,7 @@ __all__ = [
     "class_weights",
     "diswot_student",
     "folder_images",
+    "marked",
     "mixup",
     "phantom",
     "recorded",

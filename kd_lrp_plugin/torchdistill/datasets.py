@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 from torchdistill.datasets.registry import register_dataset
 
-from kd_lrp_plugin.data import folder
+from kd_lrp_plugin.data import folder, shortcuts
 from kd_lrp_plugin.data.phantom import dataset
 from kd_lrp_plugin.utils.validation import message, strict
 
 phantom = register_dataset(strict("phantom")(dataset.Phantom), key="phantom")
+marked = register_dataset(strict("marked")(shortcuts.Marked), key="marked")
 folder_images = register_dataset(strict("folder_images")(folder.FolderImages), key="folder_images")
 
 

@@ -24,6 +24,7 @@ from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import message
 
 MONITOR = "val_accuracy"
+LAST = "last"  # as a monitor: no epoch is chosen, the last one is kept
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

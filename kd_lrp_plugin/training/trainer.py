@@ -38,7 +38,7 @@ from kd_lrp_plugin.runs.predictions import predictions_csv
 from kd_lrp_plugin.runs.provenance import list_files
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.dry_run import check
-from kd_lrp_plugin.training.experiment import Experiment
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.training.state import describe_nonfinite, restore_state, take_state
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
@@ -197,7 +197,9 @@ class Trainer:
         metrics["seconds"] = round(time.monotonic() - started, 2)
         improved = self._keep_best(metrics)
         self.records.append(metrics)
-        experiment.end_epoch(metrics[self.monitor], self._stalls())
+        experiment.end_epoch(
+            metrics[MONITOR if self.monitor == LAST else self.monitor], self._stalls()
+        )
         if self.context.rank == 0:
             self._save(improved)
         return metrics
@@ -250,6 +252,8 @@ class Trainer:
 
     def _value(self, metrics: Mapping[str, float]) -> float:
         """What is monitored; more is better."""
+        if self.monitor == LAST:
+            return metrics["epoch"]
         value = metrics[self.monitor]
         return value if self.monitor.endswith("accuracy") else -value
 
@@ -357,7 +361,10 @@ class Trainer:
         }
         if self.context.rank == 0:
             names = _names(experiment.test_set, loader)
-            folder.write("predictions.csv", predictions_csv(predictions, experiment.classes, names))
+            groups = _groups(experiment.test_set, loader)
+            folder.write(
+                "predictions.csv", predictions_csv(predictions, experiment.classes, names, groups)
+            )
             weights = experiment.original.state_dict()
             state = {k: v.detach().clone().contiguous() for k, v in weights.items()}
             summary["timm"] = timm_arguments(experiment.original)
@@ -386,6 +393,12 @@ def _names(dataset: Any, loader: DataLoader) -> list[str] | None:
     files = [str(file) for file, _ in samples]
     common = os.path.commonpath(files) if len(files) > 1 else os.path.dirname(files[0])
     return [os.path.relpath(file, common) for file in files]
+
+
+def _groups(dataset: Any, loader: DataLoader) -> list[str] | None:
+    """The group of each image in the order of the loader; None where there are none."""
+    groups = getattr(dataset, "groups", None)
+    return list(groups) if groups and isinstance(loader.sampler, SequentialSampler) else None
 
 
 def _memory(context: DistributedContext) -> float:

@@ -19,7 +19,7 @@ from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.loaders import share
 from kd_lrp_plugin.training.check.problems import CheckReport, check_keys
 from kd_lrp_plugin.training.check.sections import SEE, build_models, check_sections
-from kd_lrp_plugin.training.experiment import MONITOR, Experiment
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
@@ -204,7 +204,7 @@ def _check_step(
         with experiment.evaluating():
             experiment.loss(images, targets, supplement)
     with report.at("train.monitor"):
-        known = [MONITOR]
+        known = [MONITOR, LAST]
         if not experiment.missing_wrapper(experiment.val_loader):
             known += ["val_loss", *(f"val_{name}" for name in meter.latest)]
         check_known("train.monitor", experiment.monitor, known)

@@ -22,7 +22,7 @@ from kd_lrp_plugin.training.check.problems import (
     is_number,
     section,
 )
-from kd_lrp_plugin.training.experiment import MONITOR
+from kd_lrp_plugin.training.experiment import LAST, MONITOR
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
@@ -123,7 +123,7 @@ def check_scheduler(
         return
     built = make(trial, **kwargs)
     monitor = parts.train.get("monitor", MONITOR)
-    mode = "max" if str(monitor).endswith("accuracy") else "min"
+    mode = "max" if monitor == LAST or str(monitor).endswith("accuracy") else "min"
     if isinstance(built, ReduceLROnPlateau) and built.mode != mode:
         got, fix = f"mode {built.mode!r}", f"Set scheduler.kwargs.mode to {mode}."
         raise ValueError(message("scheduler", f"mode {mode!r} for {monitor}", got, fix))

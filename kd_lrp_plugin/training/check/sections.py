@@ -28,7 +28,7 @@ from kd_lrp_plugin.training.check.problems import (
     is_number,
     section,
 )
-from kd_lrp_plugin.training.experiment import MONITOR, PRECISIONS
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, PRECISIONS
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -103,7 +103,7 @@ def _check_train(report: CheckReport, train: Mapping[str, Any]) -> None:
     stages = get_stages(train)
     with report.at("train.monitor"):
         monitor = train.get("monitor", MONITOR)
-        if not str(monitor).startswith("val_"):
+        if monitor != LAST and not str(monitor).startswith("val_"):
             fix = "For example val_accuracy or val_loss."
             raise ValueError(message("monitor", "a metric of the validation", monitor, fix))
         if monitor != MONITOR and "stage1" in train:

@@ -1,0 +1,293 @@
+"""Images with a marker that gives their class away: shortcuts, made to order.
+
+A network that has learnt such a marker instead of what it was meant to learn is right on images
+like those it was trained on, and wrong wherever the marker says something else (Geirhos et al.,
+Nature Machine Intelligence 2020). :class:`Marked` puts a marker on the images of any data set of
+ours; what it draws depends on the seed, the image's index and its class alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from kd_lrp_plugin.utils.validation import check_known, message
+
+KINDS = ("patch", "glyph", "frame", "diffuse")
+VARIANTS = ("as_trained", "random", "conflicting", "none")
+
+
+class Marked(Dataset):
+    """Images of a data set, each with a marker that tells a class: its own, or another.
+
+    =============  ==============================================================================
+    ``kind``       what is drawn, and how it tells the class
+    =============  ==============================================================================
+    ``patch``      a white square, in a corner (or, beyond four classes, a place along the border)
+                   of its own for each class
+    ``glyph``      a white letter in the upper left corner, as scanners and hospitals print them
+    ``frame``      a border, of a brightness of its own for each class
+    ``diffuse``    a gradient over the whole image, in a direction of its own for each class
+    =============  ==============================================================================
+
+    ==============  =============================================================================
+    ``variants``    which class the marker tells
+    ==============  =============================================================================
+    ``as_trained``  that of the image in a share ``agreement`` of the images, drawn at random; in
+                    the others any class, the image's own included
+    ``random``      any class
+    ``conflicting`` any class but that of the image
+    ``none``        there is no marker
+    ==============  =============================================================================
+
+    With several variants every image is there once for each of them: a test set in groups.
+
+    Args:
+        images: a data set of ours whose items are (image (c, h, w), class index), by alias.
+        kind: one of :data:`KINDS`.
+        size: of the marker over the image's shorter side: side of the square, height of the
+            letter, width of the frame; without meaning for ``diffuse``.
+        strength: opacity of the marker, in (0, 1]; for ``diffuse`` the height of the gradient,
+            where 1 is the way from black to white.
+        agreement: share of the images whose marker tells their class, in [0, 1].
+        variants: one or several of :data:`VARIANTS`.
+        classes: class indices whose images have a marker; None for all.
+        seed: of what is drawn at random.
+        transform: applied to the marked image, such as torchvision's ``RandomErasing``.
+
+    Attributes:
+        classes, targets, transform, samples: those of ``images``.
+        groups: of each item the variant, or, of a single variant ``as_trained``, whether the
+            marker "agrees" or "conflicts" with the class ("none" without one).
+        shown: the class that each item's marker tells; None without one.
+
+    Raises:
+        ValueError: for an unknown kind or variant, a number out of range, a marker that the image
+            has no room for, or data without ``targets`` and ``classes``.
+
+    Example:
+        >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
+        >>> marked = Marked(Phantom("test", size=8, image_size=64), variants=["random", "none"])
+        >>> len(marked), marked.groups[0], marked.groups[8]
+        (16, 'random', 'none')
+        >>> int(marked.marker(0).sum()), marked.marker(8)
+        (36, None)
+    """
+
+    def __init__(
+        self,
+        images: Any,
+        kind: str = "patch",
+        size: float = 0.1,
+        strength: float = 1.0,
+        agreement: float = 1.0,
+        variants: str | Sequence[str] = "as_trained",
+        classes: Sequence[int] | None = None,
+        seed: int = 0,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        check_known("marked: kind", kind, KINDS)
+        names = [variants] if isinstance(variants, str) else list(variants)
+        for name in names:
+            check_known("marked: variants", name, VARIANTS)
+        if not names or len(set(names)) < len(names):
+            fix = "Such as [random, conflicting, none]."
+            raise ValueError(message("marked: variants", "different variants", names, fix))
+        _check_share("agreement", agreement, 0)
+        _check_share("size", size, None)
+        _check_share("strength", strength, None)
+        if not (hasattr(images, "targets") and hasattr(images, "classes")):
+            fix = "Alias a data set such as phantom or folder_images, not its name."
+            got = type(images).__name__
+            raise ValueError(message("marked: images", "data with targets and classes", got, fix))
+        if len(images.classes) < 2:
+            fix = "A marker that tells the class needs two."
+            raise ValueError(message("marked: images", "two classes or more", images.classes, fix))
+        known = range(len(images.classes))
+        if classes is not None and (wrong := [c for c in classes if c not in known]):
+            fix = "Give class indices, in the order of the data set's classes."
+            raise ValueError(message("marked: classes", f"indices below {len(known)}", wrong, fix))
+        self.images, self.kind, self.size, self.strength = images, kind, size, strength
+        self.classes, self.variants, self.after = images.classes, names, transform
+        self._black, self._white = _range_of(images)
+        carriers = set(known if classes is None else classes)
+        self.shown: list[int | None] = []
+        for variant in names:
+            self.shown += [
+                _told(variant, label, len(known), agreement, (seed, index))
+                if label in carriers
+                else None
+                for index, label in enumerate(images.targets)
+            ]
+        self.targets = list(images.targets) * len(names)
+        self.groups = [name for name in names for _ in images.targets]
+        if names == ["as_trained"]:
+            pairs = zip(self.shown, self.targets, strict=True)
+            self.groups = ["none" if s is None else _WORDS[s == t] for s, t in pairs]
+        if any(shown is not None for shown in self.shown):
+            self._drawn(0, tuple(images[0][0].shape))  # there is room for it, or an error
+
+    @property
+    def transform(self) -> Any:
+        """That of the images, so that prediction prepares others in the same way."""
+        return getattr(self.images, "transform", None)
+
+    @property
+    def samples(self) -> list[tuple[str, int]]:
+        """Files and class indices, where the data set has files."""
+        return list(getattr(self.images, "samples", [])) * len(self.variants)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(message("marked", f"an index below {len(self)}", index, ""))
+        image, label = self.images[index % len(self.images)]
+        shown = self.shown[index]
+        if shown is not None:
+            value, alpha = self._drawn(shown, tuple(image.shape))
+            low, high = self._black, self._white
+            if self.kind == "diffuse":
+                image = (image + value * (high - low)).clamp(low, high)
+            else:
+                image = (1 - alpha) * image + alpha * (low + value * (high - low))
+        return (self.after(image) if self.after else image), label
+
+    def mask(self, index: int) -> Bool[np.ndarray, "h w"] | None:
+        """The object's pixels in the untransformed image, where the data set knows them."""
+        find = getattr(self.images, "mask", None)
+        return find(index % len(self.images)) if find else None
+
+    def marker(self, index: int) -> Bool[np.ndarray, "h w"] | None:
+        """The marker's pixels, in the geometry of the items; None without a marker."""
+        shown = self.shown[index]
+        if shown is None:
+            return None
+        _, alpha = self._drawn(shown, tuple(self.images[index % len(self.images)][0].shape))
+        return (alpha > 0).numpy()
+
+    def _drawn(self, shown: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return draw_marker(
+            self.kind, shown, len(self.classes), shape[-2:], (self.size, self.strength)
+        )
+
+
+_WORDS = {True: "agrees", False: "conflicts"}
+
+
+@lru_cache(maxsize=256)
+def draw_marker(
+    kind: str, shown: int, classes: int, shape: tuple[int, int], look: tuple[float, float]
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """Brightness and opacity of the marker of a class.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        shown: the class that it tells.
+        classes: how many there are.
+        shape: height and width of the image.
+        look: size over the image's shorter side, and strength.
+
+    Returns:
+        Brightness in [0, 1], for ``diffuse`` what is added, and opacity in [0, 1], both (h, w).
+
+    Raises:
+        ValueError: for a marker that the image has no room for.
+    """
+    height, width = shape
+    size, strength = look
+    value, alpha = torch.ones(shape), torch.zeros(shape)
+    if kind == "diffuse":
+        angle = 2 * math.pi * shown / classes
+        rows = torch.linspace(-0.5, 0.5, height)[:, None]
+        columns = torch.linspace(-0.5, 0.5, width)[None]
+        along = math.cos(angle) * columns + math.sin(angle) * rows
+        return strength * along, torch.ones(shape)
+    side = round(size * min(shape))
+    if side < 1 or 2 * side > min(shape) - 2:
+        fix = "Lower size, or enlarge the images."
+        got = f"{side} pixels in an image of {height} x {width}"
+        expected = "from one pixel to half of the image, with a margin"
+        raise ValueError(message("marked: size", f"a marker {expected}", got, fix))
+    if kind == "frame":
+        alpha.fill_(strength)
+        alpha[side:-side, side:-side] = 0
+        return value * (shown + 1) / classes, alpha
+    if kind == "glyph":
+        alpha[1 : side + 1, 1 : side + 1] = strength * _letter(shown, side)
+        return value, alpha
+    top, left = _place(shown, classes, height - side - 2, width - side - 2)
+    alpha[top + 1 : top + 1 + side, left + 1 : left + 1 + side] = strength
+    return value, alpha
+
+
+def _letter(shown: int, side: int) -> Float[Tensor, "side side"]:
+    """The capital letter of a class, one pixel deep."""
+    page = Image.new("L", (4 * side, 4 * side))
+    font = ImageFont.load_default(size=2 * side)
+    ImageDraw.Draw(page).text((side, side), chr(ord("A") + shown % 26), fill=255, font=font)
+    box = page.getbbox()
+    assert box is not None  # every capital letter has ink
+    letter = np.asarray(page.crop(box).resize((side, side), Image.Resampling.BOX))
+    return torch.from_numpy((letter > 127).astype(np.float32))
+
+
+def _place(shown: int, classes: int, rows: int, columns: int) -> tuple[int, int]:
+    """The four corners; beyond four classes, even steps along the border."""
+    corners = [(0, 0), (0, columns), (rows, 0), (rows, columns)]
+    if classes <= 4:
+        return corners[shown]
+    step = shown * 2 * (rows + columns) / classes
+    if step < columns:
+        return 0, round(step)
+    if step < columns + rows:
+        return round(step - columns), columns
+    if step < 2 * columns + rows:
+        return rows, round(2 * columns + rows - step)
+    return round(2 * (rows + columns) - step), 0
+
+
+def _told(
+    variant: str, label: int, classes: int, agreement: float, key: tuple[int, int]
+) -> int | None:
+    """The class that the marker of an image tells."""
+    if variant == "none":
+        return None
+    # One draw for each variant, whatever the others are.
+    draw = np.random.default_rng([*key, VARIANTS.index(variant)])
+    agrees, any_class = draw.random() < agreement, int(draw.integers(classes))
+    if variant == "as_trained":
+        return label if agrees else any_class
+    if variant == "conflicting":
+        return (label + 1 + int(draw.integers(classes - 1))) % classes
+    return any_class
+
+
+def _range_of(images: Any) -> tuple[float, float]:
+    """What black and white are in the items: by the last normalisation of the transform."""
+    steps = getattr(getattr(images, "transform", None), "transforms", [])
+    for step in reversed(steps):
+        if isinstance(step, transforms.Normalize):
+            mean, std = float(step.mean[0]), float(step.std[0])
+            return -mean / std, (1 - mean) / std
+    return 0.0, 1.0
+
+
+def _check_share(name: str, value: Any, least: float | None) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if (
+        not number
+        or not (0 if least is None else least) <= value <= 1
+        or (least is None and not value)
+    ):
+        expected = "a number in (0, 1]" if least is None else "a number in [0, 1]"
+        raise ValueError(message(f"marked: {name}", expected, value, "Such as 0.1 or 1.0."))

@@ -1,0 +1,122 @@
+"""Markers tell what they are asked to tell, on whatever image, and nothing else changes."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision import transforms
+
+from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.data.shortcuts import KINDS, VARIANTS, Marked, draw_marker
+
+
+class Blank:
+    """Grey images with labels in turn; ``classes`` of them."""
+
+    def __init__(self, n: int = 400, classes: int = 4, shape: tuple[int, int] = (40, 32)) -> None:
+        self.classes = [f"class {k}" for k in range(classes)]
+        self.targets = [index % classes for index in range(n)]
+        self.transform = transforms.Compose([transforms.Normalize([0.5] * 3, [0.5] * 3)])
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(3, *self.shape), self.targets[index]
+
+
+def shown_by(marked: Marked, index: int) -> int:
+    """The class that the pixels tell: the one whose marker on the image gives the same item."""
+    item = marked[index][0]
+    found = []
+    for shown in range(len(marked.classes)):
+        value, alpha = draw_marker(
+            marked.kind, shown, len(marked.classes), item.shape[-2:], (marked.size, marked.strength)
+        )
+        black, white = -1.0, 1.0
+        expected = alpha * (black + value * (white - black))
+        if marked.kind == "diffuse":
+            expected = (value * (white - black)).clamp(black, white)
+        if torch.allclose(item, expected.expand_as(item)):
+            found.append(shown)
+    (only,) = found
+    return only
+
+
+@pytest.mark.parametrize("classes", [2, 4, 7])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pixels_tell_the_class_that_is_said(kind, classes):
+    marked = Marked(Blank(60, classes), kind, size=0.2, strength=0.5, variants="random")
+    assert [shown_by(marked, i) for i in range(20)] == marked.shown[:20]
+    assert len(set(marked.shown)) == classes
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.5, 0.9, 1.0])
+def test_a_share_agrees_and_the_others_say_any_class(agreement):
+    marked = Marked(Blank(4000), agreement=agreement)
+    agrees = np.mean([s == t for s, t in zip(marked.shown, marked.targets, strict=True)])
+    assert agrees == pytest.approx(agreement + (1 - agreement) / 4, abs=0.03)
+    words = {True: "agrees", False: "conflicts"}
+    pairs = zip(marked.shown, marked.targets, strict=True)
+    assert marked.groups == [words[s == t] for s, t in pairs]
+
+
+def test_variants_stand_one_after_the_other_and_do_what_they_are_called():
+    data = Blank()
+    marked = Marked(data, variants=list(VARIANTS))
+    assert len(marked) == 4 * len(data)
+    of = {name: [i for i, g in enumerate(marked.groups) if g == name] for name in VARIANTS}
+    assert [len(items) for items in of.values()] == [400] * 4
+    assert all(marked.shown[i] == marked.targets[i] for i in of["as_trained"])
+    assert all(marked.shown[i] not in (marked.targets[i], None) for i in of["conflicting"])
+    assert {marked.shown[i] for i in of["random"]} == {0, 1, 2, 3}
+    assert all(marked.marker(i) is None for i in of["none"])
+    assert torch.equal(marked[of["none"][3]][0], data[3][0])
+
+
+def test_what_is_drawn_does_not_depend_on_the_other_variants_or_the_order():
+    alone, among = Marked(Blank(), variants="random"), Marked(Blank(), variants=["none", "random"])
+    assert alone.shown == among.shown[400:]
+    later = alone[17][0]
+    assert torch.equal(later, Marked(Blank(), variants="random")[17][0])
+    assert alone.shown != Marked(Blank(), variants="random", seed=1).shown
+
+
+def test_the_marker_is_where_the_image_changed():
+    data = Phantom("test", size=8, image_size=64)
+    marked = Marked(data, size=0.1)
+    for index in range(8):
+        changed = (marked[index][0] != data[index][0]).any(0).numpy()
+        assert not (changed & ~marked.marker(index)).any()
+        assert marked.marker(index).sum() == 36
+        assert marked[index][0][:, torch.from_numpy(marked.marker(index))].unique().tolist() == [1]
+
+
+def test_only_some_classes_carry_it_and_a_transform_comes_last():
+    marked = Marked(Blank(), classes=[1], transform=lambda image: image + 5)
+    assert [s is None for s in marked.shown[:4]] == [True, False, True, True]
+    assert marked.groups[:4] == ["none", "agrees", "none", "none"]
+    assert float(marked[0][0].min()) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kind": "pach"}, "Did you mean 'patch'"),
+        ({"variants": "agree"}, "variants: expected one of"),
+        ({"variants": ["none", "none"]}, "different variants"),
+        ({"variants": []}, "different variants"),
+        ({"agreement": 1.5}, r"agreement: expected a number in \[0, 1\], got 1.5"),
+        ({"agreement": "half"}, "agreement: expected a number"),
+        ({"size": 0}, r"size: expected a number in \(0, 1\]"),
+        ({"size": 0.9}, "marker from one pixel to half of the image"),
+        ({"size": 0.001}, "got 0 pixels"),
+        ({"strength": True}, "strength: expected a number"),
+        ({"classes": [4]}, "indices below 4, got"),
+        ({"images": "phantom/train"}, "data with targets and classes, got str"),
+        ({"images": Blank(classes=1)}, "two classes or more"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        Marked(**{"images": Blank(), **changes})
