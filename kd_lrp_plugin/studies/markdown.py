@@ -38,7 +38,7 @@ def _table_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]
         row |= {
             a: str(v) if (v := record["point"].get(a)) is not None else v for a in content["axes"]
         }
-        row |= {"n": record["n"], "mean ± std": _with_spread(record["mean"], record["std"])}
+        row |= {"n": record["n"], "mean ± std": _with_deviation(record["mean"], record["std"])}
         row["95 % interval"] = _interval(record)
         if content["compare_to"]:
             found = compared.get((record["configuration"], *record["point"].items()), {})
@@ -55,7 +55,7 @@ def _shown(value: float | None, sign: str = "") -> str | None:
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4f}"
 
 
-def _with_spread(mean: float | None, std: float | None) -> str | None:
+def _with_deviation(mean: float | None, std: float | None) -> str | None:
     return _shown(mean) if std is None else f"{_shown(mean)} ± {_shown(std)}"
 
 
@@ -92,6 +92,6 @@ def _reading(content: Mapping[str, Any]) -> list[str]:
             "- Differences are of runs with the same seed; p is of the two-sided paired t-test, "
             "corrected by Holm for all tests of its table.",
             f"- With {pairs} pairs a mean difference must reach {detectable(pairs):.1f} times its "
-            "standard deviation to be told from none, before any correction.",
+            "standard deviation to be significantly different from zero, before any correction.",
         ]
     return lines

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from small_runs import BASELINE, KD, NO_TEACHER, SMALL
 from typer.testing import CliRunner
 
@@ -82,6 +83,25 @@ class TestPredict:
             evaluate.predict("nowhere", [tmp_path / "text.png"])
 
 
+class TestAHeadWiderThanTheClasses:
+    def test_an_output_beyond_them_that_wins_has_a_name(self, tmp_path):
+        wide = ["models.model.kwargs.num_classes=5"]
+        trainer.distill(RunSpec(BASELINE, [*SMALL, *wide], tmp_path / "run", device="cpu"))
+        Phantom("test", size=2, image_size=48).image(0).save(tmp_path / "one.png")
+        model, summary = loading.load_run(tmp_path / "run")
+        state = torch.load(tmp_path / "run/best.pt", weights_only=True)
+        state["model"]["fc.bias"][4] = 50.0
+        torch.save(state, tmp_path / "run/best.pt")
+        about = json.loads((tmp_path / "run/environment.json").read_text())
+        del about["outputs"]
+        (tmp_path / "run/environment.json").write_text(json.dumps(about))
+        (record,) = evaluate.predict(tmp_path / "run", [tmp_path / "one.png"])
+        assert record["class"] == "output 4"
+        assert record["probability"] == pytest.approx(1)
+        assert list(record["all"]) == [*summary["classes"], "output 4"]
+        assert model.fc.out_features == 5
+
+
 class TestEvaluate:
     def test_its_figures_are_those_of_the_predictions(self, run):
         record = evaluate.evaluate(run, 200)
@@ -113,8 +133,6 @@ class TestEvaluate:
 
     @pytest.mark.parametrize("classes", [2, 3])
     def test_sets_of_few_classes_work(self, classes, tmp_path):
-        from PIL import Image
-
         names = ["benign", "malignant", "other"][:classes]
         for split in ("Training", "Testing"):
             for name in names:
@@ -154,6 +172,16 @@ class TestEvaluate:
         trainer.distill(RunSpec(BASELINE, overrides, tmp_path / "run", device="cpu"))
         found = evaluate.evaluate(tmp_path / "run", 200)["student"]
         assert [row["class"] for row in found["per_class"]] == ["0", "1", "2"]
+        # Its transform is the config's own, and built from there.
+        pixels = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "one.png")
+        (record,) = evaluate.predict(tmp_path / "run", [tmp_path / "one.png"])
+        model, summary = loading.load_run(tmp_path / "run")
+        assert summary["preprocessing"] is None
+        with torch.no_grad():
+            tensor = torch.from_numpy(pixels / np.float32(255)).permute(2, 0, 1)
+            expected = model(tensor[None])[0].softmax(0)
+        np.testing.assert_allclose(list(record["all"].values()), expected, atol=1e-6)
 
     def test_the_command_prints_a_row_per_model(self, run):
         result = CliRunner().invoke(app, ["evaluate", str(run), "--resamples", "100"])

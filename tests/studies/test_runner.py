@@ -186,6 +186,17 @@ class TestPlan:
             ({"grid": {"rate": {"key": RATE}}}, "grid 'rate'.*a 'values'"),
             ({"set": {"a": 1}}, "set: expected a list"),
             ({"measures": "test_accuracy"}, "measures: expected a list"),
+            ({"measures": ["macro_f2"]}, "measures: expected one of.*Did you mean 'macro_f1'"),
+            ({"measures": ["last.val_acuracy"]}, r"measures: last\..*mean 'val_accuracy'"),
+            ({"measures": ["student.cost.mac"]}, r"measures: student\.cost\..*mean 'macs'"),
+            (
+                {"configurations": {n: {"config": str(BASELINE)} for n in ("CE", "also")}},
+                "'CE' and 'also' with the same config",
+            ),
+            (
+                {"grid": {"rate": {"a": [f"{RATE}=1"], "b": [f"{RATE}=1"]}}},
+                "'CE, rate a' and 'CE, rate b' with the same config",
+            ),
             ({"prepare": {"a b": {"config": str(TEACHER)}}}, "a name of letters"),
         ],
     )
