@@ -290,13 +290,17 @@ def kl_divergence(
     Args:
         student: logits that carry gradient.
         teacher: logits of the same shape, treated as constant.
-        temperature: τ > 0; the factor τ² keeps gradients comparable across temperatures.
+        temperature: τ in [0.01, 100]; the factor τ² keeps gradients comparable across
+            temperatures. Beyond 100 the predictions differ by less than float32 can tell, and τ²
+            times the difference would be its rounding.
 
     Returns:
-        Scalar >= 0, in nats times τ².
+        Scalar >= 0, in nats times τ². A class that both rule out (a logit of -inf) adds nothing;
+        one that the student alone rules out makes it infinite.
 
     Raises:
-        ValueError: if the shapes differ, are not (n, classes) with n >= 1, or τ is not above 0.
+        ValueError: if the shapes differ, are not (n, classes) with n >= 1 and two classes or
+            more (the prediction of one class is 1 whatever the logits), or τ is outside its range.
 
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 4.0]])
@@ -311,16 +315,19 @@ def kl_divergence(
         where, "Give both models the same number of classes.", student=student, teacher=teacher
     )
     _check_axes(where, LOGITS, 1, student, teacher)
-    if not temperature > 0:
+    if student.shape[1] < 2:
+        fix = "Give the model one output per class, also for two classes."
+        raise ValueError(message(where, "logits of two classes or more", "one", fix))
+    if not 0.01 <= temperature <= 100:
         fix = "Use 4, the paper's value."
-        raise ValueError(message(where, "a temperature above 0", temperature, fix))
-    divergence = functional.kl_div(
-        functional.log_softmax(student / temperature, dim=1),
-        functional.log_softmax(teacher.detach() / temperature, dim=1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return temperature**2 * divergence
+        expected = "a temperature from 0.01 to 100" if temperature > 0 else "a temperature above 0"
+        raise ValueError(message(where, expected, temperature, fix))
+    of_student = functional.log_softmax(student / temperature, dim=1)
+    of_teacher = functional.log_softmax(teacher.detach() / temperature, dim=1)
+    probability = of_teacher.exp()
+    # 0 log 0 is 0 in a divergence. NaN is not equal to 0, and so is not hidden.
+    terms = torch.where(probability == 0, 0, probability * (of_teacher - of_student))
+    return temperature**2 * (terms.sum() / len(terms))
 
 
 def zero_maps(maps: Float[Tensor, "n h w"]) -> Bool[Tensor, " n"]:

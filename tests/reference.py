@@ -9,6 +9,7 @@ block consists of is written out by hand for every block, below.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,15 +17,18 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-6
+EPSILON = 1e-7
 GAMMA = 0.25
 PLAIN = ("grad_cam", "gradient_activation")
 LRP = ("lrp_epsilon", "lrp_zplus", "lrp_gamma", "lrp_composite")
 
 
 def stab(z: Tensor) -> Tensor:
-    """``z`` moved away from zero by EPSILON; zero itself counts as positive."""
-    return z + EPSILON * torch.where(z >= 0, 1.0, -1.0)
+    """One image's ``z`` moved away from zero by EPSILON of its size; zero counts as positive."""
+    values = z.flatten().tolist()
+    size = math.fsum(map(abs, values)) / len(values)
+    shift = EPSILON * 2.0 ** math.floor(math.log2(size)) if size else sys.float_info.min
+    return z + shift * torch.where(z >= 0, 1.0, -1.0)
 
 
 # --- The rules for one affine layer y = matrix @ x + shift of one image ------------------------
@@ -136,8 +140,8 @@ class Walk:
         self.nodes.append(Node(value.detach(), parents))
         return self.nodes[-1]
 
-    def gradient(self, output: Node, grad: Tensor, tap: Node) -> Tensor:
-        """The modified gradient at ``tap`` for the gradient ``grad`` at ``output``."""
+    def gradient(self, output: Node, grad: Tensor, layer: Node) -> Tensor:
+        """The modified gradient at ``layer`` for the gradient ``grad`` at ``output``."""
         grads = {id(output): grad}
         for node in reversed(self.nodes):
             if id(node) not in grads:
@@ -145,7 +149,7 @@ class Walk:
             for parent, back in node.parents:
                 part = back(grads[id(node)])
                 grads[id(parent)] = grads.get(id(parent), 0) + part
-        return grads[id(tap)]
+        return grads[id(layer)]
 
     def statistics(self, norm: nn.Module, value: Tensor) -> tuple[Tensor, Tensor]:
         """Batch norm as y = scale * x + shift, per channel."""
@@ -196,7 +200,8 @@ class Walk:
     def activation(self, x: Node, function: Callable[[Tensor], Tensor]) -> Node:
         y = function(x.value.clone()).detach()
         if self.is_lrp:
-            return self.add_node(y, (x, lambda grad: grad * y / stab(x.value)))
+            denominator = torch.stack([stab(image) for image in x.value])
+            return self.add_node(y, (x, lambda grad: grad * y / denominator))
         return self.plainly(function, x)
 
     def plainly(self, function: Callable[..., Tensor], *inputs: Node) -> Node:
@@ -379,13 +384,13 @@ def relevance(
     """Maps (n, h, w) at the activations ``images`` of the classes ``targets``, and the logits.
 
     Args:
-        tail: walks from the tap's activations to the logits (n, classes).
+        tail: walks from the layer's activations to the logits (n, classes).
     """
     walk = Walk(method, training)
-    tap = walk.add_node(images)
-    logits = tail(walk, tap)
+    layer = walk.add_node(images)
+    logits = tail(walk, layer)
     one_hot = nn.functional.one_hot(targets, logits.value.shape[1]).double()
-    grad = walk.gradient(logits, one_hot, tap)
+    grad = walk.gradient(logits, one_hot, layer)
     if method == "grad_cam":
         grad = grad.mean((2, 3), keepdim=True)
     maps = (images * grad).sum(1)
@@ -419,13 +424,13 @@ def randomize(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-class Tapped(nn.Module):
-    """A tap, a block, global average pooling, a linear head: the block's rules are all there is."""
+class Tail(nn.Module):
+    """A target layer, a block, pooling, a linear head: the block's rules are all there is."""
 
     def __init__(self, block: nn.Module, channels: int, classes: int = 3) -> None:
         super().__init__()
-        self.tap, self.block = nn.Identity(), block
+        self.layer, self.block = nn.Identity(), block
         self.head = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.block(self.tap(x)).mean((2, 3)))
+        return self.head(self.block(self.layer(x)).mean((2, 3)))

@@ -226,10 +226,56 @@ def test_kl_divergence_agrees_with_reference_at_every_temperature(temperature):
     )
 
 
+@pytest.mark.parametrize("temperature", [math.inf, 1e30, 101, 1e-3])
+def test_kl_divergence_refuses_a_temperature_at_which_float32_tells_nothing(temperature):
+    with pytest.raises(ValueError, match=r"expected a temperature from 0.01 to 100, got"):
+        losses.kl_divergence(*pair("kl_divergence"), temperature)
+
+
 @pytest.mark.parametrize("temperature", [0, -1, math.nan])
 def test_kl_divergence_refuses_a_temperature_that_is_not_positive(temperature):
     with pytest.raises(ValueError, match="expected a temperature above 0, got"):
         losses.kl_divergence(*pair("kl_divergence"), temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 100])
+def test_kl_divergence_is_right_in_float32_at_the_ends_of_its_range(temperature):
+    student, teacher = pair("kl_divergence")
+    single = losses.kl_divergence(student.float(), teacher.float(), temperature).item()
+    expected = REFERENCE["kl_divergence"](student / 1, teacher, temperature)
+    assert single == pytest.approx(expected, rel=2e-2)  # at 100, 1e-7 of rounding in 1e-5
+
+
+def test_kl_divergence_refuses_a_single_output():
+    with pytest.raises(ValueError, match="kl_divergence: expected logits of two classes or more"):
+        losses.kl_divergence(torch.randn(3, 1), torch.randn(3, 1))
+
+
+class TestKLDivergenceOfClassesThatAreRuledOut:
+    def test_one_that_both_rule_out_adds_nothing(self):
+        student, teacher = pair("kl_divergence")
+        masked = torch.tensor([0.0, 0.0, -math.inf, 0.0, 0.0])
+        keep = [0, 1, 3, 4]
+        expected = losses.kl_divergence(student[:, keep], teacher[:, keep])
+        (slope,) = torch.autograd.grad(expected, student)
+        value = losses.kl_divergence(student + masked, teacher + masked)
+        (gradient,) = torch.autograd.grad(value, student)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(gradient, slope)
+
+    def test_one_that_the_teacher_alone_rules_out_is_the_limit(self):
+        student, teacher = pair("kl_divergence")
+        nearly, never = teacher.clone(), teacher.clone()
+        nearly[:, 2], never[:, 2] = -200.0, -math.inf
+        value = losses.kl_divergence(student, never)
+        torch.testing.assert_close(value, losses.kl_divergence(student, nearly))
+        (gradient,) = torch.autograd.grad(value, student)
+        assert gradient.isfinite().all()
+
+    def test_one_that_the_student_alone_rules_out_is_infinitely_far(self):
+        student, teacher = pair("kl_divergence")
+        masked = torch.tensor([0.0, 0.0, -math.inf, 0.0, 0.0])
+        assert losses.kl_divergence(student + masked, teacher).item() == math.inf
 
 
 def test_zero_maps_finds_exactly_the_maps_without_direction():

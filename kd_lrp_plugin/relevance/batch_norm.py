@@ -30,11 +30,11 @@ class _BatchVariance(torch.autograd.Function):
         return (x - mean) * weight
 
 
-def norm_tensors(norm: BatchNorm, raw: Tensor | None) -> tuple[Tensor | None, ...]:
+def norm_tensors(norm: BatchNorm, weight: Tensor | None, raw: Tensor) -> tuple[Tensor | None, ...]:
     """What :func:`norm_scale` needs: the norm's weight, and the variance or where it is from."""
     if norm.training or norm.running_var is None:
-        return norm.weight, None, raw
-    return norm.weight, norm.running_var, None
+        return weight, None, raw
+    return weight, norm.running_var, None
 
 
 def norm_scale(

@@ -1,11 +1,14 @@
-"""Nodes of the autograd graph that hand back relevance, and those that need no rule."""
+"""The autograd graph of a recorded forward pass: its relevance functions, and the walk over it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+
+from kd_lrp_plugin.utils.validation import message
 
 # fmt: off
 LINEAR_OPERATIONS = frozenset({
@@ -17,42 +20,60 @@ LINEAR_OPERATIONS = frozenset({
     "UpsampleNearest2D", "UpsampleBilinear2D", "_DDPSink",
 })
 """Autograd operations at which the gradient hands relevance back as it should be."""
+# fmt: on
 PRODUCTS = frozenset({"Mul", "Div", "Bmm"})
 """Linear, too, as long as one operand carries no relevance."""
+REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
+WITHOUT_CHECKPOINTING = (
+    "Switch gradient checkpointing off while the model is recorded: its second forward pass "
+    "would not be the recorded one."
+)
+
 
 class Switch:
     """Whether a relevance pass is on; all that a node of the graph knows of a propagation.
 
-    A node that held the propagation would hold its taps, which hold the graph: a ring that
-    Python cannot see, so that no step would ever be freed.
+    A node that held the propagation would hold the outputs of its target layers, which hold the
+    graph: a ring that Python cannot see, so that no step would ever be freed.
     """
 
     def __init__(self) -> None:
         self.on = False
 
 
+@dataclass(frozen=True, eq=False)
+class LayerRule:
+    """How relevance is handed back through one call of one layer.
+
+    Attributes:
+        name: of the layer, for messages.
+        switch: whether a relevance pass is on.
+        rule: ``rule(g, *tensors)`` gives the factor of the source; None if no relevance flows.
+        overwrites: whether the layer's output tensor itself may be handed on, instead of a copy.
+    """
+
+    name: str
+    switch: Switch
+    rule: Callable[..., Tensor] | None
+    overwrites: bool
+
 
 class RelevanceFunction(torch.autograd.Function):
-    """``output`` unchanged; in a relevance pass its gradient goes to ``source`` by ``rule``.
-
-    ``rule(g, *tensors)`` gives the factor of ``source``; without a source no relevance flows.
-    """
+    """``output`` unchanged; in a relevance pass its gradient goes to ``source`` by the rule."""
 
     @staticmethod
     def forward(
         ctx: Any,
         output: Tensor,
         source: Tensor | None,
-        switch: Switch,
-        rule: Callable[..., Tensor] | None,
-        overwrites: bool,
+        layer_rule: LayerRule,
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.switch = switch
-        ctx.rule = rule
+        ctx.layer_rule = layer_rule
+        ctx.n_tensors = len(tensors)
         ctx.save_for_backward(*tensors)
-        if overwrites:
+        if layer_rule.overwrites:
             # "Modified in place" costs nothing, and unlike a view it may be modified in place
             # again, as residual blocks do. Not for outputs that somebody has saved.
             ctx.mark_dirty(output)
@@ -62,20 +83,105 @@ class RelevanceFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        rest = (None,) * (3 + len(ctx.saved_tensors))
-        if not ctx.switch.on:
+        layer_rule = ctx.layer_rule
+        # The ordinary backward pass does not touch what the rule has saved: the model is free to
+        # overwrite it, as it is without a recording.
+        rest = (None,) * (1 + ctx.n_tensors)
+        if not layer_rule.switch.on:
             return g, None, *rest
-        if g is None or ctx.rule is None:
+        if g is None or layer_rule.rule is None:
             return None, None, *rest
-        return None, ctx.rule(g, *ctx.saved_tensors), *rest
-
+        try:
+            tensors = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise  # the graph has been freed
+            fix = "Make the change out of place, or choose the method gradient_activation."
+            got = "one that the model modifies in place afterwards"
+            where = f"layer {layer_rule.name!r}"
+            expected = "an input and weights that stay"
+            raise ValueError(message(where, expected, got, fix)) from error
+        return None, layer_rule.rule(g, *tensors), *rest
 
 
 def is_relevance_function(node: Any) -> bool:
-    return isinstance(getattr(node, "switch", None), Switch)
+    return isinstance(getattr(node, "layer_rule", None), LayerRule)
 
 
-
-def grad_node(tensor: Tensor) -> Any:
+def get_grad_node(tensor: Tensor) -> Any:
     """The autograd node that a gradient for ``tensor`` arrives at, None if there is none."""
     return get_gradient_edge(tensor).node if tensor.requires_grad else None
+
+
+def refuse_checkpointing(where: str) -> None:
+    """Raise ``ValueError`` within ``torch.utils.checkpoint``, not reentrant.
+
+    It is known by the hooks that it sets on saved tensors. The reentrant form runs without
+    gradients and leaves a node of its own, which :func:`find_carriers` meets.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
+        got = "one under gradient checkpointing"
+        raise ValueError(
+            message(where, "a forward pass that runs once", got, WITHOUT_CHECKPOINTING)
+        )
+
+
+def find_carriers(
+    logits: Tensor, targets: Iterable[Tensor], method: str, is_gradient: bool
+) -> dict[Any, bool]:
+    """For each autograd node behind ``logits`` whether relevance flows through it to a target.
+
+    Args:
+        logits: where relevance comes from.
+        targets: outputs of the target layers.
+        method: for messages.
+        is_gradient: whether the method hands back plain gradients, for which every operation is
+            right. For another, each such node must be a relevance function or linear.
+
+    Raises:
+        ValueError: for an operation that has no rule.
+    """
+    wanted = {get_grad_node(target) for target in targets}
+    carriers: dict[Any, bool] = {}
+    stack = [get_grad_node(logits)]
+    # Depth first and from the end, without recursion: a deep network has thousands of nodes.
+    while stack:
+        node = stack[-1]
+        if node is None or node in carriers:
+            stack.pop()
+            continue
+        inputs = [following for following, _ in node.next_functions]
+        if is_relevance_function(node):
+            inputs = inputs[1:2] if node.layer_rule.rule is not None else []
+        if waiting := [i for i in inputs if i is not None and i not in carriers]:
+            stack.extend(waiting)
+            continue
+        carried = [carriers.get(i, False) for i in inputs]
+        carriers[node] = any(carried) or node in wanted
+        if any(carried) and not is_relevance_function(node):
+            _check_operation(node, carried, method, is_gradient)
+        stack.pop()
+    return carriers
+
+
+def _check_operation(node: Any, carried: list[bool], method: str, is_gradient: bool) -> None:
+    """Raise ``ValueError`` unless the gradient of ``node`` hands relevance back as it should."""
+    operation = node.name().removeprefix("torch::autograd::").rstrip("0123456789")
+    if operation == REENTRANT_CHECKPOINT:
+        got = "gradient checkpointing behind the layer"
+        raise ValueError(
+            message(method, "a forward pass that runs once", got, WITHOUT_CHECKPOINTING)
+        )
+    if is_gradient and not getattr(node, "_saved_training", False):
+        return  # the gradient is right everywhere but through the statistics of a batch
+    kind = operation.removesuffix("Backward")
+    if kind in LINEAR_OPERATIONS or (
+        kind in PRODUCTS and sum(carried) == 1 and not (kind == "Div" and not carried[0])
+    ):
+        return
+    fix = (
+        "Make it a module (such as nn.ReLU), choose layers behind it, or the method "
+        "gradient_activation."
+    )
+    raise ValueError(message(method, "operations that have a rule", operation, fix))

@@ -1,104 +1,94 @@
-"""Which rule serves which layer, and the hooks that put it there for a forward pass.
+"""The hooks that put rules behind layers for a forward pass, and remember the target layers.
 
-Behind every layer that a rule serves stands a :class:`_Detour`: an identity whose backward pass
-goes the ordinary way, except during a relevance pass, when it follows the rule to the layer's
-input. So whoever takes a gradient during a relevance pass gets relevance.
+Behind every layer that a rule serves stands a
+:class:`~kd_lrp_plugin.relevance.graph.RelevanceFunction`: an identity whose backward pass goes
+the ordinary way, except during a relevance pass, when it follows the rule to the layer's input.
+So whoever takes a gradient during a relevance pass gets relevance.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from timm.layers import BatchNormAct2d
-from timm.layers import activations as timm_act
-from timm.layers.conv2d_same import Conv2dSame
-from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.utils import parametrize
 
-from kd_lrp_plugin.relevance import batch_norm, linear_maps, rules
-from kd_lrp_plugin.relevance.graph import (
-    LINEAR_OPERATIONS,
-    PRODUCTS,
-    RelevanceFunction,
-    Switch,
-    grad_node,
-    is_relevance_function,
+from kd_lrp_plugin.relevance import rules
+from kd_lrp_plugin.relevance.graph import find_carriers, get_grad_node, refuse_checkpointing
+from kd_lrp_plugin.relevance.layer_rules import (
+    ACTIVATIONS,
+    GATES,
+    HARD_SIGMOIDS,
+    LINEAR_LAYERS,
+    LayerRules,
+    has_readable_weight,
+    is_plain_convolution,
+    runs_as,
 )
-from kd_lrp_plugin.relevance.linear_maps import LinearMap
 from kd_lrp_plugin.relevance.methods import Method
 from kd_lrp_plugin.utils.validation import message
 
-# fmt: off
-ACTIVATIONS = (
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU, nn.Hardswish,
-    nn.Hardtanh, nn.Tanh, timm_act.Swish, timm_act.Mish, timm_act.HardSwish, timm_act.Tanh,
-    timm_act.GELU, timm_act.GELUTanh,
-)
-"""Elementwise modules that hand relevance on unchanged."""
-GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, timm_act.Sigmoid, timm_act.HardSigmoid)
-"""Modules whose output is a factor, not a feature: no relevance flows through them."""
-# fmt: on
+_RECORDED: WeakSet[nn.Module] = WeakSet()
 
-PLAIN_CONVOLUTIONS = (nn.Conv2d.forward, Conv2dSame.forward)
-"""What a convolution must do to be one linear map and a bias; timm's own variants included."""
-PLAIN_LINEAR = (nn.Linear.forward, TimmLinear.forward)
-# fmt: on
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "memory_efficient")
+"""Attributes of timm's, transformers' and torchvision's modules that run them twice."""
 
-_LISTENED_TO: WeakSet[nn.Module] = WeakSet()
+Serve = Callable[[Any, Any], Tensor | None]
 
 
 class Propagation:
-    """The rules of one method on one model, and the taps where relevance is read.
+    """The rules of one method on one model, and the target layers where relevance is read.
 
     Attributes:
-        taps: output of each tapped layer in the latest forward pass, by name.
+        outputs: of each target layer in the latest forward pass, by name.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], method: Method, name: str) -> None:
-        self.taps: dict[str, Tensor] = {}
-        self._switch = Switch()
+        self.outputs: dict[str, Tensor] = {}
         self._model = model
         self._layers = layers
         self._method = method
         self._name = name
-        self._only_relevance = False
+        self._rules = LayerRules(method, {model.get_submodule(layer) for layer in layers})
         self._frozen = not any(parameter.requires_grad for parameter in model.parameters())
-        self._tapped = {model.get_submodule(name) for name in layers}
         self._versions: dict[str, int] = {}
         self._autocast: dict[str, torch.dtype] = {}
+        self._norm_inputs: dict[nn.Module, Tensor] = {}
         self._undo: list[Callable[[], None]] = []
-        self._convolved = WeakTensorKeyDictionary()
+        # A checkpointed part of the model runs a second time, in the backward pass: not recorded.
+        self._is_over = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Serve the forward passes inside the context; leave no trace on the model."""
-        if self._model in _LISTENED_TO:
+        if self._model in _RECORDED:
             fix = "Close the first recording, or ask it for all layers."
             raise ValueError(message("record", "a model that is not being recorded", "one", fix))
         try:
-            _LISTENED_TO.add(self._model)
+            _RECORDED.add(self._model)
             self._install()
             yield
         finally:
-            _LISTENED_TO.discard(self._model)
+            _RECORDED.discard(self._model)
             while self._undo:
                 self._undo.pop()()
-            self._convolved.clear()
+            self._forget_calls()
 
     @contextmanager
     def relevance_pass(self) -> Iterator[None]:
         """Gradients taken inside the context follow the rules."""
-        self._switch.on = True
+        self._rules.switch.on = True
         try:
             yield
         finally:
-            self._switch.on = False
+            self._rules.switch.on = False
 
-    # --- hooks --------------------------------------------------------------------------------
+    # --- installing -----------------------------------------------------------------------------
 
     def _install(self) -> None:
         modules = dict(self._model.named_modules())
@@ -106,220 +96,211 @@ class Propagation:
         self._undo.append(self._model.register_forward_hook(self._end, always_call=True).remove)
         self._undo.append(self._end)
         for name, module in modules.items():
-            self._install_rule(name, module)
+            if "parametrizations" not in name.split("."):  # these make weights, not features
+                self._install_rule(name, module)
         for name in self._layers:
-            self._behind(modules[name], self._tap(name), from_tap_on=False)
+            # Behind the hooks of the user: the next layer reads what they return.
+            hook = partial(self._remember, name)
+            self._undo.append(modules[name].register_forward_hook(hook).remove)
 
     def _install_rule(self, name: str, module: nn.Module) -> None:
         """Every kind of layer, and what stands behind it."""
         lrp = not self._method.is_gradient
+        layer_rules = self._rules
+        for attribute in CHECKPOINTING:
+            if getattr(module, attribute, None) is True:
+                self._set(module, attribute, False)
         if getattr(module, "inplace", False):
             self._undo.append(module.register_forward_pre_hook(self._spare_input).remove)
+        if parametrize.is_parametrized(module, "weight"):
+            self._watch_weight(module)
         if hasattr(module, "fused_attn"):  # timm's attention
             self._set(module, "fused_attn", False)  # the fused one has no second derivative
-            if lrp and isinstance(module.attn_drop, nn.Module):
-                self._behind(module.attn_drop, self._gate)
+            dropout = module.attn_drop
+            if lrp and isinstance(dropout, nn.Module):
+                gate = partial(layer_rules.serve_gate, name)
+                self._put_behind(name, dropout, lambda _, output: gate(output))
         elif isinstance(module, nn.Conv2d):
-            if type(module).forward in PLAIN_CONVOLUTIONS and not _padded_oddly(module):
-                self._behind(module, self._convolution)
+            if is_plain_convolution(module):
+                self._put_behind(name, module, partial(layer_rules.serve_convolution, name, module))
             elif lrp:
-                self._refuse(name, module, "a convolution with zero padding and its own weights")
-        elif isinstance(module, BatchNormAct2d) and _runs(module, BatchNormAct2d):
-            # The value before the activation passes through `drop`; the input is seen here only.
-            inputs: list[Tensor] = []
-            self._undo.append(
-                module.register_forward_pre_hook(
-                    lambda _, args: inputs.extend(args[:1] if self.taps else ())
-                ).remove
+                expected = (
+                    "a convolution with zero padding, its own weights and its class's forward"
+                )
+                self._refuse(name, module, expected)
+        elif isinstance(module, BatchNorm):
+            self._install_norm(name, module)
+        elif isinstance(module, nn.Linear):
+            if runs_as(module, *LINEAR_LAYERS) and has_readable_weight(module):
+                self._put_behind(name, module, partial(layer_rules.serve_linear, name, module))
+            elif lrp:
+                self._refuse(name, module, "a linear layer with its own weights and forward")
+        elif lrp and runs_as(module, *GATES):
+            gate = partial(layer_rules.serve_gate, name)
+            self._put_behind(name, module, lambda _, output: gate(output))
+        elif lrp and runs_as(module, *ACTIVATIONS):
+            self._put_behind(
+                name, module, partial(layer_rules.serve_activation, rules.activation, name)
             )
-            self._behind(module.drop, lambda _, __, y: self._norm(module, inputs.pop(), y))
-        elif isinstance(module, BatchNorm) and _runs(module, BatchNorm):
-            self._behind(module, lambda m, args, y: self._norm(m, args[0], y))
-        elif isinstance(module, BatchNorm):  # over several processes, or with more than the norm
-            if lrp or module.training:
-                self._refuse(name, module, "a batch norm of PyTorch or timm, within one process")
-        elif type(module).forward in PLAIN_LINEAR:
-            self._behind(module, self._linear)
-        elif lrp and isinstance(module, GATES):
-            self._behind(module, self._gate)
-        elif lrp and isinstance(module, ACTIVATIONS):
-            self._behind(module, self._activation(rules.activation))
-        elif isinstance(module, (nn.Hardsigmoid, timm_act.HardSigmoid)):
-            self._behind(module, self._activation(rules.hard_sigmoid_gradient))
+        elif runs_as(module, *HARD_SIGMOIDS):
+            self._put_behind(
+                name,
+                module,
+                partial(layer_rules.serve_activation, rules.hard_sigmoid_gradient, name),
+            )
 
-    def _behind(
-        self, module: nn.Module, hook: Callable[..., Tensor | None], from_tap_on: bool = True
-    ) -> None:
-        def behind(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-            return hook(module, inputs, output) if self.taps or not from_tap_on else None
+    def _install_norm(self, name: str, module: BatchNorm) -> None:
+        serve = partial(self._rules.serve_norm, name, module)
+        if runs_as(module, BatchNormAct2d) and has_readable_weight(module):
+            # The value before the activation passes through `drop`; the input is seen here only.
+            def keep_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
+                self._norm_inputs[module] = _get_input(args, kwargs)
 
-        self._undo.append(module.register_forward_hook(behind).remove)
+            def serve_drop(_: object, output: Tensor) -> Tensor | None:
+                source = self._norm_inputs.get(module)
+                return None if source is None else serve(source, output)
+
+            def check_input(source: object, _: object) -> None:
+                if self._norm_inputs.pop(module, source) is not source:
+                    fix = "Register hooks before the recording begins."
+                    got = "another hook behind it that changes the input"
+                    expected = "the hook of the recording to be the last"
+                    raise ValueError(message(f"layer {name!r}", expected, got, fix))
+
+            hook = module.register_forward_pre_hook(keep_input, with_kwargs=True)
+            self._undo.append(hook.remove)
+            drop: Any = module.drop
+            self._put_behind(name, drop, serve_drop)
+            self._put_behind(name, module, check_input)
+        elif runs_as(module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and (
+            has_readable_weight(module)
+        ):
+            self._put_behind(name, module, serve)
+        elif not self._method.is_gradient or module.training:
+            # over several processes, or with more than the norm
+            self._refuse(name, module, "a batch norm of PyTorch or timm, within one process")
+
+    def _put_behind(self, name: str, module: nn.Module, serve: Serve) -> None:
+        """Let ``serve(input, output)`` replace the output of ``module`` behind a target layer."""
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            if not self.outputs or self._is_over:
+                return None
+            if next(iter(module._forward_hooks)) != handle.id:
+                fix = "Register hooks before the recording begins, or without prepend."
+                got = "another hook in front"
+                expected = "the layer's output as it is"
+                raise ValueError(message(f"layer {name!r}", expected, got, fix))
+            refuse_checkpointing(f"layer {name!r}")
+            return serve(_get_input(args, kwargs), output)
+
+        # In front of the hooks of the user, which may change the output: what they do is then
+        # part of the graph, as it would be between this layer and the next.
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        self._undo.append(handle.remove)
+
+    def _refuse(self, name: str, module: nn.Module, expected: str) -> None:
+        def serve(*_: object) -> None:
+            fix = "Choose another method, or layers behind this one."
+            got = type(module).__name__
+            if "forward" in vars(module):
+                got += " with a forward of the instance's own"
+            raise ValueError(message(f"{self._name} at {name!r}", expected, got, fix))
+
+        self._put_behind(name, module, serve)
+
+    def _watch_weight(self, module: nn.Module) -> None:
+        def keep(_: nn.Module, __: tuple, weight: Tensor) -> None:
+            if not self._is_over:
+                self._rules.weights[module] = weight
+
+        parametrization = module.get_submodule("parametrizations.weight")
+        handle = parametrization.register_forward_hook(keep)
+        self._undo.append(handle.remove)
 
     def _set(self, module: nn.Module, name: str, value: object) -> None:
         found = getattr(module, name)
         self._undo.append(lambda: setattr(module, name, found))
         setattr(module, name, value)
 
+    # --- during a forward pass --------------------------------------------------------------------
+
     def _begin(self, module: nn.Module, inputs: tuple) -> None:
-        self.taps.clear()
-        self._convolved.clear()
+        self._is_over = False
+        self.outputs.clear()
+        self._forget_calls()
 
     def _end(self, *_: object) -> None:
+        self._is_over = True
         for kind, found in self._autocast.items():
             if torch.get_autocast_dtype(kind) == torch.float32:  # else the model has restored it
                 torch.set_autocast_dtype(kind, found)
         self._autocast.clear()
 
-    def _widened(self, output: Tensor) -> Tensor:
+    def _forget_calls(self) -> None:
+        self._norm_inputs.clear()
+        self._rules.clear()
+
+    def _widen(self, output: Tensor) -> Tensor:
         """``output`` in float32 if under autocast, which casts up to float32 from here on."""
         kind = output.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # Unlike switching it off, this also serves a branch around the tap.
+            # Unlike switching it off, this also serves a branch around the layer.
             self._autocast.setdefault(kind, torch.get_autocast_dtype(kind))
             torch.set_autocast_dtype(kind, torch.float32)
             output = output.to(torch.promote_types(output.dtype, torch.float32))
         return output
 
     def _spare_input(self, module: nn.Module, inputs: tuple) -> None:
-        if self.taps and module.inplace:
+        if self.outputs and module.inplace:
             self._set(module, "inplace", False)
 
-    def _tap(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, inputs: tuple, output: object) -> Tensor | None:
-            where = f"layer {name!r}"
-            if not isinstance(output, Tensor) or output.ndim != 4:
-                got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                fix = "Choose a layer before pooling and flattening."
-                raise ValueError(message(where, "an output (n, c, h, w)", got, fix))
-            if name in self.taps:
-                fix = "Choose a layer that runs once."
-                raise ValueError(message(where, "one call in a forward pass", "a second", fix))
-            if torch.is_inference(output):
-                fix = "Leave torch.inference_mode for a recorded forward pass."
-                raise ValueError(message(where, "an output with a graph", "inference mode", fix))
-            output = self._widened(output)
-            if not self.taps:
-                # Through a frozen model that starts here, nothing else ever flows back: the
-                # ordinary graph need not be kept.
-                self._only_relevance = self._frozen and not output.requires_grad
-            tap = output if output.requires_grad else output.detach().requires_grad_()
-            self.taps[name] = tap
-            self._versions[name] = tap._version
-            return tap
+    def _remember(self, name: str, module: nn.Module, inputs: tuple, output: object) -> Any:
+        """Keep the output of a target layer, with a graph from there on."""
+        if self._is_over:
+            return None
+        where = f"layer {name!r}"
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            fix = "Choose a layer before pooling and flattening."
+            raise ValueError(message(where, "an output (n, c, h, w)", got, fix))
+        if name in self.outputs:
+            fix = "Choose a layer that runs once."
+            raise ValueError(message(where, "one call in a forward pass", "a second", fix))
+        if torch.is_inference(output):
+            fix = "Leave torch.inference_mode for a recorded forward pass."
+            raise ValueError(message(where, "an output with a graph", "inference mode", fix))
+        refuse_checkpointing(where)
+        output = self._widen(output)
+        if not self.outputs:
+            # Through a frozen model that starts here, nothing else ever flows back: the
+            # ordinary graph need not be kept.
+            self._rules.without_gradient = self._frozen and not output.requires_grad
+        kept = output if output.requires_grad else output.detach().requires_grad_()
+        self.outputs[name] = kept
+        self._versions[name] = kept._version
+        return kept
 
-        return hook
+    # --- checks before a relevance pass -----------------------------------------------------------
 
-    def _refuse(self, name: str, module: nn.Module, expected: str) -> None:
-        def hook(*_: object) -> None:
-            fix = "Choose another method, or layers behind this one."
-            raise ValueError(
-                message(f"{self._name} at {name!r}", expected, type(module).__name__, fix)
-            )
-
-        self._behind(module, hook)
-
-    # --- what stands behind a layer -----------------------------------------------------------
-
-    def _detour(
-        self,
-        output: Tensor,
-        source: Tensor | None,
-        rule: Callable[..., Tensor] | None,
-        *tensors: Tensor | None,
-        overwrites: bool = False,
-    ) -> Tensor:
-        if self._only_relevance:
-            output = output.detach()
-        return RelevanceFunction.apply(output, source, self._switch, rule, overwrites, *tensors)
-
-    def _affine(
-        self,
-        output: Tensor,
-        source: Tensor,
-        layer: nn.Conv2d | nn.Linear,
-        rule: rules.Rule,
-        linear_map: LinearMap,
-        norm: BatchNorm | None = None,
-        raw: Tensor | None = None,
-    ) -> Tensor:
-        """Detour around a layer, or around a convolution and its ``norm`` with input ``raw``."""
-        weights = batch_norm.norm_tensors(norm, raw) if norm is not None else ()
-        needs = self._method.needs_output
-
-        def propagate(g: Tensor, *tensors: Any) -> Tensor:
-            weight, x, y, *scale = tensors
-            if norm is not None:
-                factor = batch_norm.norm_scale(norm.eps, *scale)
-                weight = weight * factor.view(-1, 1, 1, 1)
-            return rule(g, x, y, weight, linear_map)
-
-        kept = (source, output) if needs else (None, None)
-        overwrites = not needs and isinstance(layer, nn.Conv2d)
-        return self._detour(
-            output, source, propagate, layer.weight, *kept, *weights, overwrites=overwrites
-        )
-
-    def _convolution(self, module: nn.Conv2d, inputs: tuple, output: Tensor) -> Tensor:
-        (source,) = inputs
-        linear_map = linear_maps.make_convolution(module, source)
-        result = self._affine(output, source, module, self._method.convolution, linear_map)
-        self._convolved[result] = (module, source, linear_map)
-        return result
-
-    def _norm(self, module: BatchNorm, raw: Tensor, output: Tensor) -> Tensor:
-        convolution, source, linear_map = self._convolved.pop(raw, (None, raw, None))
-        if convolution in self._tapped:
-            self._check_norm_apart(convolution)
-        elif convolution is not None:
-            rule = self._method.convolution
-            return self._affine(output, source, convolution, rule, linear_map, module, raw)
-
-        def propagate(g: Tensor, *tensors: Any) -> Tensor:
-            scale = batch_norm.norm_scale(module.eps, *tensors)
-            return g * scale.view(-1, *[1] * (g.ndim - 2))
-
-        tensors = batch_norm.norm_tensors(module, raw)
-        return self._detour(output, raw, propagate, *tensors, overwrites=True)
-
-    def _linear(self, module: nn.Linear, inputs: tuple, output: Tensor) -> Tensor:
-        return self._affine(output, inputs[0], module, self._method.linear, linear_maps.LINEAR)
-
-    def _activation(self, rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            (source,) = inputs
-            return self._detour(output, source, rule, source, output)
-
-        return hook
-
-    def _gate(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        return self._detour(output, None, None)
-
-    def _check_norm_apart(self, convolution: nn.Module) -> None:
-        if not self._method.is_gradient:
-            (name,) = (n for n, m in self._model.named_modules() if m is convolution)
-            fix = "Choose the batch norm behind it: for LRP the two are one layer."
-            got = "a convolution with one"
-            raise ValueError(message(f"layer {name!r}", "no batch norm behind it", got, fix))
-
-    # --- checks before a relevance pass -------------------------------------------------------
-
-    def check_heard(self) -> None:
-        """Raise ``ValueError`` unless a forward pass has gone through every tapped layer."""
-        if missing := [name for name in self._layers if name not in self.taps]:
+    def check_recorded(self) -> None:
+        """Raise ``ValueError`` unless every target layer has run, and its output has stayed."""
+        if missing := [name for name in self._layers if name not in self.outputs]:
             fix = "Run the model inside the context, and choose layers that it uses."
             raise ValueError(message(self._name, f"a forward pass through {missing}", "none", fix))
-
-    def check_way(self, logits: Tensor) -> None:
-        """Raise ``ValueError`` unless relevance can flow from ``logits`` to every tap."""
-        self.check_heard()
-        for name, tap in self.taps.items():
-            if tap._version != self._versions[name]:
+        for name, output in self.outputs.items():
+            if output._version != self._versions[name]:
                 fix = "Choose the module around it, whose output stays as it is."
                 got = "one that the model modifies in place afterwards"
                 raise ValueError(message(f"layer {name!r}", "an output that stays", got, fix))
-        alive = self._alive(logits)
-        for name, tap in self.taps.items():
-            if not alive.get(grad_node(tap), False):
+
+    def check_path(self, logits: Tensor) -> None:
+        """Raise ``ValueError`` unless relevance can flow from ``logits`` to every target layer."""
+        self.check_recorded()
+        outputs = self.outputs.values()
+        carriers = find_carriers(logits, outputs, self._name, self._method.is_gradient)
+        for name, output in self.outputs.items():
+            if not carriers.get(get_grad_node(output), False):
                 fix = (
                     "Pass the model's output of the recorded forward pass, computed with gradients "
                     "enabled, and choose layers before the head."
@@ -327,53 +308,7 @@ class Propagation:
                 got = "logits that do not depend on it"
                 raise ValueError(message(f"layer {name!r}", "a way from the logits", got, fix))
 
-    def _alive(self, logits: Tensor) -> dict[Any, bool]:
-        """For each autograd node behind ``logits`` whether relevance flows through it to a tap.
 
-        For a method other than the gradient, every such node must be a detour or linear.
-        """
-        taps = {grad_node(tap) for tap in self.taps.values()}
-        alive: dict[Any, bool] = {}
-        stack = [grad_node(logits)]
-        while stack:
-            node = stack[-1]
-            if node is None or node in alive:
-                stack.pop()
-                continue
-            inputs = [following for following, _ in node.next_functions]
-            if is_relevance_function(node):
-                inputs = inputs[1:2] if node.rule is not None else []
-            if waiting := [i for i in inputs if i is not None and i not in alive]:
-                stack.extend(waiting)
-                continue
-            carried = [alive.get(i, False) for i in inputs]
-            alive[node] = any(carried) or node in taps
-            self._check_node(node, carried)
-            stack.pop()
-        return alive
-
-    def _check_node(self, node: Any, carried: list[bool]) -> None:
-        if not any(carried) or is_relevance_function(node):
-            return
-        if self._method.is_gradient and not getattr(node, "_saved_training", False):
-            return  # the gradient is right everywhere but through the statistics of a batch
-        operation = node.name().removeprefix("torch::autograd::").rstrip("0123456789")
-        kind = operation.removesuffix("Backward")
-        if kind in LINEAR_OPERATIONS or (
-            kind in PRODUCTS and sum(carried) == 1 and not (kind == "Div" and not carried[0])
-        ):
-            return
-        fix = (
-            "Make it a module (such as nn.ReLU), choose layers behind it, or the method "
-            "gradient_activation."
-        )
-        raise ValueError(message(self._name, "operations that have a rule", operation, fix))
-
-
-def _padded_oddly(module: nn.Conv2d) -> bool:
-    return module.padding_mode != "zeros" or module.padding == "same"
-
-
-def _runs(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module's forward pass is that of ``kind``, also if it inherits it."""
-    return type(module).forward is kind.forward
+def _get_input(args: tuple, kwargs: dict) -> Any:
+    """The one input of a layer, which may be called by keyword."""
+    return args[0] if args else next(iter(kwargs.values()), None)

@@ -1,4 +1,20 @@
-"""The methods by name: which rule at which layer."""
+"""The methods by name: which rule at which layer.
+
+A rule and a method of your own, in a module of your own, are two calls. Import the module (in
+YAML: name it under ``dependencies``) before the name is used::
+
+    from kd_lrp_plugin.relevance.methods import METHODS, Method
+    from kd_lrp_plugin.relevance.rules import RULES, epsilon, stabilize
+
+    @RULES.register
+    def absolute(g, x, y, w, layer):
+        total = layer.apply(x.abs(), w.abs())
+        return x.sign() * layer.transpose(g * (y / stabilize(total)), w.abs())
+
+    METHODS.register(Method(convolution=absolute, linear=epsilon), "lrp_absolute")
+
+:mod:`kd_lrp_plugin.relevance.rules` says what a rule gets and returns.
+"""
 
 from dataclasses import dataclass
 
@@ -23,7 +39,7 @@ class Method:
     @property
     def is_gradient(self) -> bool:
         """Whether the factors are plain gradients, for which every operation is allowed."""
-        return self.convolution is gradient
+        return self.convolution is gradient and self.linear is gradient
 
     @property
     def needs_output(self) -> bool:

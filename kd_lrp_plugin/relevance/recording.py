@@ -4,8 +4,10 @@ Captum computes the attribution. It sees an ordinary gradient; where the method 
 recorded graph hands back relevance instead (:mod:`kd_lrp_plugin.relevance.hooks`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from captum.attr import LayerGradientXActivation
@@ -17,7 +19,10 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from kd_lrp_plugin.relevance.hooks import Propagation
 from kd_lrp_plugin.relevance.layers import choose_layers, resolve_layers
 from kd_lrp_plugin.relevance.methods import METHODS
-from kd_lrp_plugin.utils.validation import check_known, check_targets, message
+from kd_lrp_plugin.utils.validation import check_class_weights, check_known, message
+
+CANCELLATION = 1e-3
+"""Sums over channels below this part of their terms' sizes are no relevance but their rounding."""
 
 
 def relevance_maps(
@@ -60,9 +65,10 @@ def record(
     """Record the forward passes of ``model`` inside the context, with gradients enabled.
 
     A model without trainable parameters, such as a frozen teacher, keeps a graph from its first
-    tapped layer on only. Under ``torch.autocast`` a forward pass goes on in float32 from the first
-    tapped layer that runs, so that features, logits, maps and their derivative are float32. When
-    the context closes, the model is as it was.
+    target layer on only. Under ``torch.autocast`` a forward pass continues in float32 from the
+    first target layer that runs, so that features, logits, maps and their derivative are float32.
+    Gradient checkpointing that a module's attribute switches (timm's ``set_grad_checkpointing``) is
+    off meanwhile. When the context closes, the model is as it was.
 
     Args:
         model: any module that ends in logits (n, classes). Of a ``DistributedDataParallel`` the
@@ -87,19 +93,19 @@ def record(
         >>> student_map.mean().backward()
     """
     check_known("method", method, METHODS)
-    root = _unwrapped(model)
+    root = _unwrap(model)
     _check_as_written(model)
-    names = _layer_names(root, layers)
+    names = _get_layer_names(root, layers)
     propagation = Propagation(root, names, METHODS[method], method)
-    with torch.enable_grad(), propagation.listening():
+    with torch.enable_grad(), propagation.installed(), _naming_changes(f"record {names}"):
         yield Recording(names, method, propagation)
 
 
 class Recording:
-    """The latest forward pass that :func:`record` has heard.
+    """The latest forward pass inside the context of :func:`record`.
 
     Attributes:
-        layers: names of the tapped layers.
+        layers: names of the target layers.
         method: name of the method.
     """
 
@@ -110,23 +116,24 @@ class Recording:
 
     @property
     def activations(self) -> list[Float[Tensor, "n c h w"]]:
-        """Output of each tapped layer, in the model's graph: features for a relation loss."""
-        self._propagation.check_heard()
-        return [self._propagation.taps[layer] for layer in self.layers]
+        """Output of each target layer, in the model's graph: features for a relation loss."""
+        self._propagation.check_recorded()
+        return [self._propagation.outputs[layer] for layer in self.layers]
 
     def maps(
         self,
-        logits: Float[Tensor, "n classes"],
+        logits: Float[Tensor, "n classes"] | Any,
         targets: Int[Tensor, " n"] | Float[Tensor, "n classes"],
         create_graph: bool = False,
         signed: bool = False,
     ) -> list[Float[Tensor, "n h w"]]:
-        """Relevance of ``targets`` at each tapped layer.
+        """Relevance of ``targets`` at each target layer.
 
         Args:
-            logits: output of the recorded forward pass, as the model returned it.
+            logits: output of the recorded forward pass, as the model returned it; in a tuple, a
+                dictionary or a dataclass, :func:`find_logits` finds them.
             targets: a class index per image, or a weight per image and class: what is explained
-                is the weighted sum of logits.
+                is the weighted sum of logits. The weights need not sum to one.
             create_graph: keep the graph of the maps, so that a loss on them reaches the weights.
             signed: the sum over channels as it is, instead of its positive part.
 
@@ -135,7 +142,8 @@ class Recording:
 
         Raises:
             ValueError: if targets and logits do not fit, if a layer is not on the way to the
-                logits, or if the method has no rule for an operation on this way.
+                logits, if the method has no rule for an operation on this way, or if activation
+                times gradient cancels at a layer, as it does in front of a layer norm.
 
         Reference:
             The thesis, eq. 2.5-2.6 (Grad-CAM) and 2.17-2.18 (activation times gradient). For
@@ -143,11 +151,12 @@ class Recording:
             weights of the last layer, which exist per channel only behind global average
             pooling. Deviation: no relevance flows through the statistics of a batch.
         """
+        logits = find_logits("maps", logits)
         if logits.ndim != 2:
             fix = "Record a model that ends in a classifier."
             raise ValueError(message("maps", "logits (n, classes)", tuple(logits.shape), fix))
-        check_targets("maps", targets, logits)
-        self._propagation.check_way(logits)
+        check_class_weights("maps", targets, logits)
+        self._propagation.check_path(logits)
         with torch.autocast(logits.device.type, enabled=False):
             return self._maps(logits, targets, create_graph, signed)
 
@@ -161,15 +170,94 @@ class Recording:
                 scores = logits.gather(1, targets[:, None].long()).squeeze(1)
         activations = self.activations
         replay = _Replay(activations, scores)
-        captum = LayerGradientXActivation(replay, list(replay.taps), multiply_by_inputs=False)
+        captum = LayerGradientXActivation(replay, list(replay.layers), multiply_by_inputs=False)
         graph = {"create_graph": create_graph, "retain_graph": True}
-        with self._propagation.relevance_pass():
+        with self._propagation.relevance_pass(), _naming_changes(self.method):
             factors = captum.attribute(scores, grad_kwargs=graph)
         if METHODS[self.method].pooled:
             factors = [factor.mean((2, 3), keepdim=True) for factor in factors]
         with torch.set_grad_enabled(create_graph):
-            maps = [(a * factor).sum(1) for a, factor in zip(activations, factors, strict=True)]
+            terms = [a * factor for a, factor in zip(activations, factors, strict=True)]
+            maps = [term.sum(1) for term in terms]
+            if METHODS[self.method].is_gradient and not METHODS[self.method].pooled:
+                self._check_cancellation(terms, maps)
             return maps if signed else [m.relu() for m in maps]
+
+    @torch.no_grad()
+    def _check_cancellation(self, terms: list[Tensor], maps: list[Tensor]) -> None:
+        """Raise ``ValueError`` where the sums over channels are all rounding.
+
+        What reads a layer only through a norm over its channels does not depend on their common
+        scale, so that by Euler's theorem on homogeneous functions their activations times
+        gradients sum to zero, at every position. Measured rather than looked up in the graph, for
+        such norms are written in many ways (LayerNorm, RMSNorm, by hand), also behind other
+        operations. A norm over the positions, too (GroupNorm), makes only the total of a map zero.
+        """
+        sizes = [(m.abs().sum(), term.abs().sum()) for m, term in zip(maps, terms, strict=True)]
+        cancels = torch.stack([m < CANCELLATION * term for m, term in sizes])
+        if not cancels.any():  # one synchronisation with the device for all layers
+            return
+        index = int(cancels.int().argmax())
+        got = f"sums over channels that cancel, {float(sizes[index][0] / sizes[index][1]):.0e} of"
+        fix = (
+            "In front of a norm over channels such as LayerNorm they do whatever the weights. "
+            "Choose a layer behind that norm, or the method grad_cam."
+        )
+        where = f"{self.method} at layer {self.layers[index]!r}"
+        raise ValueError(message(where, "a map", f"{got} their terms", fix))
+
+
+def find_logits(where: str, output: Any) -> Tensor:
+    """The logits in what a model has returned.
+
+    A tensor is them. Otherwise it is what is called ``logits`` in a dictionary, a named tuple or a
+    dataclass (GoogLeNet and Inception in train mode, transformers' models), or else the only
+    tensor (n, classes) in it.
+
+    Raises:
+        ValueError: if it is not clear which they are.
+
+    Example:
+        >>> find_logits("maps", (torch.zeros(2, 8, 4, 4), torch.zeros(2, 3))).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        entries = dict(output)
+    elif is_dataclass(output) and not isinstance(output, type):
+        entries = {field.name: getattr(output, field.name) for field in fields(output)}
+    elif hasattr(output, "_asdict"):  # a named tuple
+        entries = output._asdict()
+    elif isinstance(output, Sequence):
+        entries = dict(enumerate(output))
+    else:
+        entries = {}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    matrices = {key: value for key, value in tensors.items() if value.ndim == 2}
+    candidates = {"logits": tensors["logits"]} if "logits" in tensors else matrices
+    if len(candidates) != 1:
+        shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        got = f"{type(output).__name__} of {shapes}" if entries else type(output).__name__
+        fix = "Pass the tensor of the logits itself, or return it under the name 'logits'."
+        raise ValueError(message(where, "one output that is the logits (n, classes)", got, fix))
+    (logits,) = candidates.values()
+    return logits
+
+
+@contextmanager
+def _naming_changes(where: str) -> Iterator[None]:
+    """Autograd's own refusals of changes in place, as errors of the house."""
+    try:
+        yield
+    except RuntimeError as error:
+        _, changed, rest = str(error).partition("modified by an inplace operation: ")
+        if not changed and "a leaf Variable that requires grad" not in str(error):
+            raise
+        # The leaf is the output of a target layer in a frozen model: its graph begins there.
+        got = f"a change in place of {rest.partition(';')[0] or 'the output of a target layer'}"
+        fix = "Make the change out of place, or choose the module around the layer."
+        raise ValueError(message(where, "values that stay", got, fix)) from error
 
 
 class _Replay(nn.Module):
@@ -177,17 +265,17 @@ class _Replay(nn.Module):
 
     def __init__(self, activations: list[Tensor], scores: Tensor) -> None:
         super().__init__()
-        self.taps = nn.ModuleList(nn.Identity() for _ in activations)
+        self.layers = nn.ModuleList(nn.Identity() for _ in activations)
         self._activations = activations
         self._scores = scores
 
     def forward(self, _: Tensor) -> Tensor:
-        for tap, activation in zip(self.taps, self._activations, strict=True):
-            tap(activation)
+        for layer, activation in zip(self.layers, self._activations, strict=True):
+            layer(activation)
         return self._scores
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> nn.Module:
     if isinstance(model, DataParallel):
         fix = "Use DistributedDataParallel, one process per device."
         raise ValueError(
@@ -215,7 +303,7 @@ def _check_as_written(model: nn.Module) -> None:
             raise ValueError(message("record", "weights in float32", got, fix))
 
 
-def _layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:
+def _get_layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:
     if getattr(model, "output_fmt", "NCHW") not in ("NCHW", None):
         got = f"{type(model).__name__}, whose maps are {model.output_fmt}"
         raise ValueError(message("record", "layers with output (n, c, h, w)", got, "Use a CNN."))

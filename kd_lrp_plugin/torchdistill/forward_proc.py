@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchdistill.core.interfaces.registry import register_forward_proc_func
 
 from kd_lrp_plugin.relevance.methods import METHODS
-from kd_lrp_plugin.relevance.recording import Recording, record
+from kd_lrp_plugin.relevance.recording import Recording, find_logits, record
 from kd_lrp_plugin.utils.validation import check_known, message, strict
 
 _RECORDER_HELP = (
@@ -39,9 +39,10 @@ def recorder(layers: Sequence[str] | str = "auto", method: str = "gradient_activ
         if not any(parameter.requires_grad for parameter in model.parameters()):
             model.eval()
         with record(model, layers, method) as recording:
-            logits = model(sample_batch)
+            output = model(sample_batch)
+        logits: Any = find_logits("recorder", output)
         logits._kd_lrp_recording = recording
-        return logits
+        return output
 
     key = f"kd_lrp_recorder({method}, {layers})"
     register_forward_proc_func(forward_recorded, key=key)
@@ -88,4 +89,4 @@ def get_logits(where: str, role: str, io_dict: Mapping[str, Any]) -> Tensor:
     if "." not in io_dict:
         fix = f"Give models.{role}_model and train.{role}."
         raise ValueError(message(where, f"a {role} model", "none", fix))
-    return io_dict["."]["output"]
+    return find_logits(where, io_dict["."]["output"])

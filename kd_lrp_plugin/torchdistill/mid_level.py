@@ -134,6 +134,8 @@ class RecordedLoss(nn.Module):
         if self.comparison.kind == "features":
             pairs = zip(student.activations, teacher.activations, strict=True)
         else:
+            if self.target != "teacher":
+                check_targets(self.key, targets, student_logits)
             classes = targets if self.target != "teacher" else teacher_logits.argmax(1)
             create_graph = torch.is_grad_enabled()
             with torch.autocast(student_logits.device.type, enabled=False):

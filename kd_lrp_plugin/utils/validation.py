@@ -43,6 +43,26 @@ def check_known(where: str, name: object, known: Mapping[str, object] | Iterable
 
 
 def check_targets(where: str, targets: Tensor, logits: Tensor) -> None:
+    """Raise ``ValueError`` unless ``targets`` are labels for ``logits``: indices or soft labels.
+
+    Indices have shape (n,) and lie in ``[0, classes)``; soft labels have the logits' shape, and are
+    probabilities: several classes at once (multi-label targets) are not supported.
+    """
+    check_class_weights(where, targets, logits)
+    if not targets.is_floating_point() or not len(targets):
+        return
+    # Labels that mixing or smoothing has rounded in half precision are probabilities, too.
+    tolerance = 1e-3 if targets.dtype in (torch.float32, torch.float64) else 1e-2
+    totals = targets.double().sum(1)
+    if not bool((targets >= 0).all() and ((totals - 1).abs() <= tolerance).all()):
+        lowest = float(targets.min())
+        got = f"sums from {float(totals.min()):.4g} to {float(totals.max()):.4g}"
+        got += f" and values down to {lowest:.4g}" if lowest < 0 else ""
+        fix = "Give class indices or soft labels; multi-label targets are not supported."
+        raise ValueError(message(where, "probabilities that sum to one per image", got, fix))
+
+
+def check_class_weights(where: str, targets: Tensor, logits: Tensor) -> None:
     """Raise ``ValueError`` unless ``targets`` are class indices or class weights for ``logits``.
 
     Indices have shape (n,) and lie in ``[0, classes)``; weights have the logits' shape.

@@ -9,7 +9,7 @@ import timm
 import torch
 from captum.attr import LRP as CaptumLRP
 from captum.attr._utils import lrp_rules
-from reference import Tapped, randomize
+from reference import Tail, randomize
 from timm.layers import BatchNormAct2d, create_conv2d
 from timm.models._efficientnet_blocks import (
     DepthwiseSeparableConv,
@@ -218,10 +218,10 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int, Callable]] = {
 
 
 @pytest.fixture(scope="module")
-def tapped() -> Callable[[str], tuple[nn.Module, Tensor, Tensor, Callable]]:
+def tails() -> Callable[[str], tuple[nn.Module, Tensor, Tensor, Callable]]:
     def build(name: str) -> tuple[nn.Module, Tensor, Tensor, Callable]:
         make, channels, walk_block = BLOCKS[name]
-        model = randomize(Tapped(make(), channels), seed=3)
+        model = randomize(Tail(make(), channels), seed=3)
         images = torch.randn(3, 8, 5, 4, generator=torch.Generator().manual_seed(4)).double()
 
         def tail(walk: reference.Walk, x: reference.Node) -> reference.Node:
@@ -235,28 +235,28 @@ def tapped() -> Callable[[str], tuple[nn.Module, Tensor, Tensor, Callable]]:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("block", BLOCKS)
 class TestBlocks:
-    def test_reference_computes_the_logits_of_the_block(self, block, training, tapped):
-        model, images, targets, tail = tapped(block)
+    def test_reference_computes_the_logits_of_the_block(self, block, training, tails):
+        model, images, targets, tail = tails(block)
         model.train(training)
         _, logits = reference.relevance("lrp_zplus", images, targets, tail, training)
         torch.testing.assert_close(logits, model(images).detach(), rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("method", ALL_METHODS)
-    def test_maps_agree_with_dense_algebra(self, block, training, method, tapped):
-        model, images, targets, tail = tapped(block)
+    def test_maps_agree_with_dense_algebra(self, block, training, method, tails):
+        model, images, targets, tail = tails(block)
         model.train(training)
         expected, _ = reference.relevance(method, images, targets, tail, training, signed=True)
-        (signed,) = relevance_maps(model, images, targets, ["tap"], method=method, signed=True)
-        (positive,) = relevance_maps(model, images, targets, ["tap"], method=method)
+        (signed,) = relevance_maps(model, images, targets, ["layer"], method=method, signed=True)
+        (positive,) = relevance_maps(model, images, targets, ["layer"], method=method)
         scale = expected.abs().max()
         assert scale > 1e-6, "an empty map compares nothing"
         torch.testing.assert_close(signed / scale, expected / scale, rtol=0, atol=1e-9)
         torch.testing.assert_close(positive, signed.clamp(min=0), rtol=0, atol=0)
 
 
-def test_reference_is_autograd_for_plain_gradients(tapped):
+def test_reference_is_autograd_for_plain_gradients(tails):
     for block in BLOCKS:
-        model, images, targets, tail = tapped(block)
+        model, images, targets, tail = tails(block)
         model.eval()
         x = images.clone().requires_grad_()
         score = model(x).gather(1, targets[:, None]).sum()
@@ -269,11 +269,11 @@ def test_reference_is_autograd_for_plain_gradients(tapped):
 
 
 class Chain(nn.Module):
-    """A convolutional net of modules only, without batch norm: tap, then ``layers``."""
+    """A convolutional net of modules only, without batch norm: a target layer, then ``layers``."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
-        self.tap = nn.Identity()
+        self.layer = nn.Identity()
         self.layers = nn.Sequential(
             nn.Conv2d(3, 6, 3, padding=1, bias=bias),
             nn.ReLU(),
@@ -287,7 +287,7 @@ class Chain(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(self.tap(x))
+        return self.layers(self.layer(x))
 
 
 @pytest.fixture
@@ -362,7 +362,7 @@ def assert_maps_close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) ->
 def test_maps_agree_with_zennit_on_a_plain_chain(chain, method):
     model, images, targets = chain
     expected = zennit_maps(method, model.layers, images, targets)
-    (got,) = relevance_maps(model, images, targets, ["tap"], method=method, signed=True)
+    (got,) = relevance_maps(model, images, targets, ["layer"], method=method, signed=True)
     assert_maps_close(got, expected)
 
 
@@ -394,7 +394,7 @@ CAPTUM = {
 )
 def test_maps_agree_with_captum_on_a_plain_chain(chain, method):
     model, images, targets = chain
-    (got,) = relevance_maps(model, images, targets, ["tap"], method=method, signed=True)
+    (got,) = relevance_maps(model, images, targets, ["layer"], method=method, signed=True)
     _, convolution, linear = CAPTUM[method]
     for layer in model.layers:
         if isinstance(layer, nn.Conv2d):

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from kd_lrp_plugin.utils.registry import Registry, unknown_name
-from kd_lrp_plugin.utils.validation import check_known, check_same_shape, check_targets, message
+from kd_lrp_plugin.utils.validation import (
+    check_class_weights,
+    check_known,
+    check_same_shape,
+    check_targets,
+    message,
+)
 
 
 @pytest.fixture
@@ -82,10 +88,39 @@ class TestCheckTargets:
     logits = torch.zeros(2, 3)
 
     @pytest.mark.parametrize(
-        "targets", [torch.tensor([0, 2]), torch.rand(2, 3), torch.tensor([1, 1], dtype=torch.uint8)]
+        "targets",
+        [
+            torch.tensor([0, 2]),
+            torch.tensor([1, 1], dtype=torch.uint8),
+            torch.rand(2, 3).softmax(1),
+            torch.rand(2, 3).softmax(1).bfloat16(),
+            torch.eye(3)[:2],
+        ],
     )
-    def test_indices_and_weights_pass(self, targets):
-        check_targets("maps", targets, self.logits)
+    def test_indices_and_soft_labels_pass(self, targets):
+        check_targets("loss", targets, self.logits)
+        check_class_weights("maps", targets, self.logits)
+
+    @pytest.mark.parametrize(
+        "targets",
+        [
+            [[1.0, 1.0, 0.0], [0.0, 1.0, 0.0]],  # two classes at once
+            [[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]],  # none
+            [[1.5, -0.5, 0.0], [0.0, 1.0, 0.0]],
+            [[0.9, 0.0, 0.0], [0.0, 1.0, 0.0]],
+            [[float("nan"), 0.0, 0.0], [0.0, 1.0, 0.0]],
+            [[100.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+        ],
+    )
+    def test_weights_that_are_no_probabilities_are_no_labels(self, targets):
+        with pytest.raises(ValueError, match=r"loss: expected probabilities.*multi-label"):
+            check_targets("loss", torch.tensor(targets), self.logits)
+        check_class_weights("maps", torch.tensor(targets), self.logits)
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+    def test_multi_label_targets_of_integers_are_refused(self, dtype):
+        with pytest.raises(ValueError, match=r"class indices of shape \(2,\), got \(2, 3\)"):
+            check_targets("loss", torch.ones(2, 3, dtype=dtype), self.logits)
 
     def test_an_empty_batch_passes(self):
         check_targets("maps", torch.zeros(0, dtype=torch.long), torch.zeros(0, 3))

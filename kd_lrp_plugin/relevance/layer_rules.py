@@ -1,0 +1,225 @@
+"""Which rule serves which layer, told by what its forward pass is, not by its class alone.
+
+An instance can have a forward pass of its own (adapters such as LoRA set one), a subclass can
+override it, and a weight can be computed anew for every call. A rule that took such a layer for
+what its class says would be silently wrong.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from timm.layers import activations as timm_act
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.linear import Linear as TimmLinear
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.utils import parametrize
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from kd_lrp_plugin.relevance import batch_norm, linear_maps, rules
+from kd_lrp_plugin.relevance.graph import LayerRule, RelevanceFunction, Switch
+from kd_lrp_plugin.relevance.linear_maps import LinearMap
+from kd_lrp_plugin.relevance.methods import Method
+from kd_lrp_plugin.utils.validation import message
+
+# fmt: off
+ACTIVATIONS = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.Mish, nn.GELU, nn.Hardswish,
+    nn.Hardtanh, nn.Tanh, timm_act.Swish, timm_act.Mish, timm_act.HardSwish, timm_act.Tanh,
+    timm_act.GELU, timm_act.GELUTanh, timm_act.PReLU,
+)
+"""Elementwise modules that hand relevance on unchanged."""
+GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, timm_act.Sigmoid, timm_act.HardSigmoid)
+"""Modules whose output is a factor, not a feature: no relevance flows through them."""
+HARD_SIGMOIDS = (nn.Hardsigmoid, timm_act.HardSigmoid)
+CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
+LINEAR_LAYERS = (nn.Linear, TimmLinear)
+# fmt: on
+
+
+def runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether the module's forward pass is that of one of ``kinds``, also if it inherits it."""
+    forward = vars(module).get("forward", type(module).forward)
+    if getattr(forward, "__self__", None) is module:
+        forward = forward.__func__  # the class's own, bound again
+    return (
+        isinstance(module, kinds)
+        and any(forward is kind.forward for kind in kinds)
+        and type(module).__call__ is nn.Module.__call__
+    )
+
+
+def is_plain_convolution(module: nn.Module) -> bool:
+    """Whether it is one linear map and a bias, with zeros around; timm's variants included."""
+    return (
+        runs_as(module, *CONVOLUTIONS)
+        and getattr(type(module), "_conv_forward", None) is nn.Conv2d._conv_forward
+        and "_conv_forward" not in vars(module)
+        and module.padding_mode == "zeros"
+        and module.padding != "same"
+        and has_readable_weight(module)
+    )
+
+
+def has_readable_weight(module: nn.Module) -> bool:
+    """Whether its weight is a parameter, the tensor that a hook has left, or a parametrization."""
+    return (
+        "weight" in module._parameters
+        or "weight" in vars(module)
+        or parametrize.is_parametrized(module, "weight")
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class ConvolutionCall:
+    """A convolution as it has run, for the batch norm that may read its output next.
+
+    A tensor is an object whose value can change in place; both versions say whether it has.
+    """
+
+    module: nn.Conv2d
+    name: str
+    weight: Tensor
+    linear_map: LinearMap
+    source: Tensor
+    source_version: int
+    output_version: int
+
+
+class LayerRules:
+    """Puts the rules of one method behind the layers of one forward pass.
+
+    Attributes:
+        weights: latest value of each parametrized weight, by its layer. Reading ``layer.weight``
+            would compute it anew, which moves the buffers of a spectral norm in train mode.
+        without_gradient: whether nothing but relevance ever flows back, so that the ordinary graph
+            need not be kept.
+    """
+
+    def __init__(self, method: Method, targets: set[nn.Module]) -> None:
+        self.switch = Switch()
+        self.weights: dict[nn.Module, Tensor] = {}
+        self.without_gradient = False
+        self._method = method
+        self._targets = targets
+        self._convolutions = WeakTensorKeyDictionary()
+
+    def clear(self) -> None:
+        self.weights.clear()
+        self._convolutions.clear()
+
+    def serve_convolution(
+        self, name: str, module: nn.Conv2d, source: Tensor, output: Tensor
+    ) -> Tensor | None:
+        if source.ndim != 4:
+            if self._method.is_gradient:
+                return None
+            fix = "Keep the batch axis."
+            got = f"{tuple(source.shape)}"
+            raise ValueError(message(f"layer {name!r}", "an input (n, c, h, w)", got, fix))
+        linear_map = linear_maps.make_convolution(module, source)
+        weight = self._read_weight(module)
+        rule = self._method.convolution
+        needs_output = self._method.needs_output
+        result = self._insert(
+            LayerRule(name, self.switch, _apply_affine(rule, linear_map), not needs_output),
+            output,
+            source,
+            weight,
+            *((source, output) if needs_output else (None, None)),
+        )
+        self._convolutions[result] = ConvolutionCall(
+            module, name, weight, linear_map, source, source._version, result._version
+        )
+        return result
+
+    def serve_linear(self, name: str, module: nn.Linear, source: Tensor, output: Tensor) -> Tensor:
+        rule = _apply_affine(self._method.linear, linear_maps.LINEAR)
+        kept = (source, output) if self._method.needs_output else (None, None)
+        layer_rule = LayerRule(name, self.switch, rule, overwrites=False)
+        return self._insert(layer_rule, output, source, self._read_weight(module), *kept)
+
+    def serve_norm(self, name: str, module: BatchNorm, raw: Tensor, output: Tensor) -> Tensor:
+        """A batch norm, together with the convolution that ``raw`` is the output of, if any."""
+        tensors = batch_norm.norm_tensors(module, self._read_weight(module), raw)
+        call = self._take_convolution(name, raw)
+        if call is None:
+            rule = _apply_norm(module.eps)
+            layer_rule = LayerRule(name, self.switch, rule, overwrites=True)
+            return self._insert(layer_rule, output, raw, *tensors)
+        needs_output = self._method.needs_output
+        rule = _apply_affine(self._method.convolution, call.linear_map, module.eps)
+        return self._insert(
+            LayerRule(call.name, self.switch, rule, not needs_output),
+            output,
+            call.source,
+            call.weight,
+            *((call.source, output) if needs_output else (None, None)),
+            *tensors,
+        )
+
+    def _take_convolution(self, name: str, raw: Tensor) -> ConvolutionCall | None:
+        """The convolution to be taken as one layer with the norm that reads ``raw``."""
+        call = self._convolutions.pop(raw, None)
+        if call is None or raw._version != call.output_version:
+            # Changed in place since, as by ``y += shortcut``, it is no convolution's output.
+            return None
+        if raw._backward_hooks and self._method.is_gradient:
+            return None  # a hook on the tensor changes gradients that would pass it by
+        if call.module in self._targets:
+            if not self._method.is_gradient:
+                fix = "Choose the batch norm behind it: for LRP the two are one layer."
+                got = "a convolution with one"
+                where = f"layer {call.name!r}"
+                raise ValueError(message(where, "no batch norm behind it", got, fix))
+            return None
+        if call.source._version != call.source_version:
+            # The tensor now stands for another value, and for another node of the graph.
+            if not self._method.is_gradient:
+                fix = "Make the change out of place."
+                got = f"one that is modified in place before {name!r} has run"
+                raise ValueError(message(f"layer {call.name!r}", "an input that stays", got, fix))
+            return None
+        return call
+
+    def serve_activation(
+        self, rule: Callable[..., Tensor], name: str, source: Tensor, output: Tensor
+    ) -> Tensor:
+        layer_rule = LayerRule(name, self.switch, rule, overwrites=False)
+        return self._insert(layer_rule, output, source, source, output)
+
+    def serve_gate(self, name: str, output: Tensor) -> Tensor:
+        return self._insert(LayerRule(name, self.switch, None, overwrites=False), output, None)
+
+    def _insert(
+        self, layer_rule: LayerRule, output: Tensor, source: Tensor | None, *tensors: Tensor | None
+    ) -> Tensor:
+        if self.without_gradient:
+            output = output.detach()
+        return RelevanceFunction.apply(output, source, layer_rule, *tensors)
+
+    def _read_weight(self, module: nn.Module) -> Any:
+        # Without a value it is in parametrize.cached(), where reading costs and moves nothing.
+        found = self.weights.get(module)
+        return module.weight if found is None else found
+
+
+def _apply_affine(
+    rule: rules.Rule, linear_map: LinearMap, eps: float | None = None
+) -> Callable[..., Tensor]:
+    """The rule on ``(weight, x, y)`` and, with the ``eps`` of a norm, on the norm's tensors."""
+
+    def apply(g: Tensor, weight: Tensor, x: Any, y: Any, *norm: Tensor | None) -> Tensor:
+        if eps is not None:
+            weight = weight * batch_norm.norm_scale(eps, *norm).view(-1, 1, 1, 1)
+        return rule(g, x, y, weight, linear_map)
+
+    return apply
+
+
+def _apply_norm(eps: float) -> Callable[..., Tensor]:
+    def apply(g: Tensor, *norm: Tensor | None) -> Tensor:
+        return g * batch_norm.norm_scale(eps, *norm).view(-1, *[1] * (g.ndim - 2))
+
+    return apply
