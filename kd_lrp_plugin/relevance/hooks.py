@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from kd_lrp_plugin.relevance import rules
 from kd_lrp_plugin.relevance.graph import find_carriers, get_grad_node, refuse_checkpointing
-from kd_lrp_plugin.relevance.layers import (
+from kd_lrp_plugin.relevance.layer_rules import (
     ACTIVATIONS,
     GATES,
     HARD_SIGMOIDS,
