@@ -1,13 +1,12 @@
 """Every example runs as a script, offline, and leaves what it says."""
 
-import os
-import subprocess
-import sys
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import preloaded
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -16,7 +15,7 @@ PHANTOM_KD = EXAMPLES.parent / "torchdistill_configs/phantom/kd/test_resnet_from
 # Files that an example finds in its folder; the accuracies are made up.
 FILES = {
     name: {"truth.csv": "arch,kd_acc,params,macs\n111,0.6,1,1\n113,0.7,1,1\n131,0.65,1,1\n"}
-    for name in ("validate_selection.py", "explore_scores.py")
+    for name in ("benchmarks/validate_selection.py", "benchmarks/explore_scores.py")
 }
 FILES["torchdistill_script.py"] = {  # stands for torchdistill's: reads the config as that does
     "script.py": (
@@ -29,23 +28,23 @@ FILES["torchdistill_script.py"] = {  # stands for torchdistill's: reads the conf
 
 # Arguments of each example's short mode, and the files that it leaves in its folder.
 SHORT: dict[str, tuple[list[str], list[str]]] = {
-    "benchmark_driver.py": (
+    "benchmarks/benchmark_driver.py": (
         [
             *("--rounds", "1", "--set", "image_size=32"),
             *("--set", "datasets.phantom/train.init.kwargs.size=64"),
         ],
         [],
     ),
-    "benchmark_selection.py": (
+    "benchmarks/benchmark_selection.py": (
         ["--image-size", "64", "--batch-size", "4", "--candidates", "2", "--afresh", "1"],
         [],
     ),
-    "benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
+    "benchmarks/benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
     "demo.py": (
         ["--short", "--out", "demo"],
         ["demo/table.md", "demo/maps.png", "demo/report.html"],
     ),
-    "kill_and_resume.py": (
+    "benchmarks/kill_and_resume.py": (
         [
             *("--kills", "1", "--set", "train.num_epochs=2", "--set", "num_workers=1"),
             *("--set", "datasets.phantom/train.init.kwargs.size=24", "--out", "proof"),
@@ -62,7 +61,7 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         ["--script", "script.py", "--short", "--out", "script"],
         ["script/student.yaml"],
     ),
-    "train_space.py": (
+    "benchmarks/train_space.py": (
         [
             *(str(PHANTOM_KD), "--first", "1", "--seeds", "0", "--out", "truth"),
             *("--set", "models.teacher_model.src_ckpt=null", "--set", "train.num_epochs=1"),
@@ -73,14 +72,14 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["truth/ground_truth.csv"],
     ),
-    "validate_selection.py": (
+    "benchmarks/validate_selection.py": (
         [
             *("--ground-truth", "truth.csv", "--out", "quality", "--batch-size", "8"),
             *("--seeds", "2", "--scores", "diswot", "parameters", "--resamples", "50"),
         ],
         [f"quality/{name}" for name in ("selection_quality.csv", "selection_quality.png")],
     ),
-    "explore_scores.py": (
+    "benchmarks/explore_scores.py": (
         [
             *("--ground-truth", "truth.csv", "--out", "explored", "--batch-size", "8"),
             *("--seeds", "1", "--scores", "early_lrp_cosine", "gradient_misalignment"),
@@ -90,30 +89,14 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
-# A script without a network: whatever connects, fails. In the end it tells what it has imported.
-OFFLINE = """
-import pathlib, runpy, socket, sys
-def refuse(*_):
-    raise OSError("examples are offline")
-socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
-sys.argv = sys.argv[1:]
-sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
-print("torchdistill" in sys.modules)
-"""
+# Kills whole processes, each of which has to import everything; tests/training/test_resume.py does
+# the same within a process.
+SLOW = ["benchmarks/kill_and_resume.py"]
 
 
 def run_example(name: str, folder: Path, *arguments: str) -> str:
     """What the example prints, and "True" or "False" in a last line: torchdistill is imported."""
-    env = {key: value for key, value in os.environ.items() if key != "KD_LRP_DATA"}
-    ran = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(EXAMPLES / name), *arguments],
-        cwd=folder,
-        env=env | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    ran = preloaded.run(EXAMPLES / name, *arguments, cwd=folder, offline=True)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
@@ -129,7 +112,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]
 
     @cache
     def run(name: str) -> Finished:
-        folder = tmp_path_factory.mktemp(name.removesuffix(".py"))
+        folder = tmp_path_factory.mktemp(Path(name).stem)
         for file, text in FILES.get(name, {}).items():
             (folder / file).write_text(text)
         return Finished(folder, run_example(name, folder, *SHORT[name][0]))
@@ -137,13 +120,24 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]
     return run
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py"))
+    ],
+)
 def test_runs_offline_and_leaves_its_files(name, short):
     assert name in SHORT, f"give {name} a short mode in SHORT"
     folder, printed = short(name)
     for file in SHORT[name][1]:
         assert (folder / file).stat().st_size > 100
         assert file in printed
+
+
+def test_the_table_of_examples_has_each_of_them():
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| \[(\S+\.py)\]\(\1\)", text, re.MULTILINE)) == sorted(SHORT)
 
 
 def test_plain_loop_needs_no_torchdistill_and_its_terms_fall(short):
@@ -155,7 +149,7 @@ def test_plain_loop_needs_no_torchdistill_and_its_terms_fall(short):
 
 
 def test_the_benchmarks_table_has_every_case_and_the_plain_step_as_unit(short):
-    lines = short("benchmark_step.py").printed.splitlines()
+    lines = short("benchmarks/benchmark_step.py").printed.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
     assert rows[2] == ["plain KD", "1.00", "1.00", "1.00", "1.00"]
     assert len(rows) >= 13  # head, rule, plain, eight of ours, by hand, Captum; zennit if installed
@@ -165,9 +159,9 @@ def test_the_benchmarks_table_has_every_case_and_the_plain_step_as_unit(short):
 
 
 def test_halving_trains_fewer_students_for_longer(tmp_path):
-    arguments = SHORT["train_space.py"][0][5:]
+    arguments = SHORT["benchmarks/train_space.py"][0][5:]
     run_example(
-        "train_space.py",
+        "benchmarks/train_space.py",
         tmp_path,
         *(str(PHANTOM_KD), "--first", "3", "--seeds", "0", "--halve", "2", "--epochs", "4"),
         *(*arguments, "--set", "train.scheduler=null"),

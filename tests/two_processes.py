@@ -20,6 +20,11 @@ from kd_lrp_plugin.utils.distributed import init_distributed
 
 
 def torchrun(*words: Any, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """What the command ``torchrun --nproc_per_node=2 WORD...`` does, started as users start it.
+
+    Three processes import everything anew for it: ``preloaded.run(..., processes=2)`` has the same
+    agent start forks.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

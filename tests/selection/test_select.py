@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import preloaded
 import pytest
 import torch
 import yaml
 from small_runs import CONFIGS, NO_TEACHER, SMALL
-from two_processes import torchrun
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
@@ -279,7 +279,8 @@ class TestRun:
 
     def test_is_chosen_by_the_first_of_two_processes_and_trained_by_both(self, tmp_path):
         words = ["-m", "kd_lrp_plugin.cli", "distill", DISWOT, "--device", "cpu", "--out", "run"]
-        done = torchrun(*words, *(w for o in QUICK for w in ("--set", o)), cwd=tmp_path)
+        sets = (w for o in QUICK for w in ("--set", o))
+        done = preloaded.run(*words, *sets, cwd=tmp_path, processes=2)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("diswot chose") == 1
         scored = RECORD.with_suffix(".scores.jsonl").read_text().splitlines()

@@ -1,9 +1,11 @@
 """Two gloo processes under torchrun do what one does, and say once what is wrong."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import preloaded
 import pytest
 import torch
 import two_processes
@@ -15,6 +17,8 @@ from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.runs import loading
 from kd_lrp_plugin.training.experiment import Experiment
+
+run_two = partial(preloaded.run, processes=2)
 
 # Layer norms see one image at a time; batch norms would see the batch of their process.
 NO_BATCH_NORM = [
@@ -30,7 +34,7 @@ def step(processes: int, out: Path, config: Path, *overrides: str) -> dict[str, 
     if processes == 1:
         two_processes.main(*words)
     else:
-        done = torchrun(two_processes.__file__, *words)
+        done = run_two(two_processes.__file__, *words)
         assert done.returncode == 0, done.stderr
     return torch.load(out, weights_only=True)
 
@@ -78,7 +82,7 @@ def test_maps_are_compared_per_image_and_relations_within_a_process(tmp_path):
 
 
 class TestDistill:
-    """The command as it is given, kept to one start of torchrun each: they are slow."""
+    """The command as it is given; torchrun itself, which is slow to start, starts it once."""
 
     def test_trains_tests_and_goes_on_after_a_kill(self, tmp_path):
         words = ["-m", "kd_lrp_plugin.cli", "distill", LRP, "--device", "cpu"]
@@ -86,7 +90,7 @@ class TestDistill:
         accumulated = "+train.optimizer.grad_accum_step=2"
         for override in [*SMALL, *NO_TEACHER, "train.num_epochs=2", accumulated]:
             words += ["--set", override]
-        done = torchrun(*words, "--out", "whole", cwd=tmp_path)
+        done = run_two(*words, "--out", "whole", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test accuracy") == 1
         whole = tmp_path / "whole"
@@ -102,7 +106,7 @@ class TestDistill:
         # As killed in the second epoch: its traces gone, the first one's checkpoint the last.
         parts = tmp_path / "parts"
         self.first_epoch_only(words, parts)
-        done = torchrun(*words, "--out", "parts", cwd=tmp_path)
+        done = run_two(*words, "--out", "parts", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "resumes after epoch 1" in done.stdout
         of_whole, of_parts = (load_file(f / "student.safetensors") for f in (whole, parts))
@@ -131,7 +135,7 @@ class TestDistill:
         )
         file = out.with_suffix(".py")
         file.write_text(script)
-        done = torchrun(file, *words[2:], "--out", out.name, cwd=out.parent)
+        done = run_two(file, *words[2:], "--out", out.name, cwd=out.parent)
         assert "as if killed" in done.stderr
         assert (out / "last.pt").is_file()
         assert not (out / "summary.json").exists()
@@ -149,7 +153,7 @@ class TestDistill:
         relation = "train.criterion.kwargs={alpha: 0, beta: 0, gamma: 0, delta: 1}"
         for override in [*SMALL, *NO_TEACHER, "image_size=32", relation]:
             words += ["--set", override]
-        done = torchrun(*words, cwd=tmp_path)
+        done = run_two(*words, cwd=tmp_path)
         assert done.returncode != 0
         assert done.stderr.count("expected a gradient for all that is trained") == 1
         assert "Expected to have finished reduction" not in done.stderr

@@ -4,8 +4,9 @@ Trains the config once without interruption, and once killed by SIGKILL, workers
 moments, and every other time while a checkpoint is being written. Says whether weights, metrics
 and predictions are the same in the end, bit for bit; if they are not, the exit code is 1.
 
-    python examples/kill_and_resume.py --kills 10
-    python examples/kill_and_resume.py my.yaml --set train.num_epochs=5 --kills 3 --out proof
+    python examples/benchmarks/kill_and_resume.py --kills 10
+    python examples/benchmarks/kill_and_resume.py my.yaml --kills 3 \\
+        --set train.num_epochs=5 --out proof
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from kd_lrp_plugin.plots import tables
 from kd_lrp_plugin.utils.files import DRAFT
 
-CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
+CONFIGS = Path(__file__).resolve().parents[2] / "torchdistill_configs" / "phantom"
 LRP = CONFIGS / "lrp_cosine/test_resnet_from_resnet10t.yaml"
 SMALL = [
     "models.teacher_model.src_ckpt=null",  # its random weights are as good here

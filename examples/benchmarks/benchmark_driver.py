@@ -7,8 +7,8 @@ Both train the same box on the same cached images, in turns, in an order that ch
 the first round is not counted. The table shows medians over the rounds, and what an epoch's end
 (checkpoints, metrics) takes besides.
 
-    python examples/benchmark_driver.py
-    python examples/benchmark_driver.py my.yaml --set batch_size=64 --rounds 9
+    python examples/benchmarks/benchmark_driver.py
+    python examples/benchmarks/benchmark_driver.py my.yaml --set batch_size=64 --rounds 9
 
 Time is the process's CPU time on one thread, which other programs disturb less; with --device cuda
 it is wall time.
@@ -32,7 +32,7 @@ from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.training.trainer import Trainer
 from kd_lrp_plugin.utils.distributed import DistributedContext
 
-CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs" / "phantom"
+CONFIGS = Path(__file__).resolve().parents[2] / "torchdistill_configs" / "phantom"
 METHODS = ("kd", "lrp_cosine")
 SMALL = ["datasets.phantom/train.init.kwargs.size=320", "num_workers=0"]
 

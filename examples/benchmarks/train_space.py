@@ -5,14 +5,14 @@ architecture is put in. Finished runs are used again, and those that another pro
 left to it: start the command several times, on as many processors. When all are finished, writes
 OUT/ground_truth.csv: a row for each student and seed.
 
-    python examples/train_space.py kd.yaml --space thesis --seeds 0 1 --out truth \\
+    python examples/benchmarks/train_space.py kd.yaml --space thesis --seeds 0 1 --out truth \\
         --set image_size=64 --set train.num_epochs=10
 
 With --halve 3, it chooses instead of measuring: all students are trained for a ninth of the epochs
 (of --epochs), the better third for a third, and the better third of these for all; "better" is the
 validation accuracy. OUT/halving.csv has a row for each training (Jamieson and Talwalkar, 2016).
 
-    python examples/train_space.py kd.yaml --halve 3 --epochs 27 --seeds 0 --out chosen
+    python examples/benchmarks/train_space.py kd.yaml --halve 3 --epochs 27 --seeds 0 --out chosen
 """
 
 import argparse

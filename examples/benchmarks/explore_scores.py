@@ -2,12 +2,13 @@
 
 Registers further scores beside the package's, which train a copy of the student for a few steps or
 look at its gradients, combines scores with the parameters, and judges all of them as
-examples/validate_selection.py does (its options hold here). OUT/weights.json gets the weights of
-combinations that are best here; a fair judgement takes those that another ground truth chose:
+examples/benchmarks/validate_selection.py does (its options hold here). OUT/weights.json gets the
+weights of combinations that are best here; a fair judgement takes those that another ground truth
+chose:
 
-    python examples/explore_scores.py --ground-truth cifar.csv --images data/mri \\
+    python examples/benchmarks/explore_scores.py --ground-truth cifar.csv --images data/mri \\
         --train-teacher 10 --out explored/cifar
-    python examples/explore_scores.py --ground-truth space.csv --images data/mri \\
+    python examples/benchmarks/explore_scores.py --ground-truth space.csv --images data/mri \\
         --teacher teacher/best.pt --tuned explored/cifar/weights.json --out explored/space
 """
 
@@ -124,7 +125,7 @@ TRIED = {
     "size": size,
 }
 for _name, _function in TRIED.items():
-    SCORES.register(Score(_function, "tried in examples/explore_scores.py"), _name)
+    SCORES.register(Score(_function, "tried in examples/benchmarks/explore_scores.py"), _name)
 AGGREGATED = (
     ("parameters", "macs"),
     ("parameters", "synflow"),

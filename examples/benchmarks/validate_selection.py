@@ -1,8 +1,8 @@
 """Does a score select? Rank networks whose accuracy after distillation is known, and compare.
 
 Two kinds of ground truth are read: DisWOT's 64 CIFAR networks (columns arch, kd_acc, params, macs),
-and what examples/train_space.py writes (columns student, seed, choices, test_accuracy). Every score
-is computed for several initialisations, on noise and, where there are class folders, on images;
+and what examples/benchmarks/train_space.py writes (columns student, seed, choices, test_accuracy).
+Every score is computed for several initialisations, on noise and, where there are class folders, on images;
 for a teacher with random weights and, if there is one, for a trained one.
 
 OUT/selection_quality.csv gets Spearman's and Kendall's correlation with the accuracy, concordance
@@ -14,8 +14,8 @@ OUT/selection_quality.png shows correlation and concordance against parameters a
 OUT/differences.csv has each score's difference to parameters, with 95 % intervals from a paired
 bootstrap over the networks. What is scored is kept in OUT, so a stopped call goes on.
 
-    python examples/validate_selection.py --ground-truth truth.csv --out quality
-    python examples/validate_selection.py --ground-truth truth.csv --images data/mri \\
+    python examples/benchmarks/validate_selection.py --ground-truth truth.csv --out quality
+    python examples/benchmarks/validate_selection.py --ground-truth truth.csv --images data/mri \\
         --train-teacher 10 --out quality
 """
 

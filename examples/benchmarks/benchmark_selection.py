@@ -5,8 +5,8 @@ afresh for each candidate, as the published code has it: a forward and a backwar
 and teacher, all channel Gram matrices. Seconds per candidate are wall time; ours have the teacher
 in them, once. Memory is the resident set after the first and after the last candidate.
 
-    python examples/benchmark_selection.py
-    python examples/benchmark_selection.py --jobs 2 --image-size 128
+    python examples/benchmarks/benchmark_selection.py
+    python examples/benchmarks/benchmark_selection.py --jobs 2 --image-size 128
 """
 
 import argparse

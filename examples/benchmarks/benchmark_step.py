@@ -1,7 +1,7 @@
 """What a distillation step with relevance maps costs, as a multiple of a plain KD step.
 
-    python examples/benchmark_step.py
-    python examples/benchmark_step.py --device cuda --batch-size 32 --image-size 224
+    python examples/benchmarks/benchmark_step.py
+    python examples/benchmarks/benchmark_step.py --device cuda --batch-size 32 --image-size 224
 
 Plain KD step: teacher's forward without gradients, student's forward, cross entropy + KL, backward,
 Adam. Every other case adds one loss to it, at the last of the taps or at all of them. Teacher
