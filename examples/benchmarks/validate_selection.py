@@ -2,8 +2,8 @@
 
 Two kinds of ground truth are read: DisWOT's 64 CIFAR networks (columns arch, kd_acc, params, macs),
 and what examples/benchmarks/train_space.py writes (columns student, seed, choices, test_accuracy).
-Every score is computed for several initialisations, on noise and, where there are class folders, on images;
-for a teacher with random weights and, if there is one, for a trained one.
+Every score is computed for several initialisations, on noise and, where there are class folders,
+on images; for a teacher with random weights and, if there is one, for a trained one.
 
 OUT/selection_quality.csv gets Spearman's and Kendall's correlation with the accuracy, concordance
 among pairs of equal size (and the number of these), and the regret under six parameter budgets,
