@@ -4,12 +4,11 @@ import csv
 import hashlib
 import os
 import pickle
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import preloaded
 import pytest
 import torch
 from PIL import Image
@@ -39,15 +38,14 @@ def scenes_of(kind: int) -> list[Scene]:
 
 
 class TestPhantomStream:
-    def test_a_fresh_process_draws_the_same_image(self):
-        code = (
+    def test_a_fresh_process_draws_the_same_image(self, tmp_path):
+        script = tmp_path / "draw.py"
+        script.write_text(
             "import hashlib; from kd_lrp_plugin.data.phantom.dataset import Phantom;"
             "image = Phantom(split='val', size=9, image_size=64, seed=5).image(7);"
             "print(hashlib.sha256(image.tobytes()).hexdigest())"
         )
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
+        run = preloaded.run(script)
         np.random.seed(1)  # noqa: NPY002  the global state must not matter
         here = Phantom(split="val", size=9, image_size=64, seed=5).image(7)
         assert run.stdout.strip() == hashlib.sha256(here.tobytes()).hexdigest()

@@ -60,6 +60,7 @@ class TestMeasure:
         )
         assert score_candidates(candidates, TEACHER, batches, SCORED, seeds=(0, 1), jobs=2) == rows
 
+    @pytest.mark.slow
     def test_is_shared_by_processes_that_begin_anew(self, candidates, batches, monkeypatch):
         """As where each has several threads, which a fork would not survive."""
         rows = score_candidates(candidates, TEACHER, batches, ["parameters", "nwot"])
