@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := test
+# Each worker begins with a half of the files, so that what a file sets up is set up once; who has
+# done with its own helps the other.
+SHARED := -n 2 --dist worksteal
 
 .PHONY: install lock demo test test-all test-latest test-floor check clean
 
@@ -23,16 +26,16 @@ demo: install  ## train a teacher, rank students, distil two; ends with demo/rep
 	$(BIN)/python examples/demo.py --out demo
 
 test: install  ## all tests and doctests, but for the slow ones
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 test-all: install  ## the slow ones too
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(SHARED)
 
 test-latest: .venv-latest/.installed  ## on the newest versions that pyproject.toml admits
-	.venv-latest/bin/python -m pytest -n 2 -m "not slow"
+	.venv-latest/bin/python -m pytest $(SHARED) -m "not slow"
 
 test-floor: .venv-floor/.installed  ## on the oldest ones
-	.venv-floor/bin/python -m pytest -n 2 -m "not slow"
+	.venv-floor/bin/python -m pytest $(SHARED) -m "not slow"
 
 .venv-latest/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-latest

@@ -513,7 +513,7 @@ def taps_of(model: nn.Module, size: int) -> Iterator[int]:
     return iter([size // reduction for reduction in reductions[:-1]])
 
 
-# A backward pass through the backward pass takes seconds here: the fast run has two methods of each,
+# A backward pass through the backward pass takes seconds here: the fast run has two methods each,
 # one of plain gradients and one of rules.
 LARGE = ("resnetv2_50", "vgg19", "densenet121", "visformer_small")
 LISTED = [
