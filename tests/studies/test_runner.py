@@ -642,7 +642,7 @@ class TestRunning:
         assert again.output.count("finished") == 1
 
 
-def until(found, seconds: float = 60):
+def until(found, seconds: float = 600):
     """What ``found`` returns, as soon as that is something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -671,6 +671,21 @@ class TestMeasures:
 # --- running in earnest ---------------------------------------------------------------------------
 
 
+# The command of a run that waits in its second epoch until it is stopped.
+WAITING = """
+import time
+from kd_lrp_plugin.studies.executors import run_job
+from kd_lrp_plugin.training.trainer import Trainer
+train_epoch = Trainer._train_epoch
+def wait(self):
+    while self.epoch == 1:
+        time.sleep(0.05)
+    return train_epoch(self)
+Trainer._train_epoch = wait
+run_job()
+"""
+
+
 class TestRealRuns:
     """A student is stopped after an epoch as a kill of the study would, then all goes on."""
 
@@ -689,13 +704,15 @@ class TestRealRuns:
         (teacher,), (student,) = plan.prepared, plan.runs
         distill(teacher.spec("cpu"))
         evaluate(teacher.folder, resamples=100)
-        process = executors.StudyExecutor(
-            [], StudyOptions(device="cpu", safe=True), 1, {}, print
-        ).start(student)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(executors, "COMMAND", (sys.executable, "-c", WAITING))
+            process = executors.StudyExecutor(
+                [], StudyOptions(device="cpu", safe=True), 1, {}, print
+            ).start(student)
         begun = student.folder / "metrics.jsonl"
-        until(lambda: begun.exists() or process.poll() is not None, 200)
+        until(lambda: begun.exists() or process.poll() is not None)
         process.stdin.close()
-        code, before = process.wait(timeout=60), begun.read_text()
+        code, before = process.wait(), begun.read_text()
         found = run_study(file, out=place / "out", root=place / "runs", device="cpu", safe=True)
         return {"found": found, "plan": plan, "code": code, "before": before}
 
@@ -704,7 +721,7 @@ class TestRealRuns:
         sessions = json.loads((folder / "environment.json").read_text())["sessions"]
         after = (folder / "metrics.jsonl").read_text()
         assert done["code"] == 130
-        assert 1 <= done["before"].count("\n") < after.count("\n") == 4
+        assert (done["before"].count("\n"), after.count("\n")) == (1, 4)
         assert after.startswith(done["before"])  # times included: not trained again
         assert len(sessions) == 2
 
