@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kd_lrp_plugin.cli.console import ConfigFile, Overrides, RichProgress, errors_in_words
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.cli.console import ConfigFile, Overrides, RichProgress, errors_in_words, say
 from kd_lrp_plugin.config.document import Document, resolve_config
-from kd_lrp_plugin.plots import figures, tables
-from kd_lrp_plugin.selection import ranking, spec
-from kd_lrp_plugin.selection import select as selecting
-from kd_lrp_plugin.torchdistill.models import make_builder
+from kd_lrp_plugin.plots import tables
 from kd_lrp_plugin.utils.files import read_json, write_text
 from kd_lrp_plugin.utils.validation import message
+
+if TYPE_CHECKING:
+    from kd_lrp_plugin.selection import spec
 
 
 def select(
@@ -40,6 +39,11 @@ def select(
         kd-lrp select torchdistill_configs/phantom/diswot/chosen_from_resnet10t.yaml --jobs 2
     """
     with RichProgress(), errors_in_words():
+        from kd_lrp_plugin.plots import figures
+        from kd_lrp_plugin.selection import ranking
+        from kd_lrp_plugin.selection import select as selecting
+        from kd_lrp_plugin.torchdistill.models import make_builder
+
         question = _question_of(resolve_config(config, overrides or []))
         file = question.file
         if budget is not None:
@@ -54,16 +58,19 @@ def select(
         write_text(file.with_suffix(".md"), text)
         figure = figures.selection_figure(records, f"{question.score}: lower is better")
         figure.savefig(file.with_suffix(".png"))
-    print(f"{text}\nbest by {question.score}: {records[0]['candidate']}")
+    say(f"{text}\nbest by {question.score}: {records[0]['candidate']}")
     if budget is None:
         chosen = read_json(file, "Rename it to select again.", candidate=str)["candidate"]
-        print(f"recorded in {file}: {chosen}; delete it to choose anew")
+        say(f"recorded in {file}: {chosen}; delete it to choose anew")
     else:
-        print(f"a look, in {file}: the choice of the config's own budget is left as it is")
-    print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
+        say(f"a look, in {file}: the choice of the config's own budget is left as it is")
+    say(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
 
 
-def _question_of(config: Document) -> spec.SelectionSpec:
+def _question_of(config: Document) -> "spec.SelectionSpec":
+    from kd_lrp_plugin.config.build import construct
+    from kd_lrp_plugin.selection import spec
+
     content = construct(config.only("dependencies", "datasets", "models"))
     entry = (content.get("models") or {}).get("student_model") or {}
     if entry.get("key") != "diswot_student":
@@ -74,9 +81,11 @@ def _question_of(config: Document) -> spec.SelectionSpec:
 
 
 def _in_units(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    from kd_lrp_plugin.selection.select import LISTED
+
     rows = []
     hidden = ("latency", "problem", "front", "entry")
-    for record in records[: selecting.LISTED]:
+    for record in records[:LISTED]:
         row = {k: v for k, v in record.items() if k not in hidden}
         for count in ("parameters", "macs"):
             row[count] = None if record[count] is None else int(record[count])
