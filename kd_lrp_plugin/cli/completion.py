@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -57,8 +58,9 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
 
 
 def _list_keys(config: str | Path | None) -> Iterator[str]:
+    pending: list[tuple[str, Any]] = []
     try:
-        pending = [("", resolve_config(config or "").root)]
+        pending.append(("", resolve_config(config or "").root))
     except (ValueError, OSError):  # TAB says nothing of a wrong file; the command will
         return
     while pending:

@@ -165,7 +165,7 @@ def reliability_figure(
     figure = Figure(figsize=(4.2, 4.8), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     edges = np.linspace(0, 1, bins + 1)
-    (calibrated,) = upper.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1)
+    (calibrated,) = upper.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1, label="calibrated")
     drawn = {"calibrated": calibrated}
     for name, curve in curves.items():
         confidences, correct = (np.asarray(values, dtype=float) for values in curve)
@@ -180,7 +180,7 @@ def reliability_figure(
         used = counts > 0
         sums = [np.histogram(confidences, edges, weights=w)[0] for w in (confidences, correct)]
         means, accuracies = (values[used] / counts[used] for values in sums)
-        (line,) = upper.plot(means, accuracies, "o-", markersize=4)
+        (line,) = upper.plot(means, accuracies, "o-", markersize=4, label=name)
         drawn[name] = line
         lower.stairs(counts, edges, color=line.get_color(), linewidth=1.5)
     upper.set(xlim=(0, 1), ylim=(0, 1.02))

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kd_lrp_plugin.plots.text import plain_text
+from kd_lrp_plugin.plots.text import one_line
 
 
 def table(
@@ -54,6 +54,50 @@ def table(
     return "\n".join([line(head), f"|{rule}|", *map(line, cells)])
 
 
+def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
+    """A measure of a study: a row per cell, beside its paired difference where it has one.
+
+    Args:
+        content: of ``study.json``.
+        measure: one of its measures.
+    """
+
+    def cell(record: Mapping[str, Any]) -> tuple:
+        return record["configuration"], *record["point"].items()
+
+    compared = {cell(r): r for r in content["comparisons"] if r["measure"] == measure}
+    rows = []
+    for record in content["table"]:
+        if record["measure"] != measure:
+            continue
+        row: dict[str, Any] = {"configuration": record["configuration"]}
+        values = {axis: record["point"].get(axis) for axis in content["axes"]}
+        row |= {axis: value if value is None else str(value) for axis, value in values.items()}
+        std = _figure(record["std"])
+        row["n"] = record["n"]
+        row["mean ± std"] = _figure(record["mean"]) + (f" ± {std}" if std else "") or None
+        row["95 % interval"] = _interval(record)
+        if reference := content["compare_to"]:
+            found = compared.get(cell(record), {})
+            row[f"minus {reference}"] = _figure(found.get("mean"), "+") or None
+            row["95 % interval of it"] = _interval(found, "+")
+            row |= {"pairs": found.get("n"), "p": found.get("p"), "p (Holm)": found.get("p_holm")}
+        rows.append(row)
+    return rows
+
+
+def _figure(value: float | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4f}"
+
+
+def _interval(record: Mapping[str, Any], sign: str = "") -> str | None:
+    if record.get("low") is None:
+        return None
+    return f"{_figure(record['low'], sign)} to {_figure(record['high'], sign)}"
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -70,5 +114,5 @@ def _cell(value: object, digits: int) -> str:
 
 def _escape(value: object) -> str:
     """Text that ends neither a cell nor a row."""
-    text = plain_text(" ".join(str(value).splitlines()))
-    return re.sub(r"(\\*)\|", r"\1\1\\|", text)  # a backslash before the pipe would undo its own
+    # A backslash before the pipe would undo the one that is put there.
+    return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(value))

@@ -37,6 +37,16 @@ def plain_text(value: object, lines: bool = False) -> str:
     )
 
 
+def one_line(value: object) -> str:
+    """A value as plain text of one line, for a heading, an item of a list or a cell.
+
+    Example:
+        >>> one_line("does it\nhelp?")
+        'does it help?'
+    """
+    return plain_text(" ".join(str(value).splitlines()))
+
+
 def plain_legend(target: Any, handles: Iterable[Any], labels: Iterable[str], **options: Any) -> Any:
     """A legend whose labels are plain text: matplotlib itself hides those that begin with ``_``.
 

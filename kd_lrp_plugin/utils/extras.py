@@ -8,7 +8,6 @@ from kd_lrp_plugin.utils.validation import message
 # Top-level modules by the extra of pyproject.toml that installs them.
 EXTRAS = {
     "cli": (
-        "filelock",
         "imagehash",
         "jinja2",
         "matplotlib",
