@@ -102,17 +102,17 @@ def test_every_command_prints_a_run_its_classes_and_files_by_their_names(tmp_pat
 def test_check_data_prints_classes_and_files_by_their_names(tmp_path):
     root = tmp_path / "images"
     for split in ("Training", "Testing"):
-        for place, name in enumerate(("[/]", "$a$ $_$", r"_|^\x")):
+        for place, name in enumerate(("[left]", "$a$ $_$", r"_|^\x")):
             folder = root / split / name
             folder.mkdir(parents=True)
             for n in range(2):
                 picture = Image.effect_noise((32, 32), 30 + 20 * place + 7 * n)
                 picture.save(folder / f"{n} [left] $x$ $.png")
-    shutil.copy(root / "Training/[/]/0 [left] $x$ $.png", root / "Testing/[/]/copy $_$.png")
-    (root / "Training/[/]/broken [/].png").write_bytes(b"no image")
-    words = ["check-data", str(root), "--out", str(tmp_path / "out [/] $")]
+    shutil.copy(root / "Training/[left]/0 [left] $x$ $.png", root / "Testing/[left]/copy $_$.png")
+    (root / "Training/[left]/broken [left].png").write_bytes(b"no image")
+    words = ["check-data", str(root), "--out", str(tmp_path / "out [/left] $")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "broken [/].png" in result.output
+    assert "[left]/broken [left].png" in result.output
     assert "$a$ $_$" in result.output
-    assert f"written to {tmp_path}/out [/] $" in result.output
+    assert f"written to {tmp_path}/out [/left] $" in result.output
