@@ -53,14 +53,16 @@ def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:
         values = _VALUES.get(key.rpartition(".")[2], ())
         found = [f"{key}={value}" for value in values]
     else:
-        found = [f"{key}=" for key in _list_keys(ctx.params.get("config"))]
+        # Where the option is still without a value, nothing before it has been parsed.
+        given = [ctx.params.get("config"), *ctx.args]
+        found = [f"{key}=" for config in given if config for key in _list_keys(config)]
     return [text for text in found if text.startswith(incomplete)]
 
 
-def _list_keys(config: str | Path | None) -> Iterator[str]:
+def _list_keys(config: str | Path) -> Iterator[str]:
     pending: list[tuple[str, Any]] = []
     try:
-        pending.append(("", resolve_config(config or "").root))
+        pending.append(("", resolve_config(config).root))
     except (ValueError, OSError):  # TAB says nothing of a wrong file; the command will
         return
     while pending:

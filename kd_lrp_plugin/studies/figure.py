@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_lrp_plugin.metrics.statistics import describe
-from kd_lrp_plugin.plots.text import PLAIN, plain_legend, plain_text
+from kd_lrp_plugin.plots.text import PLAIN, one_line, plain_legend, plain_text
 from kd_lrp_plugin.studies.comparison import Row, get_values, group_cells
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
 
@@ -64,7 +64,10 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
             ax.tick_params(labelleft=False)
         figure.supxlabel("Dots: seeds. Bar: mean and its 95 % interval.", fontsize=8)
     title = content["question"] + ("" if content["final"] else f"\n{content['state']}")
-    figure.suptitle(plain_text(title, lines=True), fontsize=10, wrap=True, **PLAIN)
+    # matplotlib's own wrap takes the text for a formula, whatever it is told.
+    letters = int(12 * max(width, 5))
+    wrapped = "\n".join(textwrap.fill(one_line(line), letters) for line in title.splitlines())
+    figure.suptitle(wrapped, fontsize=10, **PLAIN)
     return figure
 
 

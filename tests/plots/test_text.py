@@ -1,5 +1,7 @@
 """Names in figures and tables: drawn and read back as they are."""
 
+import base64
+import io
 import re
 import warnings
 from xml.dom import minidom
@@ -22,18 +24,19 @@ from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.studies.figure import study_figure
 from kd_lrp_plugin.studies.markdown import study_markdown
 
-NAMES = hostile_names(12)
+NAMES = list(dict.fromkeys(hostile_names(12)))
+PLAIN_NAMES = [plain_text(name) for name in NAMES]
 
 
-def drawn(figure: Figure, tmp_path) -> list[str]:
-    """All texts of a figure, drawn as pixels and as a vector that XML can be read from."""
+def drawn(figure: Figure) -> list[str]:
+    """All texts of a figure, which is drawn as pixels and as a vector that is valid XML."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(tmp_path / "figure.png", dpi=30)
-    figure.savefig(tmp_path / "figure.svg")
-    minidom.parse(str(tmp_path / "figure.svg"))
-    vector(figure)
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")
+        figure.savefig(io.BytesIO(), dpi=20)
+        source = vector(figure)["source"]
+    minidom.parseString(base64.b64decode(source.partition("base64,")[2]))
     texts = list(figure.texts)
     for ax in figure.get_axes():
         texts += [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
@@ -45,59 +48,76 @@ def drawn(figure: Figure, tmp_path) -> list[str]:
     return [text.get_text() for text in texts]
 
 
-def study(name: str, axes: dict) -> dict:
-    points = [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
+def study(names: list[str], axis: str | None = None) -> dict:
+    """A study whose question, measure, configurations and axis are called so."""
+    points = [{axis: value} for value in ("x", names[0])] if axis else [{}]
+    cells = [(name, point) for name in names for point in points]
+    measure = names[0]
     rows = [
         {
-            **{"configuration": c, "point": point, "seed": seed, "label": c},
-            "measures": {name: 0.5 + seed / 10},
+            "configuration": name,
+            "point": point,
+            "seed": seed,
+            "measures": {measure: 0.5 + seed / 10},
         }
-        for c in (name, "other")
-        for point in points or [{}]
+        for name, point in cells
         for seed in (0, 1)
     ]
-    records = [
-        {
-            **{"measure": name, "configuration": c, "point": point, "n": 2, "mean": 0.5},
-            **{"std": 0.1, "low": 0.4, "high": 0.6},
-        }
-        for c in (name, "other")
-        for point in points or [{}]
+    numbers = {"n": 2, "mean": 0.5, "std": 0.1, "low": 0.4, "high": 0.6}
+    table = [
+        {"measure": measure, "configuration": name, "point": point, **numbers}
+        for name, point in cells
     ]
     return {
-        **{"question": name, "state": "", "final": True, "failed": {name: name}, "axes": axes},
-        **{"measures": [name], "compare_to": name, "runs": rows, "table": records},
-        "comparisons": [],
+        **{"question": measure, "state": "", "final": True, "failed": {measure: measure}},
+        **{"axes": {axis: ["x", names[0]]} if axis else {}, "measures": [measure]},
+        **{"compare_to": measure, "runs": rows, "table": table, "comparisons": []},
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_figure_draws_every_name(name, tmp_path):
-    plain, line = plain_text(name), plain_text(name, lines=True)
-    matrix, curve = [[3, 1], [0, 2]], ([0.9, 0.5], [True, False])
-    score = {"candidate": name, "score": 1.0, "spread": 0.1, "parameters": 10.0, "front": True}
-    figures = {
-        "confusion": confusion_figure({name: matrix}, [name, "b"], name),
-        "reliability": reliability_figure({name: curve}, name),
-        "curves": curves_figure([{"epoch": 1, f"train_{name}": 1.0}], name),
-        "selection": selection_figure([score], name),
-        "maps": map_figure(
-            [MapRow(name, np.zeros((8, 8)), {name: np.eye(2)}, {name: (name, 0.5)})], name, name
-        ),
-        "study": study_figure(study(name, {})),
-        "study over a grid": study_figure(study(name, {name: ["x", name]})),
-    }
-    found = {kind: drawn(figure, tmp_path) for kind, figure in figures.items()}
-    assert found["confusion"].count(plain) == 3  # title, two axes
-    assert f"{plain}\naccuracy 0.833" in found["confusion"]
-    assert plain in found["reliability"]
-    assert plain in found["curves"]
-    assert plain in found["selection"]
-    assert line in found["maps"]
-    for kind in ("study", "study over a grid"):
-        assert any(plain in text for text in found[kind])
-    words = re.sub(r"\s", "", "".join(found["study over a grid"]))
-    assert words.count(re.sub(r"\s", "", plain)) >= 4  # title, axis, tick, legend
+def test_the_confusion_matrices_name_models_and_classes():
+    matrix = np.eye(len(NAMES), dtype=int)
+    texts = drawn(confusion_figure(dict.fromkeys(NAMES[:4], matrix), NAMES, NAMES[3]))
+    assert all(texts.count(name) >= 8 for name in PLAIN_NAMES)
+    assert all(f"{name}\naccuracy 1.000" in texts for name in PLAIN_NAMES[:4])
+
+
+def test_the_reliability_curves_name_models_also_those_that_begin_with_an_underscore():
+    curve = ([0.9, 0.5], [True, False])
+    texts = drawn(reliability_figure(dict.fromkeys(NAMES, curve), NAMES[3]))
+    assert {"calibrated", *PLAIN_NAMES} <= set(texts)
+
+
+def test_the_curves_name_every_term():
+    texts = drawn(curves_figure([{"epoch": 1} | {f"train_{n}": 1.0 for n in NAMES}], NAMES[3]))
+    assert set(PLAIN_NAMES) <= set(texts)
+
+
+def test_the_selection_names_every_candidate():
+    records = [
+        {"candidate": n, "score": k, "spread": 0.1, "parameters": 10.0**k, "front": k > 2}
+        for k, n in enumerate(NAMES)
+    ]
+    assert set(PLAIN_NAMES) <= set(drawn(selection_figure(records[:20], NAMES[3]))) | set(
+        PLAIN_NAMES[20:]
+    )
+
+
+def test_the_maps_name_classes_and_columns():
+    columns = {name: np.eye(2) for name in NAMES[:6]}
+    rows = [MapRow(n, np.zeros((8, 8)), columns, {"image": (n, 0.5)}) for n in NAMES]
+    texts = drawn(map_figure(rows, NAMES[3], outline=NAMES[4]))
+    assert {plain_text(name, lines=True) for name in NAMES} <= set(texts)
+    assert {f"{name} 0.50" for name in PLAIN_NAMES} <= {text.removesuffix(" ✗") for text in texts}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_studys_figure_names_its_measure_configurations_and_axis(name):
+    names = [name, "other"]
+    dots = drawn(study_figure(study(names)))
+    assert plain_text(name) in dots
+    lines = drawn(study_figure(study(names, axis=name)))
+    assert lines.count(plain_text(name)) >= 3  # the axis, its value, the legend
 
 
 def cells(line: str) -> list[str]:
@@ -129,7 +149,7 @@ def test_a_table_keeps_its_rows_and_columns(name):
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_studys_page_keeps_its_headings_and_tables(name):
-    lines = study_markdown(study(name, {name: ["x", name]})).split("\n")
+    lines = study_markdown(study([name, "other"], axis=name)).split("\n")
     assert lines[0] == f"# {one_line(name)}"
     assert f"## {one_line(name)}" in lines
     rows = [cells(line) for line in lines if line.startswith("|") and "---" not in line]

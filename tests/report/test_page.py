@@ -235,7 +235,7 @@ class TestWhatIsSaid:
         """Neither its tags and dependencies nor its models; a device that it names is not read."""
         (kd / "evaluation.json").unlink()
         text = (kd / "config.yaml").read_text()
-        made = f"made: !import_call {{key: pathlib.Path.touch, init: {{args: [{tmp_path}/ran]}}}}\n"
+        made = f"made: !import_call {{key: os.mkdir, init: {{args: [{tmp_path}/ran]}}}}\n"
         (tmp_path / "hostile_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
         text = text.replace("kd_lrp_plugin.torchdistill]", "hostile_module]")
         (kd / "config.yaml").write_text(f"{made}{text}")
