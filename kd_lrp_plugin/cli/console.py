@@ -46,8 +46,8 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Run what the config of a run folder names although the run was not made here: as "
-        "this user, on this machine, in this folder.",
+        help="Run what the config of a run folder names although the run was not made here, by "
+        "this user on this machine.",
     ),
 ]
 

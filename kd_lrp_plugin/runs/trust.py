@@ -1,10 +1,10 @@
-"""Which run folders were made here: by this user, on this machine, in this place.
+"""Which runs were made here: by this user, on this machine.
 
 The ``config.yaml`` of a run is a program: what opens a run's models or data runs the code that it
 names. Of a run that was made here this code has run already; a folder from elsewhere may be
 anybody's. The two are told apart by a list that lies with the user and not with the run, so that
-nobody can ship a folder that is on it: a hash of each run folder's path and config. A folder that
-was moved, or whose config was changed by hand, counts as one from elsewhere.
+nobody can ship a folder that is on it: a hash of the text of each config that has run here. The
+folder may move; a config that was changed by hand counts as one from elsewhere.
 """
 
 import hashlib
@@ -24,36 +24,34 @@ def get_list() -> Path:
     return Path(state, "kd_lrp_plugin", "runs_made_here")
 
 
-def remember(folder: str | Path, config: str) -> None:
+def remember(config: str) -> None:
     """Note that a run is made here. Where this cannot be written, ``--trust`` will be asked for.
 
     Args:
-        folder: of the run.
         config: the text of its ``config.yaml``.
     """
     try:
-        if is_made_here(folder, config):
+        if is_made_here(config):
             return
         file = get_list()
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with file.open("a", encoding="ascii") as lines:  # a short line is written all at once
-            lines.write(f"{_hash(folder, config)}\n")
+            lines.write(f"{_hash(config)}\n")
     except (OSError, RuntimeError) as error:  # a home that is read-only, or none
-        logger.info("not noted that %s was made here: %s", folder, error)
+        logger.info("not noted that a run was made here: %s", error)
 
 
-def is_made_here(folder: str | Path, config: str) -> bool:
-    """Whether :func:`remember` was called for this folder with this text."""
+def is_made_here(config: str) -> bool:
+    """Whether :func:`remember` was called with this text."""
     try:
         known = get_list().read_text(encoding="ascii", errors="replace").split()
     except (OSError, RuntimeError):
         return False
-    return _hash(folder, config) in known
+    return _hash(config) in known
 
 
-def _hash(folder: str | Path, config: str) -> str:
-    where = os.path.realpath(folder)
-    return hashlib.sha256(f"{where}\0{config}".encode(errors="surrogateescape")).hexdigest()
+def _hash(config: str) -> str:
+    return hashlib.sha256(config.encode(errors="surrogateescape")).hexdigest()
 
 
 def check_trusted(folders: Iterable[str | Path], trust: bool, safe: bool) -> None:
@@ -75,9 +73,9 @@ def check_trusted(folders: Iterable[str | Path], trust: bool, safe: bool) -> Non
         except (OSError, ValueError):
             continue
         if trust:
-            remember(folder, config)
-        elif not is_made_here(folder, config):
-            got = "one from elsewhere, or one that was moved or changed since"
+            remember(config)
+        elif not is_made_here(config):
+            got = "one from elsewhere, or whose config was changed since"
             fix = (
                 "Its config.yaml can run any code: read it, and give --trust if you vouch for it, "
                 "or --safe, which refuses what could run code."
