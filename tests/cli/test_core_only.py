@@ -120,7 +120,7 @@ def test_everything_that_yaml_names_is_there(core):
 import kd_lrp_plugin, kd_lrp_plugin.torchdistill as ours
 for name in kd_lrp_plugin.__all__:
     getattr(kd_lrp_plugin, name)
-images = ours.phantom(split="train", size=16, image_size=16)
+images = ours.phantom(split="train", size=16, image_size=32)
 print(ours.class_weights(dataset=images))
 import kd_lrp_plugin.selection.select, kd_lrp_plugin.attribution, kd_lrp_plugin.metrics.efficiency
 """
