@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 
 # Hides what the extras install. What the core's own dependencies need stays theirs: PyTorch imports
-# filelock and jinja2, and Captum matplotlib.
-SHARED = ("filelock", "jinja2", "matplotlib")
+# jinja2, and Captum matplotlib.
+SHARED = ("jinja2", "matplotlib")
 SITECUSTOMIZE = f"""
 import builtins, sys
 from importlib.machinery import PathFinder
