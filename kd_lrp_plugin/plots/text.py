@@ -38,7 +38,7 @@ def plain_text(value: object, lines: bool = False) -> str:
 
 
 def one_line(value: object) -> str:
-    """A value as plain text of one line, for a heading, an item of a list or a cell.
+    r"""A value as plain text of one line, for a heading, an item of a list or a cell.
 
     Example:
         >>> one_line("does it\nhelp?")
