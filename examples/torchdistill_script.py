@@ -5,7 +5,8 @@ The script is not part of torchdistill's wheel; give the path of a copy from its
 
     python examples/torchdistill_script.py --script PATH
 
-Trains a teacher with kd-lrp first, since the script would go on with random weights without one.
+Trains a teacher with kd-lrp first (extra cli), if there is none yet: without one the script would
+train with random weights.
 """
 
 import argparse
@@ -34,8 +35,6 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     from kd_lrp_plugin.config.document import resolve_config
-    from kd_lrp_plugin.config.run_spec import RunSpec
-    from kd_lrp_plugin.training.trainer import distill
 
     changes = ["models.model.kwargs.num_classes=5"]
     small = []
@@ -45,7 +44,12 @@ def main() -> None:
             small.append(f"datasets.phantom/{split}.init.kwargs.size=64")
     teacher = args.out / "runs/phantom/ce/resnet10t-script/0"
     if not teacher.exists():
-        distill(RunSpec(TEACHER, changes + small, teacher))
+        sets = [word for change in changes + small for word in ("--set", change)]
+        kd_lrp = [sys.executable, "-m", "kd_lrp_plugin"]
+        if code := subprocess.run(
+            [*kd_lrp, "distill", TEACHER, "--out", teacher, *sets]
+        ).returncode:
+            sys.exit(code)
     config = args.out / "student.yaml"
     config.write_text(resolve_config(STUDENT, small).text, encoding="utf-8")
     command = [sys.executable, args.script.resolve(), "--config", config.name, "--device", "cpu"]

@@ -2,4 +2,5 @@
 
 from kd_lrp_plugin.cli.main import app
 
-app()
+if __name__ == "__main__":
+    app()

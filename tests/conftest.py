@@ -1,6 +1,7 @@
 """What several test modules share: one thread, fixed seeds, a check for traces left in a model."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -11,6 +12,8 @@ from torch import nn
 # Commands and examples that tests start would else have as many threads as there are processors,
 # each, and wait for each other's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Which runs were made here is noted in the user's own state, where tests leave nothing.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="kd_lrp_state")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, BATCH, INPUT, Attribution, mean_colour
 from kd_lrp_plugin.losses import resize_maps
 from kd_lrp_plugin.relevance.recording import record
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
 
 SUPERPIXELS = 50
 LIME_SAMPLES = 200
@@ -69,6 +70,8 @@ def lime(
         image's mean colour, not its own, which would leave an even tumour in sight; the positive
         part of the weights is kept, and a logit explained instead of a probability.
     """
+    with imports_of_an_extra():  # Captum would find out after the first draws
+        import sklearn  # noqa: F401
     explainer = Lime(model, SkLearnRidge(alpha=1.0), _closeness)
     maps = []
     for image, target in zip(images, targets, strict=True):
@@ -93,7 +96,8 @@ def _closeness(_: Tensor, __: Tensor, kept: Int[Tensor, "1 features"], **___: An
 
 
 def _superpixels(image: Float[Tensor, "c h w"]) -> Int[Tensor, "1 1 h w"]:
-    from skimage.segmentation import slic  # a second, which only LIME has to wait for
+    with imports_of_an_extra():  # a second, which only LIME has to wait for
+        from skimage.segmentation import slic
 
     values = image - image.min()
     picture = (values / values.max().clamp(min=1e-12)).permute(1, 2, 0).cpu().double().numpy()

@@ -8,15 +8,10 @@ from kd_lrp_plugin.cli.console import (
     Overrides,
     RichProgress,
     Safe,
-    console,
     errors,
     errors_in_words,
+    say,
 )
-from kd_lrp_plugin.config.document import resolve_config
-from kd_lrp_plugin.config.safety import unsafe_tags
-from kd_lrp_plugin.selection import select
-from kd_lrp_plugin.training.check import dry_run
-from kd_lrp_plugin.utils.distributed import init_distributed
 
 
 def check(
@@ -34,6 +29,12 @@ def check(
         kd-lrp check my.yaml --set batch_size=64
     """
     with RichProgress(), errors_in_words():
+        from kd_lrp_plugin.config.document import resolve_config
+        from kd_lrp_plugin.config.safety import unsafe_tags
+        from kd_lrp_plugin.selection import select
+        from kd_lrp_plugin.training.check import dry_run
+        from kd_lrp_plugin.utils.distributed import init_distributed
+
         read = resolve_config(config, overrides or [])
         problems, warnings = unsafe_tags(read) if safe else [], []
         if not problems:
@@ -41,10 +42,10 @@ def check(
                 report = dry_run.check(read, context)
             problems, warnings = report.problems, report.warnings
     for warning in warnings:
-        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        say(f"warning: {warning}")
     for problem in problems:
-        errors.print(problem, markup=False, highlight=False, soft_wrap=True)
+        say(problem, to=errors)
     if problems:
-        errors.print(f"[red]{len(problems)} problem{'s' * (len(problems) > 1)}[/]")
+        say(f"{len(problems)} problem{'s' * (len(problems) > 1)}", "red", errors)
         raise typer.Exit(1)
-    console.print("models, data, losses and a step of each stage: no problem found")
+    say("models, data, losses and a step of each stage: no problem found")

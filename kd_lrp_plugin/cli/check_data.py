@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kd_lrp_plugin.cli.console import RichProgress, errors_in_words
+from kd_lrp_plugin.cli.console import RichProgress, errors_in_words, say
 from kd_lrp_plugin.plots import tables
 
 SHOWN = 40  # files of a kind
@@ -41,28 +41,28 @@ def check_data(
 
         kd-lrp check-data images --out checked --group-by patient --manifest patients.csv
     """
-    from kd_lrp_plugin.data.leakage import check
-
     last = "What was read is kept; the same command resumes from there."
     with RichProgress(), errors_in_words(last):
+        from kd_lrp_plugin.data.leakage import check
+
         found = check.check_data(root, out, test_share, group_by, manifest, bits)
     for name in ("splits", "clean"):
-        print(f"\n{'given' if name == 'splits' else 'clean split'}\n")
+        say(f"\n{'given' if name == 'splits' else 'clean split'}\n")
         rows = [
             {"split": split, **of, "all": sum(of.values())} for split, of in found[name].items()
         ]
-        print(tables.table(rows, list(dict.fromkeys(key for row in rows for key in row))))
+        say(tables.table(rows, list(dict.fromkeys(key for row in rows for key in row))))
     for name in ("sizes", "modes", "formats"):
         counts = [f"{value} ({n:,})" for value, n in found[name].items()]
         rest = f" and {len(counts) - 5} more" if len(counts) > 5 else ""
-        print(f"{name}: {', '.join(counts[:5])}{rest}")
+        say(f"{name}: {', '.join(counts[:5])}{rest}")
     for name in ("unreadable", "anomalies", "ignored"):
         for file, why in list(found[name].items())[:SHOWN]:
-            print(f"{name}: {file}: {why}")
+            say(f"{name}: {file}: {why}")
         if (more := len(found[name]) - SHOWN) > 0:
-            print(f"{name}: {more:,} more, in summary.json")
-    print("\npairs of duplicates\n")
-    print(tables.table([{"where": where, **n} for where, n in found["pairs"].items()]))
-    print(f"\n{found['summary']}")
+            say(f"{name}: {more:,} more, in summary.json")
+    say("\npairs of duplicates\n")
+    say(tables.table([{"where": where, **n} for where, n in found["pairs"].items()]))
+    say(f"\n{found['summary']}")
     made = [name for name in check.OUTPUTS if (out / name).exists()]
-    print(f"written to {out}: {', '.join(made)}")
+    say(f"written to {out}: {', '.join(made)}")

@@ -1,4 +1,4 @@
-"""How the command line speaks: progress, errors in words, options that commands share."""
+"""How the command line speaks: plain text, progress, errors in words, options commands share."""
 
 import logging
 import signal
@@ -10,8 +10,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from kd_lrp_plugin.cli.completion import complete_override
+from kd_lrp_plugin.plots.text import plain_text
 from kd_lrp_plugin.utils.distributed import RankZeroFailed, rank_and_world_size
+from kd_lrp_plugin.utils.extras import explain_missing
 from kd_lrp_plugin.utils.progress import NullProgress
 from kd_lrp_plugin.utils.validation import message
 
@@ -26,6 +30,7 @@ Overrides = Annotated[
         metavar="KEY=VALUE",
         help="Change a value of the config; repeatable. Keys are joined by dots, "
         "`+` in front adds one.",
+        autocompletion=complete_override,
     ),
 ]
 Device = Annotated[
@@ -37,6 +42,29 @@ Safe = Annotated[
         "--safe", help="Refuse YAML tags and imports that could run code of the config's author."
     ),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run what the config of a run folder names although the run was not made here, by "
+        "this user on this machine.",
+    ),
+]
+
+
+def say(text: object, style: str = "", to: Console = console, end: str = "\n") -> None:
+    """Print plain text. All that a command prints goes through here: nothing in it is markup.
+
+    Args:
+        text: may have several lines; control characters in it are shown, not obeyed.
+        style: of rich, for all of it.
+        to: :data:`console`, or :data:`errors`.
+        end: what follows it.
+    """
+    words = plain_text(text, lines=True)
+    encoding = to.encoding or "utf-8"
+    words = words.encode(encoding, "backslashreplace").decode(encoding)
+    to.print(Text(words, style), soft_wrap=True, end=end)
 
 
 @contextmanager
@@ -54,15 +82,18 @@ def errors_in_words(stopped: str = "") -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if RANK == 0:
-            errors.print(f"[red]Stopped.[/] {stopped}", soft_wrap=True, highlight=False)
+            say("Stopped.", "red", errors, end=" ")
+            say(stopped, to=errors)
         raise typer.Exit(130) from None
     except RankZeroFailed as error:
         raise typer.Exit(1) from error
-    except (ValueError, OSError, TypeError, KeyError, FloatingPointError) as error:
+    except (ValueError, OSError, TypeError, KeyError, FloatingPointError, ImportError) as error:
         process = f" in process {RANK}" if RANK else ""
-        errors.print(f"[red]Error{process}:[/]", end=" ")
+        say(f"Error{process}:", "red", errors, end=" ")
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        errors.print(words, markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, ImportError):
+            words = explain_missing(error) or words
+        say(words, to=errors)
         logging.getLogger(__name__).info("traceback", exc_info=error)
         raise typer.Exit(1) from error
     finally:
@@ -75,7 +106,7 @@ class RichProgress(NullProgress):
     def __enter__(self) -> "RichProgress":
         super().__enter__()
         self._progress = Progress(
-            TextColumn("{task.description:>16}"),
+            TextColumn("{task.description:>16}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -90,7 +121,7 @@ class RichProgress(NullProgress):
         super().__exit__()
 
     def track(self, items: Iterable, what: str, total: int) -> Iterable:
-        task = self._progress.add_task(what, total=total)
+        task = self._progress.add_task(plain_text(what), total=total)
         try:
             for item in items:
                 yield item
@@ -99,7 +130,7 @@ class RichProgress(NullProgress):
             self._progress.remove_task(task)
 
     def note(self, text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text)
 
     def epoch(self, metrics: Mapping[str, float]) -> None:
         terms = [
@@ -108,13 +139,12 @@ class RichProgress(NullProgress):
             if name.startswith("train_") and name not in ("train_loss", "train_accuracy")
         ]
         accuracy = metrics.get("train_accuracy", float("nan"))
-        console.print(
+        say(
             f"epoch {metrics['epoch']:>3}  loss {metrics['train_loss']:.4f}  "
-            f"accuracy {accuracy:.3f}  val {metrics['val_accuracy']:.3f}  "
-            f"[dim]{', '.join(terms)}  {metrics['images_per_second']:g} images/s[/]",
-            highlight=False,
-            soft_wrap=True,
+            f"accuracy {accuracy:.3f}  val {metrics['val_accuracy']:.3f}  ",
+            end="",
         )
+        say(f"{', '.join(terms)}  {metrics['images_per_second']:g} images/s", "dim")
 
 
 def parse_seeds(text: str | None) -> int | list[int] | None:

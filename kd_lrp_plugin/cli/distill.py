@@ -11,11 +11,10 @@ from kd_lrp_plugin.cli.console import (
     Overrides,
     RichProgress,
     Safe,
-    console,
     errors_in_words,
+    say,
 )
 from kd_lrp_plugin.config.run_spec import RunSpec
-from kd_lrp_plugin.training import trainer
 
 
 def distill(
@@ -45,9 +44,10 @@ def distill(
     folder = spec.folder
     last = f"Finished epochs are kept in {folder}; the same command resumes after the last of them."
     with RichProgress(), errors_in_words(last):
+        from kd_lrp_plugin.training import trainer
+
         summary = trainer.distill(spec)
-    console.print(
+    say(
         f"test accuracy {summary['test_accuracy']:.4f} with the weights of epoch "
-        f"{summary['best_epoch']} (validation {summary['val_accuracy']:.4f}); written to {folder}",
-        soft_wrap=True,
+        f"{summary['best_epoch']} (validation {summary['val_accuracy']:.4f}); written to {folder}"
     )

@@ -6,10 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kd_lrp_plugin.cli.console import RichProgress, Safe, errors_in_words
-from kd_lrp_plugin.metrics.counting import explain_counters
+from kd_lrp_plugin.cli.console import RichProgress, Safe, Trust, errors_in_words, say
 from kd_lrp_plugin.plots import tables
-from kd_lrp_plugin.runs.folder import RunFolder
 
 
 def evaluate(
@@ -18,35 +16,43 @@ def evaluate(
         int, typer.Option(help="Of the bootstrap interval of the accuracy.", min=100)
     ] = 2000,
     safe: Safe = False,
+    trust: Trust = False,
 ) -> None:
     """Everything about finished runs: accuracy, per class, calibration, agreement, cost.
 
     Writes evaluation.json, confusion.png and reliability.png into each folder, and prints a row
-    for each student and teacher. Latency is of this machine, now. Example:
+    for each student and teacher. Latency is of this machine, now. Runs the code that the run's
+    config.yaml names; a run that was not made here needs --trust, or --safe, which refuses such
+    code. Example:
 
         kd-lrp evaluate runs/phantom/kd/*/0
     """
-    from kd_lrp_plugin.evaluation.evaluate import evaluate
-
     rows, details = [], []
     with RichProgress() as progress, errors_in_words():
+        from kd_lrp_plugin.evaluation.evaluate import evaluate
+        from kd_lrp_plugin.runs.folder import RunFolder
+        from kd_lrp_plugin.runs.trust import check_trusted
+
         for run in runs:
             RunFolder(run).summary()  # all are finished, or none is evaluated
+        check_trusted(runs, trust, safe)
         for run in progress.track(runs, "evaluating", len(runs)):
             found = evaluate(run, resamples, safe)
             roles = [role for role in ("student", "teacher") if role in found]
             rows += [_row(str(run), role, found[role]) for role in roles]
             details.append(found)
-    print(tables.table(rows))
+    say(tables.table(rows))
     for run, found in zip(runs, details, strict=True):
-        print(f"\n{run}: student by class\n")
-        print(tables.table(found["student"]["per_class"]))
+        say(f"\n{run}: student by class\n")
+        say(tables.table(found["student"]["per_class"]))
         if both := found.get("student_and_teacher"):
-            print(f"\nstudent and teacher agree on {both['agreement']:.3f} of the images")
+            say(f"\nprediction agreement of student and teacher: {both['agreement']:.3f}")
+        from kd_lrp_plugin.metrics.counting import explain_counters
+
         for role in ("student", "teacher"):
             if line := explain_counters(role, found.get(role, {}).get("cost")):
-                print(line)
-        print(f"written: {run}/evaluation.json, confusion.png, reliability.png")
+                say(line)
+        say(f"written: {run}/evaluation.json, confusion.png, reliability.png")
 
 
 def _row(run: str, role: str, found: Mapping[str, Any]) -> dict[str, Any]:

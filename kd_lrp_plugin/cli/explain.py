@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from kd_lrp_plugin.cli.console import Device, RichProgress, Safe, errors_in_words
+from kd_lrp_plugin.cli.completion import complete_attribution, complete_role
+from kd_lrp_plugin.cli.console import Device, RichProgress, Safe, Trust, errors_in_words, say
 from kd_lrp_plugin.plots import tables
-from kd_lrp_plugin.utils.distributed import init_distributed
 
 
 def explain(
@@ -18,7 +18,8 @@ def explain(
         list[str] | None,
         typer.Option(
             help="Such as grad_cam, lrp_composite, score_cam or lime; repeatable. "
-            "Default: all that can handle the model."
+            "Default: all that can handle the model.",
+            autocompletion=complete_attribution,
         ),
     ] = None,
     layer: Annotated[
@@ -29,7 +30,8 @@ def explain(
         ),
     ] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="student or teacher; default: both.")
+        list[str] | None,
+        typer.Option(help="student or teacher; default: both.", autocompletion=complete_role),
     ] = None,
     images: Annotated[
         list[Path] | None,
@@ -51,6 +53,7 @@ def explain(
     ] = None,
     device: Device = None,
     safe: Safe = False,
+    trust: Trust = False,
 ) -> None:
     """Where do teacher and student look? Relevance maps side by side, and how good they are.
 
@@ -58,7 +61,8 @@ def explain(
     side by side. The figures are of the true class: relevance inside the tumour's mask beside
     its chance level, agreement of student and teacher, insertion and deletion, and the likeness
     to the maps of a network with random weights, which should be near 0. What is computed is
-    kept, so a command that was stopped goes on. Examples:
+    kept, so a command that was stopped resumes. Runs the code that the config.yaml of each run
+    names; a run that was not made here needs --trust, or --safe, which refuses such code. Examples:
 
         kd-lrp explain runs/brain_mri/kd/*/0 --out compared --method grad_cam --method lrp_zplus
 
@@ -68,25 +72,29 @@ def explain(
 
         kd-lrp explain RUN --images scan.jpg --method lrp_composite
     """
-    from kd_lrp_plugin.attribution import summary
-    from kd_lrp_plugin.evaluation import explain, explain_inputs
-
     roles = tuple(model or ("student", "teacher"))
-    last = "What is finished stays; the same command goes on from there."
-    with RichProgress(), errors_in_words(last), init_distributed(device) as context:
-        options = explain_inputs.ExplainOptions(
-            *(method or (), layer or (), roles, images or (), n, samples, out),
-            device=context.device,
-            safe=safe,
-        )
-        rows = explain.explain(runs, options)
+    last = "What is finished stays; the same command resumes from there."
+    with RichProgress(), errors_in_words(last):
+        from kd_lrp_plugin.attribution import summary
+        from kd_lrp_plugin.evaluation import explain, explain_inputs
+        from kd_lrp_plugin.runs.trust import check_trusted
+        from kd_lrp_plugin.utils.distributed import init_distributed
+
+        check_trusted([run for run, _ in explain_inputs.list_runs(runs)], trust, safe)
+        with init_distributed(device) as context:
+            options = explain_inputs.ExplainOptions(
+                *(method or (), layer or (), roles, images or (), n, samples, out),
+                device=context.device,
+                safe=safe,
+            )
+            rows = explain.explain(runs, options)
     if rows:
-        print(tables.table(summary.records(rows)))
+        say(tables.table(summary.records(rows)))
     if len({row["layer"] for row in rows} - {"input"}) > 1:
         for figure in ("relevance_mass_accuracy", "rank_accuracy", "pointing_game"):
-            print(f"\n{figure}: {summary.METRICS[figure]}\n")
-            print(tables.table(summary.by_layer(rows, figure)))
+            say(f"\n{figure}: {summary.METRICS[figure]}\n")
+            say(tables.table(summary.by_layer(rows, figure)))
     made = ["explanations-images.png"] if images else ["explanations.json", "explanations.png"]
-    print(f"\nwritten to each run folder: {', '.join(made)}")
+    say(f"\nwritten to each run folder: {', '.join(made)}")
     if out is not None:
-        print(f"written to {out}: maps.png, maps.json{'' if images else ', explanations.csv'}")
+        say(f"written to {out}: maps.png, maps.json{'' if images else ', explanations.csv'}")

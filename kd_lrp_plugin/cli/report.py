@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from kd_lrp_plugin.cli.console import RichProgress, Safe, console, errors_in_words
+from kd_lrp_plugin.cli.console import RichProgress, errors_in_words, say
 
 
 def report(
@@ -23,22 +23,21 @@ def report(
     maps: Annotated[
         Path | None, typer.Option(metavar="DIR", help="What kd-lrp explain has written with --out.")
     ] = None,
-    safe: Safe = False,
 ) -> None:
     """One HTML page about runs and studies, for the browser, the phone and the printer.
 
     Accuracy with intervals and cost of teacher and students side by side, confusion matrices,
     curves of every loss term, maps, rankings, tables of studies, the leak check, and the commands
-    that make it all again. The page is one file below 5 MB that loads nothing. Runs that are not
-    evaluated yet are evaluated first; what is missing is said, with the command that makes it.
-    Examples:
+    that make it all again. The page is one file below 5 MB that loads nothing. Files are read, and
+    nothing is run: what is missing, such as the evaluation of a run, is said with the command that
+    makes it. Examples:
 
         kd-lrp report runs/brain_mri/kd/*/0 --data-check check --out page.html
 
         kd-lrp report runs/studies/core --out core.html
     """
-    from kd_lrp_plugin.report import page
-
     with RichProgress(), errors_in_words():
-        size = page.write(folders, out, data_check, selection, maps, safe)
-    console.print(f"written: {out} ({size / 1e6:.1f} MB)", soft_wrap=True, highlight=False)
+        from kd_lrp_plugin.report import page
+
+        size = page.write(folders, out, data_check, selection, maps)
+    say(f"written: {out} ({size / 1e6:.1f} MB)")

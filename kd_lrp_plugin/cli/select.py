@@ -2,21 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kd_lrp_plugin.cli.console import ConfigFile, Overrides, RichProgress, Safe, errors_in_words
-from kd_lrp_plugin.config.build import construct
+from kd_lrp_plugin.cli.console import (
+    ConfigFile,
+    Overrides,
+    RichProgress,
+    Safe,
+    errors_in_words,
+    say,
+)
 from kd_lrp_plugin.config.document import Document, resolve_config
-from kd_lrp_plugin.config.safety import unsafe_tags
-from kd_lrp_plugin.plots import figures, tables
-from kd_lrp_plugin.selection import ranking
-from kd_lrp_plugin.selection.select import LISTED, Selection, load_choice, read_choice, save_choice
-from kd_lrp_plugin.selection.spec import SelectionSpec
-from kd_lrp_plugin.torchdistill.models import make_builder
+from kd_lrp_plugin.plots import tables
 from kd_lrp_plugin.utils.files import write_text
 from kd_lrp_plugin.utils.validation import message
+
+if TYPE_CHECKING:
+    from kd_lrp_plugin.selection.spec import SelectionSpec
 
 
 def select(
@@ -43,6 +47,11 @@ def select(
         kd-lrp select torchdistill_configs/phantom/diswot/chosen_from_resnet10t.yaml --jobs 2
     """
     with RichProgress(), errors_in_words():
+        from kd_lrp_plugin.plots import figures
+        from kd_lrp_plugin.selection import ranking
+        from kd_lrp_plugin.selection.select import Selection, load_choice, read_choice, save_choice
+        from kd_lrp_plugin.torchdistill.models import make_builder
+
         spec = _read_spec(resolve_config(config, overrides or []), safe)
         file = spec.file
         if budget is not None:
@@ -60,16 +69,20 @@ def select(
         write_text(file.with_suffix(".md"), text)
         figure = figures.selection_figure(records, f"{spec.score}: lower is better")
         figure.savefig(file.with_suffix(".png"))
-    print(f"{text}\nbest by {spec.score}: {records[0]['candidate']}")
+    say(f"{text}\nbest by {spec.score}: {records[0]['candidate']}")
     if budget is None:
         chosen = read_choice(file)["candidate"]
-        print(f"recorded in {file}: {chosen}; delete it to choose again")
+        say(f"recorded in {file}: {chosen}; delete it to choose again")
     else:
-        print(f"a preview, in {file}: the choice of the config's own budget is left as it is")
-    print(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
+        say(f"a preview, in {file}: the choice of the config's own budget is left as it is")
+    say(f"written: {file.with_suffix('.md')}, {file.with_suffix('.png')}")
 
 
-def _read_spec(config: Document, safe: bool) -> SelectionSpec:
+def _read_spec(config: Document, safe: bool) -> "SelectionSpec":
+    from kd_lrp_plugin.config.build import construct
+    from kd_lrp_plugin.config.safety import unsafe_tags
+    from kd_lrp_plugin.selection.spec import SelectionSpec
+
     if safe and (problems := unsafe_tags(config)):
         raise ValueError("\n".join(problems))
     content = construct(config.only("dependencies", "datasets", "models"))
@@ -82,8 +95,11 @@ def _read_spec(config: Document, safe: bool) -> SelectionSpec:
 
 
 def _in_units(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    from kd_lrp_plugin.selection.ranking import CHECK
+    from kd_lrp_plugin.selection.select import LISTED
+
     rows = []
-    hidden = ("latency", "problem", "front", "entry", ranking.CHECK)
+    hidden = ("latency", "problem", "front", "entry", CHECK)
     for record in records[:LISTED]:
         row = {k: v for k, v in record.items() if k not in hidden}
         for count in ("parameters", "macs"):

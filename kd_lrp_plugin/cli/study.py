@@ -1,4 +1,4 @@
-"""The command line, continued: what shows whether a result holds. Each imports what it needs."""
+"""``kd-lrp study``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ from kd_lrp_plugin.cli.console import (
     Safe,
     errors_in_words,
     parse_seeds,
+    say,
 )
 from kd_lrp_plugin.plots import tables
 
@@ -45,7 +46,7 @@ def study(
     A study is a YAML file: a question, configurations (config files with overrides), seeds, and
     perhaps a grid, models to prepare, a configuration that the others are paired with. What is
     finished, in this study or another, is not run again; after Ctrl-C or a kill the same command
-    goes on; several may work side by side. Writes study.json, study.csv (a row per run), table.md
+    resumes; several may work side by side. Writes study.json, study.csv (a row per run), table.md
     (means, 95 % intervals, paired differences) and study.png, anew after every run. Examples:
 
         kd-lrp study torchdistill_configs/studies/phantom.yaml --dry-run
@@ -56,27 +57,24 @@ def study(
 
         kd-lrp study my_study.yaml --set train.num_epochs=1 --seeds 0,7 --out trial
     """
-    from kd_lrp_plugin.studies import (
-        parser,
-        plan,
-        runner,
-        status,  # slow: scipy's statistics
-    )
-
-    last = "What is finished stays; the same command goes on from there."
+    last = "What is finished stays; the same command resumes from there."
     with errors_in_words(last):
         chosen = parse_seeds(seeds)
         if dry_run:
+            from kd_lrp_plugin.studies import parser, status
+
             planned = parser.read_plan(file, overrides or [], chosen, runs, only or [])
-            print(tables.table(status.list_status(planned)))
+            say(tables.table(status.list_status(planned)))
             return
+        from kd_lrp_plugin.studies import plan, runner
+
         options = plan.StudyOptions(
             overrides or (), chosen, only or (), runs, out, jobs, device, safe
         )
         folder = options.get_folder(file)
         with RichProgress():
             found = runner.run_study(file, options)
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"written: {folder}/study.json, study.csv, table.md, study.png")
+    say((folder / "table.md").read_text(encoding="utf-8"))
+    say(f"written: {folder}/study.json, study.csv, table.md, study.png")
     if not found["final"]:
         raise typer.Exit(1)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from kd_lrp_plugin.attribution.faithfulness import deletion, insertion
@@ -41,6 +40,7 @@ from kd_lrp_plugin.evaluation.explain_inputs import (
     sample_indices,
 )
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.files import (
     check_keys,
     get_command,
@@ -52,6 +52,9 @@ from kd_lrp_plugin.utils.files import (
 )
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
+
+with imports_of_an_extra():
+    from matplotlib.figure import Figure
 
 MOST = 1000  # images for the metrics of quick methods, without --samples
 FEW = 32  # for what asks the model hundreds of times

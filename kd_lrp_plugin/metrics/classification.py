@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.metrics import (
-    confusion_matrix,
-    log_loss,
-    precision_recall_fscore_support,
-    roc_auc_score,
-)
 from torch import Tensor
 
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.validation import message
+
+with imports_of_an_extra():
+    from sklearn.metrics import (
+        confusion_matrix,
+        log_loss,
+        precision_recall_fscore_support,
+        roc_auc_score,
+    )
 
 BINS = 15  # of the confidence, as in Guo et al.
 _SUM_TOLERANCE = 1e-3
@@ -133,7 +136,8 @@ def _interval(accuracy: float, n: int, resamples: int, seed: int, confidence: fl
 def _calibration_error(
     values: Float[np.ndarray, "n outputs"], truth: Int[np.ndarray, " n"]
 ) -> float:
-    from torchmetrics.functional import calibration_error  # seconds: not when others are wanted
+    with imports_of_an_extra():  # seconds: not when other figures are wanted
+        from torchmetrics.functional import calibration_error
 
     # torchmetrics counts in float32 and gives a confidence of exactly 1 a bin of its own; the
     # next smaller number lies in the last bin, where it belongs.

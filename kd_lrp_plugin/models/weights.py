@@ -49,7 +49,10 @@ def load_weights(
         ...     load_weights(build_model("mobilenetv2_035", 4), path)
         ['classifier.weight', 'classifier.bias']
     """
-    state = _read(where, Path(os.path.expandvars(path)).expanduser())
+    file = Path(path)
+    if not file.is_file():  # one that is there may have a dollar sign in its own name
+        file = Path(os.path.expandvars(path)).expanduser()
+    state = _read(where, file)
     own = model.state_dict()
     head = classifier_path(model)
 

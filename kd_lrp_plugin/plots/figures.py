@@ -5,8 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+from kd_lrp_plugin.plots.text import PLAIN, plain_legend, plain_text
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
+
+with imports_of_an_extra():
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 CAPTION = "Relevance is laid over the image, each map divided by its own maximum."
 
@@ -55,7 +60,7 @@ def curves_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figu
             ax.plot(epochs, values, style, marker="." if len(epochs) < 30 else "", label=part)
         for border in borders:
             ax.axvline(border, color="0.4", linewidth=0.7)
-        ax.set_title(name, fontsize=10)
+        ax.set_title(plain_text(name), fontsize=10, **PLAIN)
         ax.set_xlim(epochs[0] - margin, epochs[-1] + margin)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.3)
@@ -64,14 +69,14 @@ def curves_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figu
     figure.get_axes()[0].legend(fontsize=8)
     figure.supxlabel("epoch" + (" (thin line: a new stage)" if borders else ""), fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(plain_text(title, lines=True), fontsize=12, **PLAIN)
     return figure
 
 
 def confusion_figure(
     matrices: Mapping[str, Sequence[Sequence[int]]], classes: Sequence[str], title: str = ""
 ) -> Figure:
-    """A panel per model: how many images of each class it takes for which.
+    """A panel per model: how many images of each true class it predicts to be of which.
 
     Args:
         matrices: from a model's name to its counts, a row per true class and a column per
@@ -97,6 +102,7 @@ def confusion_figure(
         fix = "Give every model a row and a column per class."
         expected = f"square matrices of at least {len(classes)} classes"
         raise ValueError(f"confusion_figure: expected {expected}, got {sizes or 'none'}. {fix}")
+    classes = [plain_text(name) for name in classes]
     side = max(2.2, 0.45 * max(size[0] for size in sizes) + 0.6)
     longest = max(map(len, classes), default=1)
     words = 0.085 * min(longest, 20)  # inches of the longest name
@@ -112,20 +118,20 @@ def confusion_figure(
             colour = "white" if shares[row, column] > 0.5 else "0.6" if count == 0 else "black"
             ax.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=8)
         names = [*classes, *map(str, range(len(classes), len(matrix)))]
-        ax.set_xticks(range(len(names)), names, fontsize=9)
-        ax.set_yticks(range(len(names)), names, fontsize=9)
+        ax.set_xticks(range(len(names)), names, fontsize=9, **PLAIN)
+        ax.set_yticks(range(len(names)), names, fontsize=9, **PLAIN)
         if longest > 3:
             ax.tick_params(axis="x", labelrotation=45)
             for label in ax.get_xticklabels():
                 label.set(ha="right", rotation_mode="anchor")
         accuracy = np.trace(matrix) / max(matrix.sum(), 1)
-        ax.set_title(f"{name}\naccuracy {accuracy:.3f}", fontsize=10)
+        ax.set_title(f"{plain_text(name)}\naccuracy {accuracy:.3f}", fontsize=10, **PLAIN)
         ax.set_xlabel("predicted class", fontsize=9)
     axes[0].set_ylabel("true class", fontsize=9)
     bar = figure.colorbar(shown, ax=axes, shrink=0.8, aspect=20, pad=0.02, ticks=[0, 0.5, 1])
     bar.set_label("share of the true class", fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(plain_text(title, lines=True), fontsize=12, **PLAIN)
     return figure
 
 
@@ -159,13 +165,14 @@ def reliability_figure(
     figure = Figure(figsize=(4.2, 4.8), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     edges = np.linspace(0, 1, bins + 1)
-    upper.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1, label="calibrated")
+    (calibrated,) = upper.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1, label="calibrated")
+    drawn = {"calibrated": calibrated}
     for name, curve in curves.items():
         confidences, correct = (np.asarray(values, dtype=float) for values in curve)
         shapes = [confidences.shape, correct.shape]
         inside = ((confidences >= 0) & (confidences <= 1)).all()
         if shapes[0] != shapes[1] or confidences.ndim != 1 or not confidences.size or not inside:
-            expected = "as many confidences in [0, 1] as answers"
+            expected = "as many confidences in [0, 1] as predictions"
             fix = "Give the largest probability of each image."
             got = f"{shapes} for {name!r}"
             raise ValueError(f"reliability_figure: expected {expected}, got {got}. {fix}")
@@ -174,22 +181,23 @@ def reliability_figure(
         sums = [np.histogram(confidences, edges, weights=w)[0] for w in (confidences, correct)]
         means, accuracies = (values[used] / counts[used] for values in sums)
         (line,) = upper.plot(means, accuracies, "o-", markersize=4, label=name)
+        drawn[name] = line
         lower.stairs(counts, edges, color=line.get_color(), linewidth=1.5)
     upper.set(xlim=(0, 1), ylim=(0, 1.02))
     upper.set_ylabel("accuracy", fontsize=9)
-    upper.legend(fontsize=8, loc="upper left")
+    plain_legend(upper, drawn.values(), drawn, fontsize=8, loc="upper left")
     upper.grid(alpha=0.3)
     lower.set_yscale("symlog", linthresh=1)
     lower.set_ylabel("images", fontsize=9)
     lower.set_xlabel("confidence (largest probability)", fontsize=9)
     lower.grid(alpha=0.3)
     if title:
-        figure.suptitle(title, fontsize=12)
+        figure.suptitle(plain_text(title, lines=True), fontsize=12, **PLAIN)
     return figure
 
 
 def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Score over parameters, a point per candidate, with its spread; the front in red.
+    """Score over parameters, a point per candidate, with its deviation; the Pareto front in red.
 
     Args:
         records: with "candidate", "score" (None is left out), "spread", "parameters", "front".
@@ -201,22 +209,21 @@ def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> F
     scored = [record for record in records if record.get("score") is not None]
     figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for front, colour, label in ((False, "#5b8db8", None), (True, "#c01818", "front")):
+    for front, colour, label in ((False, "#5b8db8", None), (True, "#c01818", "Pareto front")):
         part = [record for record in scored if bool(record["front"]) == front]
         x, y = ([record[name] for record in part] for name in ("parameters", "score"))
         spread = [record["spread"] for record in part]
         axes.errorbar(x, y, spread, fmt="o", color=colour, markersize=4, capsize=2, label=label)
     if len(scored) <= 24:
         for record in scored:
-            place = (record["parameters"], record["score"])
-            axes.annotate(
-                record["candidate"], place, (3, 3), textcoords="offset points", fontsize=6
-            )
+            position = (record["parameters"], record["score"])
+            name = plain_text(record["candidate"])
+            axes.annotate(name, position, (3, 3), textcoords="offset points", fontsize=6, **PLAIN)
     axes.set(xlabel="parameters", ylabel="score", xscale="log")
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.supxlabel("Bars: standard deviation over batches and initialisations.", fontsize=8)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(plain_text(title, lines=True), fontsize=11, **PLAIN)
     return figure

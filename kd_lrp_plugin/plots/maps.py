@@ -6,14 +6,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, ListedColormap
-from matplotlib.figure import Figure
 from PIL import Image
 
 from kd_lrp_plugin.plots.figures import CAPTION
+from kd_lrp_plugin.plots.text import PLAIN, plain_text
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
+
+with imports_of_an_extra():
+    from matplotlib import colormaps
+    from matplotlib.axes import Axes
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Colormap, ListedColormap
+    from matplotlib.figure import Figure
 
 
 class MapRow(NamedTuple):
@@ -41,7 +45,7 @@ class MapRow(NamedTuple):
 def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour") -> Figure:
     """A row per image: the image, and each of its maps laid over it, in one colour scale.
 
-    Every map is divided by its own maximum, so colours compare places within a map, not amounts
+    Every map is divided by its own maximum, so colours compare positions within a map, not amounts
     between maps; the figure says so. A wrong prediction, one that differs from the first line of
     the row's label, is set in red with a cross.
 
@@ -74,7 +78,7 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
     for row, line in zip(rows, axes, strict=True):
         base = _rgb(row.image)
         _show(line[0], base, row.mask)
-        line[0].set_ylabel(row.label, fontsize=11)
+        line[0].set_ylabel(plain_text(row.label, lines=True), fontsize=11, **PLAIN)
         for ax, name in zip(line, ["image", *row.maps], strict=True):
             if name in row.predictions:
                 _caption(ax, row.label if row.known else None, *row.predictions[name])
@@ -84,18 +88,19 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
                 sign = ax.text(0.5, 0.06, "no relevance", transform=ax.transAxes, ha="center")
                 sign.set(color="white", backgroundcolor="#000000a0", fontsize=9)
     for ax, name in zip(axes[0], ["image", *columns[0]], strict=True):
-        lines = [textwrap.fill(line, 20) for line in name.splitlines()]
-        ax.set_title("\n".join(lines), fontsize=11, verticalalignment="bottom")
+        lines = [textwrap.fill(line, 20) for line in plain_text(name, lines=True).split("\n")]
+        ax.set_title("\n".join(lines), fontsize=11, verticalalignment="bottom", **PLAIN)
     scale = ScalarMappable(cmap=_blended(np.full(3, 0.35)))
     bar = figure.colorbar(
         scale, ax=axes, shrink=min(1, 2.5 / height), aspect=25, pad=0.01, ticks=[0, 0.5, 1]
     )
     bar.set_label("relevance / maximum of the map", fontsize=10)
     masked = any(row.mask is not None and np.any(row.mask) for row in rows)
-    caption = CAPTION + (f" Outline: {outline}." if masked else "")
-    figure.supxlabel(textwrap.fill(caption, int(15 * size[0])), fontsize=9)
+    caption = CAPTION + (f" Outline: {plain_text(outline)}." if masked else "")
+    figure.supxlabel(textwrap.fill(caption, int(15 * size[0])), fontsize=9, **PLAIN)
     if title:
-        figure.suptitle(textwrap.fill(title, int(10 * size[0])), fontsize=13)
+        words = textwrap.fill(plain_text(title), int(10 * size[0]))
+        figure.suptitle(words, fontsize=13, **PLAIN)
     return figure
 
 
@@ -142,4 +147,5 @@ def _caption(ax: Axes, label: str | None, predicted: str, confidence: float) -> 
     right = label is None or predicted == label.split("\n")[0]
     colour = "black" if right else "#c01818"
     sign = "" if right else " ✗"
-    ax.set_xlabel(f"{predicted} {confidence:.2f}{sign}", fontsize=10, color=colour)
+    words = f"{plain_text(predicted)} {confidence:.2f}{sign}"
+    ax.set_xlabel(words, fontsize=10, color=colour, **PLAIN)

@@ -1,14 +1,19 @@
 """Records as Markdown tables."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from kd_lrp_plugin.plots.text import one_line
 
 
 def table(
     records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, digits: int = 3
 ) -> str:
     """Records as a Markdown table with aligned columns, as fit for a terminal as for a page.
+
+    Names of columns and values are text: whatever they hold, the table keeps its rows and columns.
 
     Args:
         records: one mapping per row, from column to value. Whole numbers get separators of
@@ -32,8 +37,9 @@ def table(
         if records and not any(column in record for record in records):
             known = sorted({key for record in records for key in record})
             raise ValueError(f"table: expected columns among {known}, got {column!r}.")
+    head = [_escape(column) for column in columns]
     cells = [[_cell(record.get(column), digits) for column in columns] for record in records]
-    widths = [max(len(row[i]) for row in [columns, *cells]) for i in range(len(columns))]
+    widths = [max(len(row[i]) for row in [head, *cells]) for i in range(len(columns))]
     right = [
         any(_is_number(record.get(c)) for record in records)
         and all(_is_number(record[c]) for record in records if record.get(c) is not None)
@@ -45,7 +51,51 @@ def table(
         return f"| {' | '.join(c.rjust(w) if r else c.ljust(w) for c, w, r in padded)} |"
 
     rule = "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True))
-    return "\n".join([line(columns), f"|{rule}|", *map(line, cells)])
+    return "\n".join([line(head), f"|{rule}|", *map(line, cells)])
+
+
+def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
+    """A measure of a study: a row per cell, beside its paired difference where it has one.
+
+    Args:
+        content: of ``study.json``.
+        measure: one of its measures.
+    """
+
+    def cell(record: Mapping[str, Any]) -> tuple:
+        return record["configuration"], *record["point"].items()
+
+    compared = {cell(r): r for r in content["comparisons"] if r["measure"] == measure}
+    rows = []
+    for record in content["table"]:
+        if record["measure"] != measure:
+            continue
+        row: dict[str, Any] = {"configuration": record["configuration"]}
+        values = {axis: record["point"].get(axis) for axis in content["axes"]}
+        row |= {axis: value if value is None else str(value) for axis, value in values.items()}
+        std = _figure(record["std"])
+        row["n"] = record["n"]
+        row["mean ± std"] = _figure(record["mean"]) + (f" ± {std}" if std else "") or None
+        row["95 % interval"] = _interval(record)
+        if reference := content["compare_to"]:
+            found = compared.get(cell(record), {})
+            row[f"minus {reference}"] = _figure(found.get("mean"), "+") or None
+            row["95 % interval of it"] = _interval(found, "+")
+            row |= {"pairs": found.get("n"), "p": found.get("p"), "p (Holm)": found.get("p_holm")}
+        rows.append(row)
+    return rows
+
+
+def _figure(value: float | None, sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4f}"
+
+
+def _interval(record: Mapping[str, Any], sign: str = "") -> str | None:
+    if record.get("low") is None:
+        return None
+    return f"{_figure(record['low'], sign)} to {_figure(record['high'], sign)}"
 
 
 def _is_number(value: object) -> bool:
@@ -59,4 +109,10 @@ def _cell(value: object, digits: int) -> str:
         return f"{value:,.{digits}f}"
     if _is_number(value):
         return f"{value:,}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return _escape(value)
+
+
+def _escape(value: object) -> str:
+    """Text that ends neither a cell nor a row."""
+    # A backslash before the pipe would undo the one that is put there.
+    return re.sub(r"(\\*)\|", r"\1\1\\|", one_line(value))

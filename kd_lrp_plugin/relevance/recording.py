@@ -74,7 +74,7 @@ def record(
         model: any module that ends in logits (n, classes). Of a ``DistributedDataParallel`` the
             module inside is recorded.
         layers: names of modules with output (n, c, h, w), or "auto" for one per reduction of the
-            image, without the last; see :func:`kd_lrp_plugin.relevance.target_layers.choose_layers`.
+            image, without the last (:func:`~kd_lrp_plugin.relevance.target_layers.choose_layers`).
         method: a name of :data:`kd_lrp_plugin.relevance.methods.METHODS`.
 
     Yields:

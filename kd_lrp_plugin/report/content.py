@@ -8,19 +8,19 @@ from typing import Any
 
 from kd_lrp_plugin.attribution.summary import METRICS
 from kd_lrp_plugin.config.document import parse_document
-from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.evaluation.explain import read_explanations
 from kd_lrp_plugin.plots.figures import curves_figure
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.report.sections import (
-    command,
-    explained,
+    get_command,
     list_explain_commands,
+    list_explanations,
     list_map_sheets,
+    quote_command,
     read_data_check,
     read_selection,
     read_study,
-    short,
+    shorten_path,
 )
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.utils import files
@@ -38,18 +38,19 @@ def gather(
     data_check: str | Path | None,
     selection: str | Path | None,
     maps: str | Path | None,
-    safe: bool,
 ) -> dict[str, Any]:
     """Everything that a page shows, from plain files; see :func:`page.write`."""
     leaks = read_data_check(Path(data_check)) if data_check else None
-    of_runs, of_studies = ([p for p in paths if kind(p) == what] for what in ("run", "study"))
-    studies = [read_study(*named) for named in _named(of_studies)]
-    first = [] if of_runs else _first_seeds(studies)
-    named = _named(of_runs) + first[:DETAILED]
+    of_runs, of_studies = (
+        [path for path in paths if classify_folder(path) == kind] for kind in ("run", "study")
+    )
+    studies = [read_study(*named) for named in _name_folders(of_studies)]
+    of_cells = [] if of_runs else _list_first_seeds(studies)
+    named = _name_folders(of_runs) + of_cells[:DETAILED]
     tracked = current_progress().track(named, "reading", len(named))
-    runs = [_run(path, name, safe) for path, name in tracked]
+    runs = [_read_run(path, name) for path, name in tracked]
     sheets = list_map_sheets(runs, maps)
-    models, data = _models(runs), _data(runs)
+    models, data = _list_models(runs), _list_data(runs)
     shapes = dict.fromkeys(tuple(run["summary"]["image_shape"][1:]) for run in runs)
     chosen = read_selection(runs, selection)
     sets = sorted({model["set"] for model in models} - {None})
@@ -58,8 +59,8 @@ def gather(
         "title": "Distillation report: " + ", ".join(sorted(names)),
         "runs": runs,
         "studies": studies,
-        "detailed": bool(first),
-        "undetailed": len(first) - DETAILED if len(first) > DETAILED else 0,
+        "detailed": bool(of_cells),
+        "undetailed": max(0, len(of_cells) - DETAILED),
         "models": models,
         "compared": [model for model in models if model["both"]],
         "several_sets": sets,
@@ -69,18 +70,21 @@ def gather(
         "leaks": leaks,
         "selection": chosen,
         "sheets": sheets,
-        "explained": explained(runs),
-        "figures_of_maps": METRICS,
+        "explained": list_explanations(runs),
+        "metrics_of_maps": METRICS,
+        "unevaluated": [run["folder"] for run in runs if run["evaluation"] is None],
         "unexplained": [run["name"] for run in runs if not run["explanations"]],
-        "explain": command("kd-lrp explain", *(run["folder"] for run in runs)),
-        "steps": _steps(runs, studies, leaks, chosen, list_explain_commands(runs, studies, maps)),
+        "explain": quote_command("kd-lrp explain", *(run["folder"] for run in runs)),
+        "steps": _list_steps(
+            runs, studies, leaks, chosen, list_explain_commands(runs, studies, maps)
+        ),
     }
 
 
 # --- folders ------------------------------------------------------------------------------------
 
 
-def kind(folder: Path) -> str:
+def classify_folder(folder: Path) -> str:
     """What a folder holds: "run" or "study".
 
     Raises:
@@ -94,13 +98,16 @@ def kind(folder: Path) -> str:
     if not folder.is_dir():
         got = f"nothing at {folder}"
     elif (folder / "config.yaml").is_file():
-        got, fix = f"{folder}, which is not finished", "kd-lrp distill, given again, finishes it."
+        got, fix = (
+            f"{folder}, which is not finished",
+            "The same kd-lrp distill, given again, finishes it.",
+        )
     elif (folder / "pairs.csv").is_file():
         fix = "Give what kd-lrp check-data has written as --data-check."
     raise FileNotFoundError(message("report", "a finished run or a study", got, fix))
 
 
-def _named(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+def _name_folders(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     """Each folder with what tells it from the others: its path without what all share.
 
     A seed is in the name only if it is needed.
@@ -116,20 +123,20 @@ def _named(paths: Sequence[Path]) -> list[tuple[Path, str]]:
     return list(zip(paths, map("/".join, parts), strict=True))
 
 
-def _first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]:
+def _list_first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]:
     """A finished run of each cell of studies, for what their tables do not show.
 
-    What is prepared comes first, then each configuration at its first place in the grid, then at
+    What is prepared comes first, then each configuration at its first point of the grid, then at
     its second, and so on; a run that several studies share counts once.
     """
     found: dict[Path, tuple[int, str]] = {}
     for study in studies:
-        places: dict[str, dict[str, None]] = {}  # cells by configuration
+        cells_of: dict[str, dict[str, None]] = {}  # by configuration
         rows = [(True, row) for row in study["prepared"]] + [(False, row) for row in study["runs"]]
         for prepared, row in rows:
             point = [f"{axis} {value}" for axis, value in row["point"].items()]
             words = ", ".join([row["configuration"], *point])
-            cells = places.setdefault("" if prepared else row["configuration"], {})
+            cells = cells_of.setdefault("" if prepared else row["configuration"], {})
             folder = Path(row["folder"])
             if words in cells or not all((folder / name).is_file() for name in RUN_FILES):
                 continue
@@ -138,44 +145,36 @@ def _first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]
             if len(studies) > 1:
                 name = f"{study['name']}: {name}"
             found.setdefault(folder.resolve(), (-1 if prepared else len(cells), name))
-    by_place = sorted(found.items(), key=lambda item: item[1][0])
-    return [(folder, name) for folder, (_, name) in by_place]
+    in_order = sorted(found.items(), key=lambda item: item[1][0])
+    return [(folder, name) for folder, (_, name) in in_order]
 
 
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def _run(path: Path, name: str, safe: bool) -> dict[str, Any]:
+def _read_run(path: Path, name: str) -> dict[str, Any]:
     folder = RunFolder(path)
     summary, about = folder.summary(), folder.read_environment()
-    problem = None
-    if not (path / "evaluation.json").is_file():
-        try:
-            evaluate.evaluate(path, safe=safe)
-        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-            problem = str(error)  # the page has its other figures all the same
-            current_progress().note(f"{path}: not evaluated: {problem}")
     text = (path / "config.yaml").read_text(encoding="utf-8")
     sessions = about.get("sessions") or [{}]
     session = sessions[-1]
     folder.check_output("predictions.csv")
     return {
         "name": name,
-        "folder": short(path),
+        "folder": shorten_path(path),
         "summary": summary,
         "evaluation": _read_evaluation(path),
-        "problem": problem,
         "session": session,
         "sessions": len(sessions),
         "processes": about.get("processes", 1),
-        "question": _question(session.get("config")),
+        "question": _read_question(session.get("config")),
         "config": parse_document(path / "config.yaml", text).values,
         "text": text,
-        "curves": _curves(folder.read_metrics()),
-        "test_set": _test_set(path / "predictions.csv"),
-        "config_file": short(session["config"]) if session.get("config") else None,
+        "curves": _draw_curves(folder.read_metrics()),
+        "test_set": _hash_test_set(path / "predictions.csv"),
+        "config_file": shorten_path(session["config"]) if session.get("config") else None,
         "explanations": _read_maps(path),
-        "command": _distill(path, session, about),
+        "command": get_command(session),
     }
 
 
@@ -189,17 +188,21 @@ def _read_maps(path: Path) -> dict[str, Any] | None:
     return read_explanations(path) if (path / "explanations.json").is_file() else None
 
 
-def _question(config: str | None) -> str | None:
+def _read_question(config: str | None) -> str | None:
     """What a config says of itself in its first lines, if the file is still where it was."""
+    file = Path(config or "")
     try:
-        head = Path(config or "").read_text(encoding="utf-8")[:2000]
+        if not file.is_file():  # a folder from elsewhere may name a device that never ends
+            return None
+        with file.open(encoding="utf-8") as lines:
+            head = lines.read(2000)
     except (OSError, ValueError):
         return None
     found = re.search(r"^# Question: (.+)$", head, re.MULTILINE)
     return found.group(1) if found else None
 
 
-def _curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _draw_curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A figure per quantity, so that a phone shows them one below the other."""
     keys = dict.fromkeys(key for record in records for key in record)
     names = dict.fromkeys(
@@ -221,37 +224,28 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return panels
 
 
-def _test_set(predictions: Path) -> str:
+def _hash_test_set(predictions: Path) -> str:
     """A sign of the test images and their labels."""
     rows = read_csv(predictions, "kd-lrp distill, given again, repairs it.")
     return hash_contents([row[:2] for row in rows])[:8]
 
 
-def _distill(path: Path, session: Mapping[str, Any], about: Mapping[str, Any]) -> str:
-    many = about.get("processes", 1) > 1
-    start = f"torchrun --nproc_per_node={about['processes']} -m kd_lrp_plugin.cli" if many else ""
-    sets = [word for override in session.get("overrides", ()) for word in ("--set", override)]
-    config = short(session["config"]) if "config" in session else "CONFIG"
-    ends = ["--seed", about["seed"], "--out", short(path)]
-    return command(f"{start or 'kd-lrp'} distill", config, *sets, *ends)
-
-
 # --- models side by side --------------------------------------------------------------------------
 
 
-def _models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _list_models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per model, teachers first; a teacher that several runs share, once."""
     rows: list[dict[str, Any]] = []
     for run in runs:
         found = run["evaluation"] or {}
         alone = "teacher_model" not in (run["config"].get("models") or {})
-        row = _model(run["name"], "trained alone" if alone else "student", run, found)
+        row = _read_model(run["name"], "trained alone" if alone else "student", run, found)
         rows.append(row | {"both": found.get("student_and_teacher")})
     teachers: dict[tuple, dict[str, Any]] = {}
     for run, student in zip(runs, list(rows), strict=True):
         if "teacher" not in (run["evaluation"] or {}):
             continue
-        row = _model("teacher", "teacher", run, run["evaluation"])
+        row = _read_model("teacher", "teacher", run, run["evaluation"])
         own = next((r for r in rows if r["same"] == row["same"] and r["role"] != "student"), None)
         student["teacher"] = teacher = teachers.setdefault(row["same"], own or row)
         teacher["role"] = "teacher"
@@ -275,24 +269,24 @@ def _models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _model(
+def _read_model(
     name: str, role: str, run: Mapping[str, Any], found: Mapping[str, Any]
 ) -> dict[str, Any]:
-    figures = found.get("teacher" if role == "teacher" else "student") or {}
-    summary, cost = run["summary"], figures.get("cost") or {}
-    accuracy = figures.get("accuracy", summary["test_accuracy"])
-    matrix = figures.get("confusion_matrix")
+    metrics = found.get("teacher" if role == "teacher" else "student") or {}
+    summary, cost = run["summary"], metrics.get("cost") or {}
+    accuracy = metrics.get("accuracy", summary["test_accuracy"])
+    matrix = metrics.get("confusion_matrix")
     parameters = cost.get("parameters") or (None if role == "teacher" else summary["parameters"])
     return {
         "name": name,
         "role": role,
         "test_set": run["test_set"],
         "image_shape": summary["image_shape"],
-        "figures": figures,
+        "metrics": metrics,
         "cost": cost,
-        "n": figures.get("n"),
+        "n": metrics.get("n"),
         "accuracy": accuracy,
-        "interval": figures.get("accuracy_interval"),
+        "interval": metrics.get("accuracy_interval"),
         "parameters": parameters,
         "macs": cost.get("macs"),
         "matrix": matrix,
@@ -321,7 +315,7 @@ def reduction(before: float | None, after: float | None) -> str | None:
     return f"{after / before:.2f} times as many ({share})"
 
 
-def _data(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _list_data(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The data sets that the configs name, each with the runs that have it so."""
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -334,7 +328,7 @@ def _data(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _steps(
+def _list_steps(
     runs: Sequence[Mapping[str, Any]],
     studies: Sequence[Mapping[str, Any]],
     leaks: Mapping[str, Any] | None,
@@ -346,10 +340,11 @@ def _steps(
     steps = [
         ("Look for leaks", [leaks["command"]] if leaks else []),
         ("Train and test", [run["command"] for run in runs]),
-        ("Rank untrained students", [line for line in [(selection or {}).get("command")] if line]),
-        ("Evaluate", [command("kd-lrp evaluate", *folders)] if runs else []),
+        ("Rank untrained students", [selection["command"]] if selection else []),
+        ("Evaluate", [quote_command("kd-lrp evaluate", *folders)] if runs else []),
         ("Study", [study["command"] for study in studies]),
         ("Explain", explain),
         ("Studies, with the figures of maps", [s["command"] for s in studies] if explain else []),
     ]
-    return [{"name": name, "commands": commands} for name, commands in steps if commands]
+    known = [(name, list(dict.fromkeys(filter(None, commands)))) for name, commands in steps]
+    return [{"name": name, "commands": commands} for name, commands in known if commands]

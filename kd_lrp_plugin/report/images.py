@@ -6,9 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from PIL import Image
+
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
+
+with imports_of_an_extra():
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
 SIDES = (1600, 6000)  # largest width and height that a screen has use for, in pixels
 

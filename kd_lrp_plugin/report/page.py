@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-
 from kd_lrp_plugin import __version__
-from kd_lrp_plugin.report.content import gather, kind
+from kd_lrp_plugin.report.content import classify_folder, gather
 from kd_lrp_plugin.report.images import picture
-from kd_lrp_plugin.report.sections import command, short
+from kd_lrp_plugin.report.sections import quote_command, shorten_path
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.files import write_text
 from kd_lrp_plugin.utils.validation import message
+
+with imports_of_an_extra():
+    from jinja2 import Environment, StrictUndefined, UndefinedError
 
 MARK = "<!-- made by kd-lrp report -->"
 LIMIT = 5_000_000  # bytes of a page
@@ -27,12 +29,11 @@ def write(
     data_check: str | Path | None = None,
     selection: str | Path | None = None,
     maps: str | Path | None = None,
-    safe: bool = False,
 ) -> int:
     """One page about runs and studies, with all that lies in their folders.
 
-    A run without ``evaluation.json`` is evaluated first. What is missing is said on the page, with
-    the command that makes it.
+    Files are read, and nothing is run: no config is constructed, no model built. What is missing
+    is said on the page, with the command that makes it.
 
     Args:
         folders: finished runs, and studies.
@@ -40,7 +41,6 @@ def write(
         data_check: folder that ``kd-lrp check-data`` has written.
         selection: record of a chosen student; by default that of the first run which has one.
         maps: folder that ``kd-lrp explain`` has written for several runs.
-        safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
 
     Returns:
         Size of the page in bytes, below :data:`LIMIT`.
@@ -54,15 +54,15 @@ def write(
     if not paths:
         raise ValueError(message("report", "a run or a study at least", "none", ""))
     for path in paths:
-        kind(path)
+        classify_folder(path)
     _refuse_others(out)
-    content = gather(paths, data_check, selection, maps, safe)
-    options = {"--data-check": data_check, "--selection": selection, "--maps": maps}
-    words = [word for option, value in options.items() if value for word in (option, short(value))]
-    words += ["--safe"] if safe else []
-    this = command("kd-lrp report", *map(short, paths), *words, "--out", short(out))
+    content = gather(paths, data_check, selection, maps)
+    options = {"--data-check": data_check, "--selection": selection, "--maps": maps, "--out": out}
+    given = {option: shorten_path(value) for option, value in options.items() if value}
+    words = [word for pair in given.items() for word in pair]
+    content["page_command"] = quote_command("kd-lrp report", *map(shorten_path, paths), *words)
     for most in PICTURES:
-        text = render({**content, "this": this}, most)
+        text = render(content, most)
         if (size := len(text.encode())) < LIMIT:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_text(out, text)
@@ -75,8 +75,12 @@ def render(content: Mapping[str, Any], most: int = PICTURES[0]) -> str:
     """The page's text. Whatever the content holds becomes text, never markup.
 
     Args:
-        content: of :func:`kd_lrp_plugin.report.content.gather`, and under ``this`` the command.
+        content: of :func:`kd_lrp_plugin.report.content.gather`, and as ``page_command`` the
+            command that makes the page.
         most: bytes of a picture.
+
+    Raises:
+        ValueError: if a record lacks what the page shows of it.
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -96,7 +100,11 @@ def render(content: Mapping[str, Any], most: int = PICTURES[0]) -> str:
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     about = {"mark": MARK, "version": __version__}
     about["made"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return environment.from_string(template).render({**content, **about})
+    try:
+        return environment.from_string(template).render({**content, **about})
+    except UndefinedError as error:
+        fix = "Give the commands again that made the folders."
+        raise ValueError(message("report", "whole records", str(error), fix)) from error
 
 
 def _refuse_others(out: Path) -> None:

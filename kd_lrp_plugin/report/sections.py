@@ -1,15 +1,14 @@
 """What the commands leave in folders, as records that a page shows."""
 
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lrp_plugin.attribution.methods import INPUT
 from kd_lrp_plugin.attribution.summary import records
 from kd_lrp_plugin.plots.figures import selection_figure
+from kd_lrp_plugin.plots.tables import study_rows
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.selection.ranking import summarise_ranking
 from kd_lrp_plugin.utils import files
@@ -18,12 +17,23 @@ from kd_lrp_plugin.utils.validation import message
 RANKED = 20  # rows of a ranking
 
 
-def command(start: str, *words: object) -> str:
-    """A line for a shell."""
+def quote_command(start: str, *words: object) -> str:
+    """A line for a shell: words that are quoted where they must be behind those that are not."""
     return " ".join([start, *(shlex.quote(str(word)) for word in words)])
 
 
-def short(path: str | Path) -> str:
+def get_command(record: Mapping[str, Any] | None) -> str | None:
+    """The command that a record says it was made by; None where it says none.
+
+    Example:
+        >>> get_command({"command": ["kd-lrp", "distill", "my config.yaml"]})
+        "kd-lrp distill 'my config.yaml'"
+    """
+    words = (record or {}).get("command")
+    return shlex.join(map(str, words)) if isinstance(words, list) and words else None
+
+
+def shorten_path(path: str | Path) -> str:
     """A path relative to where the command is given, if it lies below."""
     try:
         return str(Path(path).resolve().relative_to(Path.cwd()))
@@ -66,19 +76,15 @@ def read_data_check(folder: Path) -> dict[str, Any]:
         }
         for split, found in summary["leaks"].items()
     ]
-    options = summary["options"]
-    names = ("group_by", "manifest", "test_share", "bits")
-    flags = {f"--{name.replace('_', '-')}": name for name in names}
-    words = [w for o, key in flags.items() if (v := options.get(key)) for w in (o, v)]
     return {
-        "folder": short(folder),
-        "root": options["root"],
+        "folder": shorten_path(folder),
+        "root": summary["options"]["root"],
         "summary": summary["summary"],
         "leaks": any(found["duplicate"] for found in summary["leaks"].values()),
         "rows": rows,
-        "pairs": [{"pairs": place, **kinds} for place, kinds in summary["pairs"].items()],
+        "pairs": [{"pairs": where, **kinds} for where, kinds in summary["pairs"].items()],
         "picture": file_at(folder / "pairs.png"),
-        "command": command("kd-lrp check-data", options["root"], *words, "--out", short(folder)),
+        "command": get_command(summary),
     }
 
 
@@ -97,11 +103,11 @@ def list_map_sheets(
             got = f"none at {maps}"
             raise FileNotFoundError(message("report --maps", "maps of several runs", got, fix))
         file = Path(maps) / "maps.png"
-        sheets.append({"name": "the models side by side", "file": file, "first": True})
+        sheets.append({"name": "the models side by side", "file": file, "side_by_side": True})
     of_runs = [(run["name"], Path(run["folder"], "explanations.png")) for run in runs]
     for name, file in of_runs:
         if file.is_file():
-            sheets.append({"name": name, "file": file, "first": False})
+            sheets.append({"name": name, "file": file, "side_by_side": False})
     return sheets
 
 
@@ -111,34 +117,18 @@ def list_explain_commands(
     maps: str | Path | None,
 ) -> list[str]:
     """The commands that made the figures of runs and studies, and the maps side by side."""
-    folders = dict.fromkeys(run["folder"] for run in runs if run["explanations"])
-    folders |= dict.fromkeys(
-        short(row["folder"])
+    records_of_runs = [run["explanations"] for run in runs]
+    records_of_studies = [
+        read_json(Path(row["folder"], "explanations.json"))
         for study in studies
         for row in study["runs"]
-        if Path(row["folder"], "explanations.json").is_file()
-    )
-    groups: dict[str, list[str]] = {}
-    for folder in folders:
-        found = (read_json(Path(folder) / "explanations.json") or {}).get("rows", [])
-        groups.setdefault(_options(found), []).append(folder)
-    commands = [command("kd-lrp explain", *group) + words for words, group in groups.items()]
-    made = read_json(Path(maps, "maps.json")) if maps else None
-    return [*commands, *([made["command"]] if made else [])]
+    ]
+    of_maps = read_json(Path(maps, "maps.json")) if maps else None
+    found = map(get_command, [*records_of_runs, *records_of_studies, of_maps])
+    return list(dict.fromkeys(line for line in found if line))
 
 
-def _options(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What ``kd-lrp explain`` was asked for when it made these rows."""
-    counts = {row["samples"] for row in rows}
-    found = {
-        "--method": dict.fromkeys(row["method"] for row in rows),
-        "--layer": dict.fromkeys(row["layer"] for row in rows if row["layer"] != INPUT),
-        "--samples": counts if len(counts) == 1 and None not in counts else (),
-    }
-    return command("", *(word for o, values in found.items() for v in values for word in (o, v)))
-
-
-def explained(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def list_explanations(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The figures of ``explanations.json`` of all runs as one table; a shared teacher once."""
     rows: dict[tuple, dict[str, Any]] = {}
     for run in runs:
@@ -153,55 +143,16 @@ def explained(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def read_study(path: Path, name: str) -> dict[str, Any]:
     """The content of ``study.json``, and its tables by measure."""
     content = read_json(path / "study.json")
-    words = [word for change in content["overrides"] for word in ("--set", change)]
-    words += [word for choice in content["only"] for word in ("--only", choice)]
-    seeds = ",".join(map(str, content["seeds"])) + "," * (len(content["seeds"]) == 1)
-    if content["root"] != "runs":
-        words = ["--runs", short(content["root"]), *words]
+    tables = {measure: study_rows(content, measure) for measure in content["measures"]}
     return {
         **content,
         "name": name,
-        "folder": short(path),
-        "tables": {measure: _study_rows(content, measure) for measure in content["measures"]},
+        "folder": shorten_path(path),
+        "tables": {m: [row for row in rows if row["n"]] for m, rows in tables.items()},
         "most": max((record["n"] for record in content["table"]), default=0),
         "picture": file_at(path / "study.png"),
-        "command": command(
-            "kd-lrp study", content["file"], "--seeds", seeds, *words, "--out", short(path)
-        ),
+        "command": get_command(content),
     }
-
-
-def _study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
-    """A measure's rows, each beside its paired difference."""
-
-    def place(record: Mapping[str, Any]) -> str:
-        return json.dumps([record["configuration"], record["point"]])
-
-    of_measure = [r for r in content["comparisons"] if r["measure"] == measure]
-    compared = {place(record): record for record in of_measure}
-    rows = []
-    for record in content["table"]:
-        if record["measure"] == measure and record["n"]:
-            row = {"configuration": record["configuration"]}
-            row |= {axis: str(record["point"].get(axis, "-")) for axis in content["axes"]}
-            row |= {"n": record["n"], "mean": record["mean"], "std": record["std"]}
-            row["95 % interval"] = _span(record)
-            if reference := content["compare_to"]:
-                other = compared.get(place(record), {})
-                row[f"minus {reference}"] = other.get("mean")
-                row["95 % interval of it"] = _span(other)
-                row |= {
-                    "pairs": other.get("n"),
-                    "p": other.get("p"),
-                    "p (Holm)": other.get("p_holm"),
-                }
-            rows.append(row)
-    return rows
-
-
-def _span(record: Mapping[str, Any]) -> str:
-    low, high = record.get("low"), record.get("high")
-    return "-" if low is None or high is None else f"{low:.4f} to {high:.4f}"
 
 
 def read_selection(
@@ -212,21 +163,19 @@ def read_selection(
     Raises:
         ValueError: if ``given`` is no record of a choice.
     """
-    files, config, words = [Path(given)] if given else [], None, []
-    for run in runs:
+    files = [Path(given)] if given else []
+    for run in runs if not given else ():
         entry = (run["config"].get("models") or {}).get("student_model") or {}
-        if entry.get("key") == "diswot_student":
-            config = run["config_file"] or config
-            words = [word for o in run["session"].get("overrides", ()) for word in ("--set", o)]
-            if not given:
-                files.append(Path(os.path.expandvars(entry["kwargs"]["record"])).expanduser())
+        record = (entry.get("kwargs") or {}).get("record")
+        if entry.get("key") == "diswot_student" and record:
+            files.append(Path(os.path.expandvars(str(record))).expanduser())
     for file in files:
         record = read_json(file)
         if isinstance(record, dict) and record.get("ranking"):
             question, ranking = record["question"], record["ranking"]
             hidden = ("problem", "entry", "latency", "counters_differ_by")
             return {
-                "file": short(file),
+                "file": shorten_path(file),
                 "chosen": record["candidate"],
                 "score": question["score"],
                 "seeds": question["seeds"],
@@ -237,7 +186,7 @@ def read_selection(
                 "figure": vector(
                     selection_figure(ranking, f"{question['score']}: lower is better")
                 ),
-                "command": command("kd-lrp select", config, *words) if config else None,
+                "command": get_command(record),
             }
     if given:
         fix = "Give the JSON file that kd-lrp select says it has recorded the choice in."

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from kd_lrp_plugin.runs import trust
 from kd_lrp_plugin.runs.checkpoints import read_checkpoint
 from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.validation import message
@@ -203,6 +204,7 @@ class RunFolder:
             new = self._begin(config, about)
             for draft in self.path.glob(f"*{files.DRAFT}"):  # of a process that was killed
                 draft.unlink()
+            trust.remember(config)
             try:
                 yield
             except BaseException:

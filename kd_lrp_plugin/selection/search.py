@@ -10,20 +10,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import FrozenTrial, TrialState
-
 from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
 from kd_lrp_plugin.selection.cache import ScoreCache
 from kd_lrp_plugin.selection.candidates import Candidate, ScoringSetup, describe_entry
 from kd_lrp_plugin.selection.ranking import filter_by_budget, measure_costs
 from kd_lrp_plugin.selection.scoring import Scorer
 from kd_lrp_plugin.selection.spaces import Space
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.files import damaged, hash_contents
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.workers import workers
+
+with imports_of_an_extra():
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    from optuna.trial import FrozenTrial, TrialState
 
 try:
     import fcntl

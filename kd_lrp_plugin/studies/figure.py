@@ -4,14 +4,18 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from kd_lrp_plugin.metrics.statistics import describe
+from kd_lrp_plugin.plots.text import PLAIN, one_line, plain_legend, plain_text
 from kd_lrp_plugin.studies.comparison import Row, get_values, group_cells
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
+
+with imports_of_an_extra():
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _SHOWN = 4  # measures in one picture
 _LINES = 7  # more of them cannot be told apart
+_NAMED = "named"  # id of the lines that the legend names
 _TITLE = 32  # letters in a line above a plot
 
 
@@ -38,14 +42,15 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
     axes = figure.subplots(1, len(measures), squeeze=False, sharey=False)[0]
     for measure, ax in zip(measures, axes, strict=True):
         (_draw_lines if lines else _draw_dots)(ax, content, measure)
-        words = textwrap.wrap(measure.replace(".", ". "), _TITLE)
-        ax.set_title("\n".join(words).replace(". ", "."), fontsize=10)
+        words = textwrap.wrap(plain_text(measure).replace(".", ". "), _TITLE)
+        ax.set_title("\n".join(words).replace(". ", "."), fontsize=10, **PLAIN)
         ax.grid(alpha=0.3)
         ax.tick_params(labelsize=8)
     if lines:
-        handles = dict(zip(*axes[0].get_legend_handles_labels()[::-1], strict=True))
+        handles = {line.get_label(): line for line in axes[0].get_lines() if line.get_gid()}
         columns = max(1, int(width * 12 / (8 + max(map(len, handles), default=1))))
-        figure.legend(
+        plain_legend(
+            figure,
             handles.values(),
             handles.keys(),
             loc="outside lower center",
@@ -59,14 +64,18 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
             ax.tick_params(labelleft=False)
         figure.supxlabel("Dots: seeds. Bar: mean and its 95 % interval.", fontsize=8)
     title = content["question"] + ("" if content["final"] else f"\n{content['state']}")
-    figure.suptitle(title, fontsize=10, wrap=True)
+    # matplotlib's own wrap takes the text for a formula, whatever it is told.
+    letters = int(12 * max(width, 5))
+    wrapped = "\n".join(textwrap.fill(one_line(line), letters) for line in title.splitlines())
+    figure.suptitle(wrapped, fontsize=10, **PLAIN)
     return figure
 
 
 def _draw_dots(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
     names = []
     for place, ((name, point), rows) in enumerate(group_cells(content["runs"]).items()):
-        names.append(", ".join([name, *(f"{axis} {value}" for axis, value in point)]))
+        words = [name, *(f"{axis} {value}" for axis, value in point)]
+        names.append(plain_text(", ".join(words)))
         values = list(get_values(rows, measure).values())
         found = describe(values)
         colour = "#c01818" if name == content["compare_to"] else "#2f6f9f"
@@ -77,7 +86,7 @@ def _draw_dots(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
             ax.plot([found["low"], found["high"]], [place] * 2, color=colour, linewidth=1.5)
         if name == content["compare_to"] and found["mean"] is not None:
             ax.axvline(found["mean"], color=colour, linewidth=0.8, linestyle=":")
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8, **PLAIN)
     ax.set_ylim(len(names) - 0.5, -0.5)
 
 
@@ -98,7 +107,7 @@ def _draw_lines(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
             if not numbers:
                 continue
             if value is None:  # not crossed with this axis: a level for all of it
-                ax.axhline(summary["mean"], color=colour, linestyle="--", label=name)
+                ax.axhline(summary["mean"], color=colour, linestyle="--", label=name, gid=_NAMED)
                 continue
             x = places[value] + offset
             drawn.append((x, summary["mean"]))
@@ -106,6 +115,8 @@ def _draw_lines(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
             if summary["low"] is not None:
                 ax.plot([x] * 2, [summary["low"], summary["high"]], color=colour, linewidth=1)
         if drawn:
-            ax.plot(*zip(*drawn, strict=True), "-o", color=colour, markersize=4, label=name)
-    ax.set_xticks(range(len(values)), [str(value) for value in values], fontsize=8)
-    ax.set_xlabel(axis, fontsize=9)
+            ax.plot(
+                *zip(*drawn, strict=True), "-o", color=colour, markersize=4, label=name, gid=_NAMED
+            )
+    ax.set_xticks(range(len(values)), [plain_text(value) for value in values], fontsize=8, **PLAIN)
+    ax.set_xlabel(plain_text(axis), fontsize=9, **PLAIN)

@@ -4,65 +4,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_lrp_plugin.metrics.statistics import detectable
-from kd_lrp_plugin.plots.tables import table
+from kd_lrp_plugin.plots.tables import study_rows, table
+from kd_lrp_plugin.plots.text import one_line
 
 
 def study_markdown(content: Mapping[str, Any]) -> str:
     """``study.json`` as Markdown: a table for each measure, and how to read them."""
-    parts = [f"# {content['question']}", content["state"]]
-    parts += [f"- {label}: {words}" for label, words in content["failed"].items()]
+    parts = [f"# {one_line(content['question'])}", content["state"]]
+    parts += [f"- {one_line(f'{label}: {words}')}" for label, words in content["failed"].items()]
     for measure in content["measures"]:
-        rows = _table_rows(content, measure)
+        rows = study_rows(content, measure)
         if any(row["n"] for row in rows):
-            parts.append(f"## {measure}\n\n{table(rows, digits=4)}")
+            parts.append(f"## {one_line(measure)}\n\n{table(rows, digits=4)}")
         else:
             words = "no finished run has it. Figures of maps come with kd-lrp explain."
-            parts.append(f"## {measure}\n\nNothing to show: {words}")
+            parts.append(f"## {one_line(measure)}\n\nNothing to show: {words}")
         if best := _best(content, measure):
             parts.append(best)
     parts.append("\n".join(_reading(content)))
     return "\n\n".join(parts) + "\n"
-
-
-def _table_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]:
-    compared = {
-        (record["configuration"], *record["point"].items()): record
-        for record in content["comparisons"]
-        if record["measure"] == measure
-    }
-    rows = []
-    for record in content["table"]:
-        if record["measure"] != measure:
-            continue
-        row = {"configuration": record["configuration"]}
-        row |= {
-            a: str(v) if (v := record["point"].get(a)) is not None else v for a in content["axes"]
-        }
-        row |= {"n": record["n"], "mean ± std": _with_deviation(record["mean"], record["std"])}
-        row["95 % interval"] = _interval(record)
-        if content["compare_to"]:
-            found = compared.get((record["configuration"], *record["point"].items()), {})
-            row[f"minus {content['compare_to']}"] = _shown(found.get("mean"), "+")
-            row["95 % interval of it"] = _interval(found, "+")
-            row |= {"pairs": found.get("n"), "p": found.get("p"), "p (Holm)": found.get("p_holm")}
-        rows.append(row)
-    return rows
-
-
-def _shown(value: float | None, sign: str = "") -> str | None:
-    if value is None:
-        return None
-    return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4f}"
-
-
-def _with_deviation(mean: float | None, std: float | None) -> str | None:
-    return _shown(mean) if std is None else f"{_shown(mean)} ± {_shown(std)}"
-
-
-def _interval(record: Mapping[str, Any], sign: str = "") -> str | None:
-    if record.get("low") is None:
-        return None
-    return f"{_shown(record['low'], sign)} to {_shown(record['high'], sign)}"
 
 
 def _best(content: Mapping[str, Any], measure: str) -> str | None:
@@ -72,7 +32,7 @@ def _best(content: Mapping[str, Any], measure: str) -> str | None:
         return None
     best = max(known, key=lambda record: record["mean"])
     where = ", ".join(f"{axis} {value}" for axis, value in best["point"].items())
-    words = f"Highest val_accuracy: {best['configuration']}{where and ', '}{where}"
+    words = one_line(f"Highest val_accuracy: {best['configuration']}{where and ', '}{where}")
     return f"{words} ({best['mean']:.4f}). Choose by this, not by the test images below."
 
 

@@ -45,10 +45,8 @@ def class_weights(dataset: Any) -> list[float]:
                     init: {kwargs: {dataset: *train_images}}
 
     Reference:
-        King and Zeng, 2001, by ``sklearn.utils.class_weight.compute_class_weight``.
+        King and Zeng, 2001; scikit-learn's ``compute_class_weight("balanced", ...)``.
     """
-    from sklearn.utils.class_weight import compute_class_weight  # slow to import
-
     targets = np.asarray(getattr(dataset, "targets", []))
     if not targets.size:
         fix = "Give the alias of a data set node, such as *train_images."
@@ -60,4 +58,4 @@ def class_weights(dataset: Any) -> list[float]:
         fix = "Leave the class out of the data sets, or the class weights out."
         got = f"none of {absent}"
         raise ValueError(message("class_weights", "an image or more of each class", got, fix))
-    return compute_class_weight("balanced", classes=np.arange(len(names)), y=targets).tolist()
+    return (len(targets) / (len(names) * counts)).tolist()

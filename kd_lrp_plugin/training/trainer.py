@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch.utils.data import DataLoader, SequentialSampler
-from torch.utils.tensorboard import SummaryWriter
 from torchdistill.common import main_util
 
 from kd_lrp_plugin.config.build import Assembly, assemble
@@ -42,8 +41,12 @@ from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.training.state import describe_nonfinite, restore_state, take_state
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.progress import NullProgress, current_progress
 from kd_lrp_plugin.utils.validation import message
+
+with imports_of_an_extra():
+    from torch.utils.tensorboard import SummaryWriter
 
 FORMAT = 2  # of the checkpoints: goes up when what they hold changes
 

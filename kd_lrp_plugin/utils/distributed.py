@@ -1,18 +1,21 @@
 """The processes that torchrun starts: one group, and the few things they say to each other.
 
-Without torchrun everything here is trivial: one process, the first.
+Without torchrun everything here is trivial: one process, the first. PyTorch is imported where it
+is used: the command line asks for its rank before it knows whether there is anything to compute.
 """
+
+from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import torch
-from torch import distributed
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kd_lrp_plugin.utils.validation import message
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -39,6 +42,8 @@ class DistributedContext:
         """The items of all processes in the order of their ranks, on every process."""
         if self.world_size == 1:
             return [item]
+        from torch import distributed
+
         items: list[Any] = [None] * self.world_size
         distributed.all_gather_object(items, item)
         return items
@@ -46,6 +51,8 @@ class DistributedContext:
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Give every process the tensor of the first, in place."""
         if self.world_size > 1:
+            from torch import distributed
+
             # Memory is sent, whatever the strides: channels_last would arrive in another order.
             buffer = tensor.contiguous()
             distributed.broadcast(buffer, 0)
@@ -54,6 +61,8 @@ class DistributedContext:
     def all_reduce_mean(self, tensor: torch.Tensor) -> None:
         """Give every process the mean over all, in place."""
         if self.world_size > 1:
+            from torch import distributed
+
             buffer = tensor.contiguous()  # as in broadcast
             distributed.all_reduce(buffer)
             tensor.copy_(buffer / self.world_size)  # gloo has no mean of its own
@@ -73,6 +82,8 @@ class DistributedContext:
                 failure = error
                 outcome[1] = f"{type(error).__name__}: {error}"
         if self.world_size > 1:
+            from torch import distributed
+
             # A failure is sent as words: the others would wait for ever at the next exchange for a
             # process that has raised, and not every exception can be pickled.
             distributed.broadcast_object_list(outcome)
@@ -102,6 +113,9 @@ def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
     Raises:
         ValueError: for a device that is not there, or more processes than GPUs.
     """
+    import torch
+    from torch import distributed
+
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind.type == "cuda" and not torch.cuda.is_available():
         fix = "Use --device cpu."

@@ -1,18 +1,21 @@
 """The few input checks, and the one form of their messages.
 
 Every message reads ``{where}: expected {what}, got {value}. {what to do}``. A public function
-checks its input once; inner code trusts it.
+checks its input once; inner code trusts it. Commands that compute nothing use these messages too,
+so PyTorch is imported where it is used.
 """
+
+from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
-from typing import ParamSpec, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from kd_lrp_plugin.utils.registry import unknown_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,6 +54,8 @@ def check_targets(where: str, targets: Tensor, logits: Tensor) -> None:
     check_class_weights(where, targets, logits)
     if not targets.is_floating_point() or not len(targets):
         return
+    import torch  # not when the module is imported, which a command's help does
+
     # Labels that mixing or smoothing has rounded in half precision are probabilities, too.
     tolerance = 1e-3 if targets.dtype in (torch.float32, torch.float64) else 1e-2
     totals = targets.double().sum(1)
@@ -67,6 +72,8 @@ def check_class_weights(where: str, targets: Tensor, logits: Tensor) -> None:
 
     Indices have shape (n,) and lie in ``[0, classes)``; weights have the logits' shape.
     """
+    import torch
+
     n, classes = logits.shape
     if targets.is_floating_point():
         if targets.shape != logits.shape:

@@ -187,7 +187,7 @@ class TestEvaluate:
         result = CliRunner().invoke(app, ["evaluate", str(run), "--resamples", "100"])
         assert result.exit_code == 0, result.output
         assert "95 % interval" in result.output
-        assert "agree on" in result.output
+        assert "prediction agreement of student and teacher" in result.output
         assert result.output.count("| student |") == 1
         assert result.output.count("| teacher |") == 1
 

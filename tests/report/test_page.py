@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from PIL import Image
 from small_runs import BASELINE, KD, NO_TEACHER, SMALL
 from typer.testing import CliRunner
 
-from kd_lrp_plugin.cli.console import parse_seeds
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation import evaluate
@@ -124,6 +124,7 @@ def check(tmp_path_factory) -> Path:
             "root": "/data/mri",
             **{"group_by": "patient", "manifest": "who.csv", "test_share": 0.3},
         },
+        "command": ["kd-lrp", "check-data", "/data/mri", "--test-share", 0.3],
         "summary": "LEAK: 3 of 533 test images have a duplicate in Training.\nA second line.",
         "leaks": {
             "Testing": {
@@ -184,20 +185,21 @@ class TestWhatIsSaid:
         assert "single run" in found.text
         assert "not for clinical use" in found.text
 
-    def test_runs_are_evaluated_once_and_their_commands_repeat_them(self, kd, tmp_path):
-        (kd / "evaluation.json").unlink()
+    def test_the_recorded_command_repeats_a_run_and_without_one_none_is_made_up(self, kd, tmp_path):
+        about = json.loads((kd / "environment.json").read_text())
+        words = ["kd-lrp", "distill", "my config.yaml", "--set", "image_size=48"]
+        about["sessions"][0]["command"] = words
+        (kd / "environment.json").write_text(json.dumps(about))
         found = written([kd], tmp_path / "page.html")
-        assert (kd / "evaluation.json").is_file()
-        before = (kd / "evaluation.json").stat().st_mtime_ns
-        written([kd], tmp_path / "page.html")
-        assert (kd / "evaluation.json").stat().st_mtime_ns == before
-        assert "kd-lrp distill" in found.text
-        assert "--set image_size=48 --set batch_size=8" in found.text
-        assert f"--out {kd}" in found.text
+        assert "kd-lrp distill 'my config.yaml' --set image_size=48" in found.text
         assert "what do the teacher's softened predictions add?" in found.text
-        session = json.loads((kd / "environment.json").read_text())["sessions"][0]
+        session = about["sessions"][0]
         assert session["versions"]["torch"] in found.text
         assert str(session["commit"] or "not under git") in found.text
+        del session["command"]
+        (kd / "environment.json").write_text(json.dumps(about))
+        found = written([kd], tmp_path / "page.html")
+        assert "Train and test" not in found.text
 
     def test_every_loss_term_has_its_curve(self, runs, whole):
         found = Reader(whole.read_text(encoding="utf-8"))
@@ -220,34 +222,47 @@ class TestWhatIsSaid:
         assert "No leak check was made" in found.text
         assert "kd-lrp check-data" in found.text
 
-    def test_a_run_that_cannot_be_evaluated_is_shown_as_such(self, kd, tmp_path):
+    def test_a_run_that_is_not_evaluated_is_shown_with_the_command(self, kd, tmp_path):
         (kd / "evaluation.json").unlink()
-        text = (kd / "config.yaml").read_text()
-        (kd / "config.yaml").write_text(text.replace("name: test_resnet", "name: gone_net"))
         found = written([kd], tmp_path / "page.html")
-        assert "could not be evaluated" in found.text
-        assert "gone_net" in found.text
+        assert "Not evaluated:" in found.text
+        assert f"kd-lrp evaluate {kd}" in found.text
+        assert not (kd / "evaluation.json").exists()
         summary = json.loads((kd / "summary.json").read_text())
         assert f"{100 * summary['test_accuracy']:.1f} %" in found.text
 
-    def test_safe_runs_no_code_of_a_config(self, kd, tmp_path):
+    def test_nothing_that_a_run_folder_names_is_run(self, kd, tmp_path):
+        """Neither its tags and dependencies nor its models; a device that it names is not read."""
         (kd / "evaluation.json").unlink()
         text = (kd / "config.yaml").read_text()
-        made = f"made: !import_call {{key: pathlib.Path.touch, init: {{args: [{tmp_path}/ran]}}}}\n"
-        (kd / "config.yaml").write_text(text + made)
-        found = written([kd], tmp_path / "page.html", safe=True)
-        assert "calls known as harmless" in found.text
+        made = f"made: !import_call {{key: os.mkdir, init: {{args: [{tmp_path}/ran]}}}}\n"
+        (tmp_path / "hostile_module.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+        text = text.replace("kd_lrp_plugin.torchdistill]", "hostile_module]")
+        (kd / "config.yaml").write_text(f"{made}{text}")
+        about = json.loads((kd / "environment.json").read_text())
+        about["sessions"][-1]["config"] = "/dev/zero"
+        (kd / "environment.json").write_text(json.dumps(about))
+        code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from kd_lrp_plugin.report import page
+page.write([{str(kd)!r}], {str(tmp_path / "page.html")!r})
+assert "hostile_module" not in sys.modules
+assert not [name for name in sys.modules if name.split(".")[0] == "torchdistill"]
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+        assert (tmp_path / "page.html").is_file()
         assert not (tmp_path / "ran").exists()
 
     def test_leak_check_ranking_and_study_are_taken_in(self, study, whole):
         found = Reader(whole.read_text(encoding="utf-8"))
         assert "LEAK: 3 of 533" in found.text
         assert "A second line." in found.text
-        assert "on record: small ." in found.text
+        assert "recorded selection: small ." in found.text
         assert "does it help?" in found.text
         comparison = json.loads((study / "study.json").read_text())["comparisons"][0]
         assert f"{comparison['p']:.4f}" in found.text
-        assert f"{comparison['low']:.4f} to {comparison['high']:.4f}" in found.text
+        assert f"{comparison['low']:+.4f} to {comparison['high']:+.4f}" in found.text
 
     def test_maps_are_shown_with_their_figures(self, kd, tmp_path):
         Image.new("RGB", (900, 600), "navy").save(kd / "explanations.png")
@@ -262,7 +277,7 @@ class TestWhatIsSaid:
         assert "0.123" in found.text
         assert "inside by chance" in found.text
         assert sum("relevance maps" in image["alt"] for image in found.images) == 1
-        assert "No figures of maps were made" not in found.text
+        assert "No metrics of maps were computed" not in found.text
 
     def test_a_study_alone_shows_a_run_of_each_configuration(self, study, tmp_path):
         found = written([study], tmp_path / "page.html")
@@ -270,36 +285,35 @@ class TestWhatIsSaid:
         assert "Confusion matrices" in found.text
         assert "0.8100" in found.text
 
-    def test_the_commands_make_again_what_is_shown(self, study, check, tmp_path, monkeypatch):
-        """Options that were not the defaults, seeds one by one, every run with figures of maps."""
-        monkeypatch.chdir(tmp_path)
-        written = json.loads((study / "study.json").read_text())
+    def test_the_commands_are_those_that_were_recorded_each_once(self, study, check, tmp_path):
+        """Of the study, of every run with metrics of maps, of the maps, of the leak check."""
+        content_of_study = json.loads((study / "study.json").read_text())
         folder = tmp_path / "once"
         shutil.copytree(study, folder)
-        rows = [{"method": "grad_cam", "layer": "layer2", "samples": 7, "figures": {}}]
         for seed in (3, 4):
             run = tmp_path / f"runs/{seed}"
             run.mkdir(parents=True)
-            (run / "explanations.json").write_text(json.dumps({"rows": rows}))
-        runs = [{**written["runs"][0], "folder": str(tmp_path / f"runs/{n}")} for n in (3, 4)]
-        once = {**written, "seeds": [3], "root": "elsewhere", "runs": runs}
+            words = ["kd-lrp", "explain", "runs/3", "runs/4", "--samples", 7]
+            (run / "explanations.json").write_text(json.dumps({"rows": [], "command": words}))
+        runs = [
+            {**content_of_study["runs"][0], "folder": str(tmp_path / f"runs/{n}")} for n in (3, 4)
+        ]
+        words = ["kd-lrp", "study", "my study.yaml", "--seeds", "3,"]
+        once = {**content_of_study, "runs": runs, "command": words}
         (folder / "study.json").write_text(json.dumps(once))
         (tmp_path / "maps").mkdir()
         Image.new("RGB", (30, 20)).save(tmp_path / "maps/maps.png")
-        (tmp_path / "maps/maps.json").write_text('{"command": "kd-lrp explain a b --out maps"}')
-        options = {"data_check": check, "maps": "maps"}
-        found = content.gather([folder], selection=None, safe=False, **options)
+        words = ["kd-lrp", "explain", "a", "b", "--out", "maps"]
+        (tmp_path / "maps/maps.json").write_text(json.dumps({"command": words}))
+        found = content.gather([folder], data_check=check, selection=None, maps=tmp_path / "maps")
         steps = {step["name"]: step["commands"] for step in found["steps"]}
-        (line,) = steps["Study"]
-        assert "--seeds 3, --runs elsewhere --set a=1" in line
-        assert parse_seeds(line.partition("--seeds ")[2].split()[0]) == [3]
+        assert steps["Study"] == ["kd-lrp study 'my study.yaml' --seeds 3,"]
         assert steps["Explain"] == [
-            "kd-lrp explain runs/3 runs/4 --method grad_cam --layer layer2 --samples 7",
+            "kd-lrp explain runs/3 runs/4 --samples 7",
             "kd-lrp explain a b --out maps",
         ]
-        assert steps["Look for leaks"][0].startswith(
-            "kd-lrp check-data /data/mri --group-by patient --manifest who.csv --test-share 0.3"
-        )
+        assert steps["Look for leaks"] == ["kd-lrp check-data /data/mri --test-share 0.3"]
+        assert "Train and test" not in steps
 
     def test_of_a_large_grid_every_configuration_is_shown_before_its_second_place(self, tmp_path):
         rows = [
@@ -325,7 +339,7 @@ class TestWhatIsSaid:
         prepared = [teacher]
         study = {"name": "a", "prepared": prepared, "runs": rows}
         other = {"name": "b", "prepared": [], "runs": rows[:1]}
-        found = [name for _, name in content._first_seeds([study, other])]
+        found = [name for _, name in content._list_first_seeds([study, other])]
         assert found[:5] == [
             *("a: teacher, seed 0", "a: CE, n 0, seed 0", "a: KD, n 0, seed 0"),
             *("a: LRP, n 0, seed 0", "a: CE, n 1, seed 0"),

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 from kd_lrp_plugin.data.images import DecodedImage, ascii_name, decode_image
 from kd_lrp_plugin.data.layout import arrange, find_alike, is_image, walk
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -129,7 +130,8 @@ def fingerprint(file: str | Path, bits: int | None = None) -> Fingerprint:
         >>> fingerprint("nowhere.png").unreadable
         'no such file'
     """
-    import imagehash
+    with imports_of_an_extra():
+        import imagehash
 
     try:
         image = decode_image(file, bits)

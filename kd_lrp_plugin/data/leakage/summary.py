@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int
-from matplotlib.figure import Figure
 
 from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.data.leakage.clean_split import DatasetAudit, describe_pair
 from kd_lrp_plugin.data.leakage.duplicates import KINDS
 from kd_lrp_plugin.data.leakage.images import by_class
+from kd_lrp_plugin.plots.text import PLAIN, plain_text
+from kd_lrp_plugin.utils.extras import imports_of_an_extra
+
+with imports_of_an_extra():
+    from matplotlib.figure import Figure
 
 _SHOWN = 12  # pairs in the picture
 
@@ -160,7 +164,8 @@ def pairs_figure(
             ax.imshow(shown)
             ax.set_axis_on()
             ax.set(xticks=[], yticks=[])
-            ax.set_xlabel("\n".join(_short(name) for name in pair[side].split("/")), fontsize=8)
+            parts = [_short(plain_text(name)) for name in pair[side].split("/")]
+            ax.set_xlabel("\n".join(parts), fontsize=8, **PLAIN)
         words = f"{pair['kind']} {float(pair['similarity']):.3f}{', mirrored' * pair['mirrored']}"
         axes[line, 3 * column].set_title(words, loc="left", fontsize=10)
     where = "across splits" if across.any() else "within splits" if audit.splits[1:] else ""
