@@ -47,7 +47,7 @@ def study(
     perhaps a grid, models to prepare, a configuration that the others are paired with. What is
     finished, in this study or another, is not run again; after Ctrl-C or a kill the same command
     resumes; several may work side by side. Writes study.json, study.csv (a row per run), table.md
-    (means, 95 % intervals, paired differences) and study.png, anew after every run. Examples:
+    (means, 95 % intervals, paired differences) and study.png, again after every run. Examples:
 
         kd-lrp study torchdistill_configs/studies/phantom.yaml --dry-run
 

@@ -358,7 +358,7 @@ def read_explanations(folder: Path) -> dict[str, Any]:
         ValueError: if it is damaged.
     """
     file = folder / FILE
-    fix = "Rename it, and give kd-lrp explain again: it computes the metrics anew."
+    fix = "Rename it, and run kd-lrp explain again: it computes the metrics again."
     content = read_json(file, fix, rows=list)
     for row in content["rows"]:
         check_keys(file, row, fix, **ROW)

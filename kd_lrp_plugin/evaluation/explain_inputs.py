@@ -157,7 +157,7 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
     test_set = load_test_set(folder, options.safe)
     if len(test_set) != len(labels) or list(getattr(test_set, "targets", labels)) != [*labels]:
         got = f"{len(test_set)} images, or other classes"
-        fix = "Put the data back, or test the student anew."
+        fix = "Put the data back, or test the student again."
         raise ValueError(message(str(folder), f"the {len(labels)} test images", got, fix))
     opened = LoadedRun(
         folder=run,
@@ -376,7 +376,7 @@ def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         content = read_study(folder / "study.json")
         done = [row for row in content["runs"] if row["state"] == "finished"]
         if not done:
-            fix = "kd-lrp study, given again, resumes."
+            fix = "The same kd-lrp study command resumes."
             raise ValueError(message(str(folder), "a study with a finished run", "none", fix))
         for row in done:
             words = [row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())]

@@ -1,7 +1,7 @@
 """Which rule serves which layer, told by what its forward pass is, not by its class alone.
 
 An instance can have a forward pass of its own (adapters such as LoRA set one), a subclass can
-override it, and a weight can be computed anew for every call. A rule that took such a layer for
+override it, and a weight can be computed again for every call. A rule that took such a layer for
 what its class says would be silently wrong.
 """
 
@@ -92,7 +92,7 @@ class LayerRules:
 
     Attributes:
         weights: latest value of each parametrized weight, by its layer. Reading ``layer.weight``
-            would compute it anew, which moves the buffers of a spectral norm in train mode.
+            would compute it again, which moves the buffers of a spectral norm in train mode.
         without_gradient: whether nothing but relevance ever flows back, so that the ordinary graph
             need not be kept.
     """

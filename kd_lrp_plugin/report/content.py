@@ -100,7 +100,7 @@ def classify_folder(folder: Path) -> str:
     elif (folder / "config.yaml").is_file():
         got, fix = (
             f"{folder}, which is not finished",
-            "The same kd-lrp distill, given again, finishes it.",
+            "The same kd-lrp distill command finishes it.",
         )
     elif (folder / "pairs.csv").is_file():
         fix = "Give what kd-lrp check-data has written as --data-check."
@@ -226,7 +226,7 @@ def _draw_curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _hash_test_set(predictions: Path) -> str:
     """A sign of the test images and their labels."""
-    rows = read_csv(predictions, "kd-lrp distill, given again, repairs it.")
+    rows = read_csv(predictions, "The same kd-lrp distill command repairs it.")
     return hash_contents([row[:2] for row in rows])[:8]
 
 

@@ -68,7 +68,7 @@ class RunFolder:
             FileNotFoundError: if it is not finished, or there is none.
         """
         if not self.finished:
-            fix = "Give the folder of a finished run; kd-lrp distill, given again, finishes one."
+            fix = "Give the folder of a finished run; the same kd-lrp distill command finishes one."
             raise FileNotFoundError(message("run", "a finished run", f"none at {self.path}", fix))
         return files.read_json(
             self / "summary.json",

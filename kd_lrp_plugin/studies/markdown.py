@@ -43,7 +43,7 @@ def _reading(content: Mapping[str, Any]) -> list[str]:
         lines.append("- One seed: no interval and no test. A difference here is an anecdote.")
     else:
         lines.append(
-            "- Intervals are Student's t over seeds: what training anew on the same images would "
+            "- Intervals are Student's t over seeds: what training again on the same images would "
             "give, not what other images would."
         )
     pairs = max((record["n"] for record in content["comparisons"]), default=0)
