@@ -81,6 +81,9 @@ def _copy(value: Any, memo: dict[int, Any]) -> Any:
     except Exception:
         made = memo[id(value)] = value
     else:
+        # A memo keeps what it has met alive under its own id, which is no object's that is copied,
+        # but another's once this one is gone.
+        memo.setdefault(id(memo), []).extend(trial.pop(id(trial), []))
         memo.update(trial)
     return made
 
