@@ -17,6 +17,7 @@ from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.models import factory
 from kd_lrp_plugin.studies import runner
+from kd_lrp_plugin.studies.plan import StudyOptions
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.training.check.dry_run import check
 
@@ -47,7 +48,14 @@ def test_a_run_builds_each_model_and_each_data_set_once(built, tmp_path):
 
 def test_the_planning_of_a_study_builds_no_model_twice(built, tmp_path, monkeypatch):
     """Two configurations share their teacher, which is prepared, and their student."""
-    monkeypatch.setattr(runner, "StudyExecutor", None)  # planned, not trained
+
+    class Planned(Exception):
+        """Raised where training would begin."""
+
+    def stop(*_):
+        raise Planned
+
+    monkeypatch.setattr(runner, "StudyExecutor", stop)
     taught = ["models.teacher_model.src_ckpt={teacher}"]
     study = {
         "question": "which?",
@@ -60,8 +68,9 @@ def test_the_planning_of_a_study_builds_no_model_twice(built, tmp_path, monkeypa
         },
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
-    with pytest.raises(TypeError):
-        runner.run_study(tmp_path / "study.yaml", out=tmp_path / "o", root=tmp_path / "r")
+    options = StudyOptions(out=tmp_path / "out", root=tmp_path / "runs", device="cpu")
+    with pytest.raises(Planned):
+        runner.run_study(tmp_path / "study.yaml", options)
     # Once to be prepared, and once as what is to be filled from that.
     assert {name: built[name] for name in ("resnet10t", "test_resnet")} == {
         "resnet10t": 2,

@@ -34,7 +34,7 @@ IN_A_SECTION = {
         "test.test_data_loader.sampler: expected a mapping, got None. For example {class_or_func:"
     ),
     "train.train_data_loader.kwargs={batch_size: 8, num_workers: -1}": (
-        "train.train_data_loader: num_workers option should be non-negative"
+        "train.train_data_loader.kwargs.num_workers: expected 0 to "
     ),
     "train.train_data_loader.sampler.class_or_func=RandomSampler": (
         "train.train_data_loader.sampler.class_or_func: expected a class or function, got 'Random"
