@@ -49,11 +49,11 @@ def test_a_run_builds_each_model_and_each_data_set_once(built, tmp_path):
 def test_the_planning_of_a_study_builds_no_model_twice(built, tmp_path, monkeypatch):
     """Two configurations share their teacher, which is prepared, and their student."""
 
-    class Planned(Exception):
+    class PlannedError(Exception):
         """Raised where training would begin."""
 
     def stop(*_):
-        raise Planned
+        raise PlannedError
 
     monkeypatch.setattr(runner, "StudyExecutor", stop)
     taught = ["models.teacher_model.src_ckpt={teacher}"]
@@ -69,7 +69,7 @@ def test_the_planning_of_a_study_builds_no_model_twice(built, tmp_path, monkeypa
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
     options = StudyOptions(out=tmp_path / "out", root=tmp_path / "runs", device="cpu")
-    with pytest.raises(Planned):
+    with pytest.raises(PlannedError):
         runner.run_study(tmp_path / "study.yaml", options)
     # Once to be prepared, and once as what is to be filled from that.
     assert {name: built[name] for name in ("resnet10t", "test_resnet")} == {
