@@ -14,6 +14,7 @@ try:
     import typer
 
     from kd_lrp_plugin.cli import (
+        audit,
         check,
         check_data,
         configs,
@@ -71,5 +72,6 @@ else:
     app.command()(study.study)
     app.command()(check_data.check_data)
     app.command()(explain.explain)
+    app.command()(audit.audit)
     app.command()(report.report)
     app.command()(configs.configs)

@@ -1,0 +1,326 @@
+"""Is a model looking where it should? What its border, corners and background are worth to it.
+
+Without knowing a shortcut: the share of its relevance in regions where nothing should tell the
+class, beside the chance level and the teacher's, and what it predicts once these regions are
+replaced. A model whose predictions depend on them has learnt something else than the object; so
+has one that is still right once the object itself is gone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.ndimage import binary_fill_holes, label
+from torch import Tensor, nn
+from torchvision.transforms.functional import gaussian_blur
+
+from kd_lrp_plugin.attribution.localisation import area_share, relevance_mass_accuracy
+from kd_lrp_plugin.attribution.methods import BATCH, attribute
+from kd_lrp_plugin.evaluation.explain_inputs import (
+    ExplainOptions,
+    LoadedRun,
+    Sample,
+    make_sample,
+    open_run,
+    sample_indices,
+)
+from kd_lrp_plugin.plots.maps import MapRow, map_figure
+from kd_lrp_plugin.utils.files import get_command, put, write_json
+from kd_lrp_plugin.utils.progress import current_progress
+from kd_lrp_plugin.utils.validation import message
+
+MOST = 400  # images, unless asked otherwise
+BORDER = 1 / 8  # of the shorter side: the width of the border, half of a corner's side
+SHOWN = 6  # images in the picture
+METHOD = "gradient_activation"
+Region = Bool[Tensor, "n h w"]
+
+
+@dataclass(frozen=True)
+class AuditOptions:
+    """What is audited, and how.
+
+    Attributes:
+        layer: of the maps; None for the deepest before the last reduction.
+        samples: test images at most.
+        device: to compute on.
+        safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
+
+    Raises:
+        ValueError: for less than one image.
+    """
+
+    layer: str | None = None
+    samples: int = MOST
+    device: torch.device | str = "cpu"
+    safe: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(message("audit: samples", "1 or more", self.samples, "Use 400."))
+
+
+def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, Any]:
+    """What the regions where nothing should tell the class are worth to a run's models.
+
+    The regions are border, corners, background and, where the data set puts markers on its images,
+    the marker.
+
+    Writes ``audit.json`` and ``audit.png`` into the run folder: the images whose prediction changes
+    most.
+
+    Args:
+        folder: a finished run.
+        options: all of them as they are by themselves, if None.
+
+    Returns:
+        ``images``; ``relevance``, by role and region the mean share of positive relevance there
+        (``mean``), and the region's share of the image (``chance``); ``replaced``, by role, region
+        and replacement (``blur``, ``mean``, ``swap``: another image's) the accuracy before and
+        after (``accuracy_before``, ``accuracy``) and the share of predictions that change
+        (``flips``); ``object_removed``, by role, accuracy where the masked object takes the mean of
+        the image, of images with a mask, or None without masks; ``most_flips``, the largest share
+        of the student's.
+
+    Raises:
+        FileNotFoundError: if there is no finished run.
+        ValueError: for a run that cannot be loaded, or an unknown layer.
+
+    Reference:
+        Geirhos et al., Nature Machine Intelligence 2020 (shortcuts); Ross et al., IJCAI 2017
+        (right for the right reasons). The regions and replacements are ours.
+    """
+    options = options or AuditOptions()
+    layers = [options.layer] if options.layer else []
+    asked = ExplainOptions(
+        methods=[METHOD], layers=layers, device=options.device, safe=options.safe
+    )
+    run = open_run(folder, "", asked)
+    indices = sample_indices(run, options.samples)
+    sample = make_sample(run, indices, options.device)
+    regions = find_regions(sample.images)
+    if markers := _find_markers(run, indices):
+        regions["marker"] = torch.stack(markers)
+    found: dict[str, Any] = {"images": len(sample.labels), "command": get_command()}
+    parts: dict[str, dict[str, Any]] = {"relevance": {}, "replaced": {}, "object_removed": {}}
+    for role in current_progress().track(list(run.models), "auditing", len(run.models)):
+        model = run.models[role]
+        relevance = _attribute(run, role, sample)
+        parts["relevance"][role] = measure_relevance(relevance, regions)
+        parts["replaced"][role] = measure_replacements(model, sample, regions)
+        parts["object_removed"][role] = _remove_object(model, sample)
+    found |= parts
+    flips = [r["flips"] for of in found["replaced"]["student"].values() for r in of.values()]
+    found["most_flips"] = max(flips)
+    figure = _draw(run, sample, regions)
+    put(run.folder / "audit.png", lambda file: figure.savefig(file, format="png"))
+    write_json(run.folder / "audit.json", found)
+    return found
+
+
+def find_regions(images: Float[Tensor, "n c h w"]) -> dict[str, Region]:
+    """Border, corners and background of each image.
+
+    The background is what lies outside the largest bright or textured part: pixels that differ
+    from the median of the image's edge by more than a tenth of its range, with holes filled. An
+    image without such a part, or with nothing else, has no background: an empty region.
+
+    Example:
+        >>> images = torch.zeros(1, 1, 16, 16)
+        >>> images[0, 0, 4:12, 4:12] = 1
+        >>> {name: int(region.sum()) for name, region in find_regions(images).items()}
+        {'border': 112, 'corners': 64, 'background': 192}
+    """
+    n, _, height, width = images.shape
+    side = max(1, round(BORDER * min(height, width)))
+    border = torch.ones(n, height, width, dtype=torch.bool)
+    border[:, side:-side, side:-side] = False
+    corners = torch.zeros_like(border)
+    for rows in (slice(None, 2 * side), slice(-2 * side, None)):
+        for columns in (slice(None, 2 * side), slice(-2 * side, None)):
+            corners[:, rows, columns] = True
+    grey = images.mean(1).cpu().numpy()
+    background = torch.stack([torch.from_numpy(~_find_foreground(image)) for image in grey])
+    background[background.all(2).all(1)] = False
+    return {"border": border, "corners": corners, "background": background}
+
+
+def _find_markers(run: LoadedRun, indices: Sequence[int]) -> list[Bool[Tensor, "h w"]]:
+    """Where the data set has put a marker, an empty region where it has put none."""
+    find = getattr(run.test_set, "marker", None)
+    if find is None:
+        return []
+    nothing = np.zeros(run.summary["image_shape"][-2:], bool)
+    found = [find(index) for index in indices]
+    return [torch.from_numpy(nothing if marker is None else marker) for marker in found]
+
+
+def _find_foreground(image: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:
+    edge = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+    differs = np.abs(image - np.median(edge)) > 0.1 * max(float(np.ptp(image)), 1e-12)
+    parts, count = label(differs)
+    if count == 0:
+        return np.zeros(image.shape, bool)
+    largest = 1 + int(np.bincount(parts.ravel())[1:].argmax())
+    return binary_fill_holes(parts == largest)
+
+
+def measure_relevance(
+    maps: Float[Tensor, "n h2 w2"], regions: Mapping[str, Region]
+) -> dict[str, dict[str, float | None]]:
+    """Mean share of positive relevance in each region, beside the region's share of the image."""
+    found = {}
+    for name, region in regions.items():
+        shares = relevance_mass_accuracy(maps, region)
+        known = ~shares.isnan()
+        chance = area_share(region)[known]
+        found[name] = {
+            "mean": float(shares[known].mean()) if known.any() else None,
+            "chance": float(chance.mean()) if known.any() else None,
+            "n": int(known.sum()),
+        }
+    return found
+
+
+def replace_region(
+    images: Float[Tensor, "n c h w"], region: Region, how: str
+) -> Float[Tensor, "n c h w"]:
+    """The images with a region of each blurred, of the image's mean colour, or another image's.
+
+    Args:
+        images: as the model takes them.
+        region: pixels to replace.
+        how: "blur" (its standard deviation is an eighth of the shorter side), "mean" or "swap" (of
+            the next image, the last one of the first).
+
+    Example:
+        >>> images = torch.arange(2.0)[:, None, None, None].expand(2, 1, 4, 4)
+        >>> region = torch.zeros(2, 4, 4, dtype=torch.bool)
+        >>> region[:, 0] = True
+        >>> replace_region(images, region, "swap")[:, 0, :2, 0].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return torch.where(region[:, None].to(images.device), _REPLACEMENTS[how](images), images)
+
+
+def _blur(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    shorter = min(images.shape[-2:])
+    width = min(2 * (3 * shorter // 8) + 1, 2 * shorter - 1)  # odd, and the padding has to fit
+    return gaussian_blur(images, [width, width], [shorter / 8, shorter / 8])
+
+
+_REPLACEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "blur": _blur,
+    "mean": lambda images: images.mean((2, 3), keepdim=True).expand_as(images),
+    "swap": lambda images: images.roll(-1, 0),
+}
+
+
+def measure_replacements(
+    model: nn.Module, sample: Sample, regions: Mapping[str, Region]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By region and replacement: accuracy before and after, and the share of changed predictions.
+
+    Images without the region are left out; a region that no image has is, too.
+    """
+    before = _predict(model, sample.images)
+    right = before == sample.labels.cpu()
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, region in regions.items():
+        has = region.any(2).any(1)
+        if not has.any():
+            continue
+        found[name] = {}
+        for how in _REPLACEMENTS:
+            after = _predict(model, replace_region(sample.images, region, how))
+            found[name][how] = {
+                "accuracy_before": float(right[has].float().mean()),
+                "accuracy": float((after == sample.labels.cpu())[has].float().mean()),
+                "flips": float((after != before)[has].float().mean()),
+            }
+    return found
+
+
+def _remove_object(model: nn.Module, sample: Sample) -> dict[str, float] | None:
+    """Accuracy with the masked object gone: a model that is still right sees something else."""
+    if sample.masks is None:
+        return None
+    labels = sample.labels.cpu()
+    after = _predict(model, replace_region(sample.images, sample.masks, "mean"))
+    before = _predict(model, sample.images)
+    return {
+        "accuracy_before": float((before == labels).float().mean()),
+        "accuracy": float((after == labels).float().mean()),
+    }
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, images: Tensor) -> Int[Tensor, " n"]:
+    return torch.cat([model(part).argmax(1).cpu() for part in images.split(BATCH)])
+
+
+@torch.no_grad()
+def _predict_probabilities(model: nn.Module, images: Tensor) -> Float[Tensor, "n outputs"]:
+    return torch.cat([model(part).float().softmax(1).cpu() for part in images.split(BATCH)])
+
+
+def _attribute(run: LoadedRun, role: str, sample: Sample) -> Float[Tensor, "n h2 w2"]:
+    """Of what the model predicts, for what it looks at is the question."""
+    model, layer = run.models[role], run.layers[role][0]
+    return attribute(model, sample.images, _predict(model, sample.images), METHOD, layer)
+
+
+def _draw(run: LoadedRun, sample: Sample, regions: Mapping[str, Region]) -> Any:
+    """The images whose predicted class loses most by a replacement, before and after it."""
+    model = run.models["student"]
+    before = _predict_probabilities(model, sample.images)
+    classes = before.argmax(1, keepdim=True)
+    effects: list[tuple[float, int, str, str]] = []
+    for name, region in regions.items():
+        for how in _REPLACEMENTS:
+            after = _predict_probabilities(model, replace_region(sample.images, region, how))
+            lost = (before.gather(1, classes) - after.gather(1, classes)).squeeze(1)
+            effects += [(float(lost[i]), i, name, how) for i in range(len(lost))]
+    chosen: dict[int, tuple[float, int, str, str]] = {}
+    for effect in sorted(effects, reverse=True):
+        chosen.setdefault(effect[1], effect)
+        if len(chosen) == min(SHOWN, len(before)):
+            break
+    maps = _attribute(run, "student", sample)
+    rows = [
+        _make_row(run, sample, regions, maps[index].numpy(), (index, name, how))
+        for _, index, name, how in chosen.values()
+    ]
+    return map_figure(rows, "Where a replaced region changes the prediction most", "region")
+
+
+def _make_row(
+    run: LoadedRun,
+    sample: Sample,
+    regions: Mapping[str, Region],
+    relevance: Float[np.ndarray, "h w"],
+    effect: tuple[int, str, str],
+) -> MapRow:
+    index, name, how = effect
+    image = sample.images
+    replaced = replace_region(image, regions[name], how)[index : index + 1]
+    shares = _predict_probabilities(
+        run.models["student"], torch.cat([image[index][None], replaced])
+    )
+    said: Sequence[tuple[str, float]] = [
+        (run.class_name(int(row.argmax())), float(row.max())) for row in shares
+    ]
+    picture = image[index].mean(0).cpu()
+    low, high = picture.min(), picture.max()
+    column = "relevance; below, said once the region is replaced"
+    return MapRow(
+        f"{run.class_name(int(sample.labels[index]))}\n{name}: {how}",
+        ((picture - low) / (high - low).clamp(min=1e-12)).numpy(),
+        {column: relevance},
+        {"image": said[0], column: said[1]},
+        regions[name][index].numpy(),
+    )

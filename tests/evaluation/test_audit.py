@@ -1,0 +1,107 @@
+"""What regions are worth to a model: against models that look at one region alone, by design."""
+
+import json
+
+import pytest
+import torch
+from small_runs import CONFIGS, SMALL
+from torch import nn
+from typer.testing import CliRunner
+
+from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.evaluation.audit import (
+    find_regions,
+    measure_relevance,
+    measure_replacements,
+    replace_region,
+)
+from kd_lrp_plugin.evaluation.explain_inputs import Sample
+from kd_lrp_plugin.models.factory import build_model
+
+MARKED = CONFIGS / "phantom_marked/kd/test_resnet_from_resnet10t.yaml"
+
+
+class LooksAt(nn.Module):
+    """Says class 1 where the mean of some pixels is above a half."""
+
+    def __init__(self, pixels: torch.Tensor) -> None:
+        super().__init__()
+        self.pixels = pixels
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        brightness = images.mean(1)[:, self.pixels].mean(1)
+        return torch.stack([0.5 - brightness, brightness - 0.5], 1)
+
+
+@pytest.fixture
+def scene() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Images whose corner and whose middle tell the class; the middle's mask."""
+    labels = torch.arange(16) % 2
+    images = torch.zeros(16, 1, 32, 32)
+    images[:, :, :4, :4] = labels[:, None, None, None].float()
+    images[:, :, 12:20, 12:20] = 0.2 + 0.8 * labels[:, None, None, None].float()
+    mask = torch.zeros(16, 32, 32, dtype=torch.bool)
+    mask[:, 12:20, 12:20] = True
+    return images, labels, mask
+
+
+def test_regions_are_where_they_are_said_to_be(scene):
+    images, _, mask = scene
+    regions = find_regions(images[::2])  # of class 0: the middle alone is bright
+    assert regions["border"][0].sum() == 32 * 32 - 24 * 24
+    assert regions["corners"][0].sum() == 4 * 8 * 8
+    assert torch.equal(~regions["background"], mask[::2])
+    assert not find_regions(torch.zeros(1, 3, 16, 16))["background"].any()
+
+
+@pytest.mark.parametrize("how", ["blur", "mean", "swap"])
+def test_only_the_region_is_replaced(how):
+    images = torch.rand(3, 2, 16, 16)
+    region = torch.rand(3, 16, 16) > 0.5
+    changed = replace_region(images, region, how)
+    kept = ~region[:, None].expand_as(images)
+    assert torch.equal(changed[kept], images[kept])
+    assert not torch.equal(changed, images)
+
+
+def test_a_model_that_looks_at_a_corner_changes_its_mind_and_one_that_does_not_does_not(scene):
+    images, labels, mask = scene
+    sample, regions = Sample(images, labels, mask), find_regions(images)
+    corner = torch.zeros(32, 32, dtype=torch.bool)
+    corner[:4, :4] = True
+    fell = measure_replacements(LooksAt(corner), sample, regions)
+    sound = measure_replacements(LooksAt(mask[0]), sample, regions)
+    assert fell["corners"]["swap"] == {"accuracy_before": 1, "accuracy": 0, "flips": 1}
+    assert fell["corners"]["mean"]["accuracy"] == 0.5
+    for of_region in (sound["corners"], sound["border"]):
+        assert all(of["flips"] == 0 and of["accuracy"] == 1 for of in of_region.values())
+
+
+def test_relevance_is_compared_with_chance(scene):
+    images, _, _ = scene
+    maps = torch.zeros(16, 32, 32)
+    maps[:, 0, 0] = 1
+    found = measure_relevance(maps, find_regions(images))
+    assert found["corners"] == {"mean": 1.0, "chance": 0.25, "n": 16}
+    even = measure_relevance(torch.ones(16, 32, 32), find_regions(images))
+    assert even["border"]["mean"] == pytest.approx(even["border"]["chance"])
+
+
+def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": build_model("resnet10t", 4).state_dict()}, "teacher.pt")
+    changes = (*SMALL, "models.teacher_model.src_ckpt=teacher.pt")
+    sets = [word for change in changes for word in ("--set", change)]
+    run = CliRunner().invoke(app, ["distill", str(MARKED), *sets, "--out", "run"])
+    assert run.exit_code == 0, run.output
+    shown = CliRunner().invoke(app, ["audit", "run", "--samples", "8"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads((tmp_path / "run/audit.json").read_text())
+    assert set(found["relevance"]) == {"student", "teacher"}
+    assert {"border", "corners", "background", "marker"} <= set(found["relevance"]["student"])
+    assert (tmp_path / "run/audit.png").stat().st_size > 5000
+    strict = CliRunner().invoke(app, ["audit", "run", "--samples", "8", "--fail-over", "0"])
+    assert strict.exit_code == (1 if found["most_flips"] > 0 else 0)
+    missing = CliRunner().invoke(app, ["audit", "nowhere"])
+    assert missing.exit_code == 1
+    assert "a finished run" in missing.output
