@@ -22,7 +22,7 @@ lock: ## writes constraints.txt: the newest versions of all that is installed
 	.venv-latest/bin/python -m pip freeze --exclude-editable \
 		| sed -n -E 's/^([A-Za-z0-9_.-]+==[0-9][^ +]*).*/\1/p' > constraints.txt
 
-demo: install  ## train a teacher, rank students, distil two; ends with demo/report.html (about six minutes)
+demo: install  ## a student that fell for a marker, and one that did not; ends with demo/report.html
 	$(BIN)/python examples/demo.py --out demo
 
 test: install  ## all tests and doctests, but for the slow ones
