@@ -125,6 +125,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Finished]
     [
         pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
         for name in sorted(str(path.relative_to(EXAMPLES)) for path in EXAMPLES.rglob("*.py"))
+        if not name.startswith("extension/")  # what own_method.py brings with it
     ],
 )
 def test_runs_offline_and_leaves_its_files(name, short):

@@ -147,7 +147,7 @@ FUNCTIONS = {
     "from kd_lrp_plugin.data.leakage import check": "cli",
     "from kd_lrp_plugin.metrics.classification import classification_metrics": "cli",
     "from kd_lrp_plugin.selection.search import search": "search",
-    "from kd_lrp_plugin.attribution.lime import lime; import torch; "
+    "from kd_lrp_plugin.attribution.perturbation import lime; import torch; "
     "lime(torch.nn.Identity(), torch.rand(1, 3, 8, 8), torch.tensor([0]))": "cli",
 }
 

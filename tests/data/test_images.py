@@ -21,6 +21,7 @@ from kd_lrp_plugin.data.leakage.images import fingerprint
 from kd_lrp_plugin.data.transforms import make_transforms, preparation, preprocessing
 from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.evaluation import evaluate, explain_inputs
+from kd_lrp_plugin.runs.folder import RunFolder
 
 SHAPE = (9, 13)
 RNG = np.random.default_rng(0)
@@ -185,6 +186,7 @@ def test_predict_and_explain_see_what_training_sees(name, ending, tmp_path, monk
         image.save(tmp_path / "Training" / label / f"1.{ending}", **options)
     data = FolderImages(str(tmp_path), image_size=9)
     summary = {"preprocessing": preprocessing(data), "classes": ["cat", "dog"]}
+    monkeypatch.setattr(RunFolder, "summary", lambda _: {**summary, "image_shape": [3, 9, 9]})
     given = []
 
     def model(images: torch.Tensor) -> torch.Tensor:
@@ -194,7 +196,7 @@ def test_predict_and_explain_see_what_training_sees(name, ending, tmp_path, monk
     monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: (model, summary))
     evaluate.predict(tmp_path, [data.samples[0][0]])
     assert torch.equal(given[0][0], data[0][0])
-    run = SimpleNamespace(summary=summary, folder=SimpleNamespace(path=tmp_path))
+    run = SimpleNamespace(name="run", summary=summary, folder=SimpleNamespace(path=tmp_path))
     (shown,) = explain_inputs.read_images([run], [data.samples[0][0]])(run)
     assert torch.equal(shown.image, data[0][0])
     assert np.array_equal(shown.picture, np.asarray(data.loader(data.samples[0][0])))

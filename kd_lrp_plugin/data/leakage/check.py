@@ -119,7 +119,8 @@ def check_data(
             return before
         audit = group_images(images, prints, find_duplicates(prints), patients)
         rows = clean_split(audit, test_share)
-        summary = {"options": options, "state": state, **count_properties(images, prints, ignored)}
+        summary = {"command": get_command(), "options": options, "state": state}
+        summary |= count_properties(images, prints, ignored)
         summary |= count_leaks(audit, rows)
         summary["summary"] = summarise_leaks(summary)
         order = _worst_first(audit)
@@ -137,7 +138,7 @@ def check_data(
         if len(order):
             figure = pairs_figure(root, audit, order, bits)
             put(out / "pairs.png", lambda draft: figure.savefig(draft, format="png"))
-        write_json(out / "summary.json", {"command": get_command(), **summary})
+        write_json(out / "summary.json", summary)
     return summary
 
 
