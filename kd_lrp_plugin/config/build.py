@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -113,7 +113,10 @@ def import_dependencies(config: Document) -> Any:
 
 
 def _add_module_folders(config: Document) -> None:
-    for folder in (Path(), Path(config.path).parent, *config.module_folders):
+    beside = config.module_folders
+    if beside is None:
+        beside = (Path(config.path).parent,)
+    for folder in (Path(), *beside):
         if (path := str(folder.resolve())) not in sys.path:
             sys.path.append(path)  # behind all else: no file there hides an installed package
 
@@ -181,10 +184,11 @@ def _within(inner: yaml.Node, outer: yaml.Node) -> bool:
 
 
 def get_stages(train: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The stages of a ``train`` section by their dotted name, in order; one if it has none."""
+    """The stages of a ``train`` section by their key path, in order; itself if it has none."""
     names = [key for key in train if re.fullmatch(r"stage\d+", key)]
     names.sort(key=lambda name: int(name.removeprefix("stage")))
-    return {f"train.{name}": train[name] for name in names} or {"train": dict(train)}
+    # The section itself, no copy: what is set in a stage must be seen by torchdistill's box.
+    return {f"train.{name}": train[name] for name in names} or {"train": cast(dict, train)}
 
 
 def build_model_entry(entry: Mapping[str, Any], where: str = "models") -> nn.Module:

@@ -24,13 +24,13 @@ class Document:
     Attributes:
         path: its file.
         root: its nodes; each knows its location in the file, or the override that it came from.
-        module_folders: where its modules are looked for, beside its own folder; see
+        module_folders: where its modules are looked for; None for its own folder; see
             :func:`kd_lrp_plugin.config.build.import_dependencies`.
     """
 
     path: str
     root: yaml.MappingNode
-    module_folders: tuple[Path, ...] = ()
+    module_folders: tuple[Path, ...] | None = None
 
     @property
     def text(self) -> str:

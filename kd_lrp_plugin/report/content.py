@@ -24,7 +24,7 @@ from kd_lrp_plugin.report.sections import (
 )
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.utils import files
-from kd_lrp_plugin.utils.files import hash_contents, read_csv
+from kd_lrp_plugin.utils.files import hash_contents, name_folders, read_csv
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -44,9 +44,9 @@ def gather(
     of_runs, of_studies = (
         [path for path in paths if classify_folder(path) == kind] for kind in ("run", "study")
     )
-    studies = [read_study(*named) for named in _name_folders(of_studies)]
+    studies = list(map(read_study, of_studies, name_folders(of_studies)))
     of_cells = [] if of_runs else _list_first_seeds(studies)
-    named = _name_folders(of_runs) + of_cells[:DETAILED]
+    named = [*zip(of_runs, name_folders(of_runs), strict=True), *of_cells[:DETAILED]]
     tracked = current_progress().track(named, "reading", len(named))
     runs = [_read_run(path, name) for path, name in tracked]
     sheets = list_map_sheets(runs, maps)
@@ -105,22 +105,6 @@ def classify_folder(folder: Path) -> str:
     elif (folder / "pairs.csv").is_file():
         fix = "Give what kd-lrp check-data has written as --data-check."
     raise FileNotFoundError(message("report", "a finished run or a study", got, fix))
-
-
-def _name_folders(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Each folder with what tells it from the others: its path without what all share.
-
-    A seed is in the name only if it is needed.
-    """
-    parts = [list(path.resolve().parts) for path in paths]
-    unseeded = [part[: -1 if part[-1].isdigit() else None] for part in parts]
-    if len({tuple(part) for part in unseeded}) == len(paths):
-        parts = unseeded
-    for _ in range(2):  # what all begin with, then what all end with
-        while parts and min(map(len, parts)) > 1 and len({part[0] for part in parts}) == 1:
-            parts = [part[1:] for part in parts]
-        parts = [part[::-1] for part in parts]
-    return list(zip(paths, map("/".join, parts), strict=True))
 
 
 def _list_first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]:

@@ -15,8 +15,8 @@ from kd_lrp_plugin.config.document import Document, resolve_config, walk_pairs
 from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.data.transforms import preparation
 from kd_lrp_plugin.models.weights import load_weights
-from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import check_weights_file
+from kd_lrp_plugin.runs.record import RunRecord
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -31,7 +31,7 @@ def load_run(folder: str | Path, safe: bool = False) -> tuple[nn.Module, dict[st
         FileNotFoundError: if the folder holds no finished run.
         ValueError: for a config that is not safe, if it must be.
     """
-    summary = RunFolder(folder).summary()
+    summary = RunRecord(folder).summary()
     return load_models(folder, ("student",), safe)["student"], summary
 
 
@@ -58,7 +58,7 @@ def load_models(
         ValueError: for a config that is not safe, if it must be, a teacher whose weights were
             not read from a file, or weights of another model.
     """
-    run = RunFolder(folder)
+    run = RunRecord(folder)
     summary = run.summary()
     entries = read_model_entries(run, summary, safe)
     models = {}
@@ -84,7 +84,7 @@ def _check_finite(model: nn.Module, where: str) -> None:
         raise ValueError(message(where, "tensors of finite numbers", got, fix))
 
 
-def _find_teacher_file(run: RunFolder, entry: Mapping[str, Any]) -> Path:
+def _find_teacher_file(run: RunRecord, entry: Mapping[str, Any]) -> Path:
     source = entry.get("src_ckpt") or entry["kwargs"].get("weights")
     where = f"teacher of {run.path}"
     if not source:
@@ -116,12 +116,12 @@ def load_transform(folder: str | Path, safe: bool = False) -> Callable[[Image.Im
         FileNotFoundError: if the folder holds no finished run.
         ValueError: if the transform is not known, or the config is not safe, if it must be.
     """
-    run = RunFolder(folder)
+    run = RunRecord(folder)
     summary = run.summary()
     if summary["preprocessing"] is not None:
         _, known = preparation(summary["preprocessing"])
         return lambda image: known(image.convert("RGB"))
-    prepare = _build_transform(_config(run, safe), f"transform of {run.path}")
+    prepare = _build_transform(_read_config(run, safe), f"transform of {run.path}")
     mode = "L" if summary["image_shape"][0] == 1 else "RGB"
     return lambda image: prepare(image.convert(mode))
 
@@ -162,9 +162,9 @@ def load_test_set(folder: str | Path, safe: bool = False) -> Any:
         FileNotFoundError: if the folder holds no finished run, or the images are not there.
         ValueError: for a config that is not safe, if it must be.
     """
-    run = RunFolder(folder)
+    run = RunRecord(folder)
     run.summary()
-    config = _config(run, safe)
+    config = _read_config(run, safe)
     name = construct(config.only("test"))["test"]["test_data_loader"]["dataset_id"]
     return _build_dataset(config, name)
 
@@ -177,18 +177,20 @@ def _build_dataset(config: Document, name: str) -> Any:
     return construct(config)["datasets"][name]
 
 
-def _config(run: RunFolder, safe: bool) -> Document:
+def _read_config(run: RunRecord, safe: bool) -> Document:
     config = resolve_config(run / "config.yaml")
     if safe and (problems := unsafe_tags(config)):
         raise ValueError("\n".join(problems))
-    return config
+    # Modules of the user's own lay beside the config that was given; none belongs into a run.
+    beside = None if safe else run.module_folder
+    return replace(config, module_folders=(Path(beside),) if beside else ())
 
 
 def read_model_entries(
-    run: RunFolder, summary: Mapping[str, Any], safe: bool
+    run: RunRecord, summary: Mapping[str, Any], safe: bool
 ) -> dict[str, dict[str, Any]]:
     """What the config says of student and, if there was one, teacher."""
-    config = _config(run, safe)
+    config = _read_config(run, safe)
     # A student that was chosen may need its data to be read in; its choice is known already.
     chosen = summary.get("student")
     without = "student_model" if chosen else ""

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from kd_lrp_plugin.runs.folder import AGAIN, RunFolder
+from kd_lrp_plugin.runs.record import RERUN, RunRecord
 from kd_lrp_plugin.utils.files import damaged, read_csv, to_csv
 
-_REPAIR = f"Delete it, and give {AGAIN.rstrip(',')} again: it tests the weights that are kept."
+_REPAIR = f"Delete it, and rerun {RERUN.rstrip(',')}: it tests the weights that are kept."
 
 GROUP = "group"  # title of the column that a data set with groups adds
 
@@ -74,7 +74,7 @@ def predictions_csv(
     return to_csv(["image", "label", *([GROUP] if groups else []), *titles], rows)
 
 
-def read_predictions(folder: RunFolder) -> Predictions:
+def read_predictions(folder: RunRecord) -> Predictions:
     """What :func:`predictions_csv` has written, as it was at the end of the run.
 
     Raises:

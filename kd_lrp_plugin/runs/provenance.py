@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.data.folder import find_folder, identify_images
-from kd_lrp_plugin.runs.folder import OUTPUTS, RunFolder
+from kd_lrp_plugin.runs.record import OUTPUTS, RunRecord
 from kd_lrp_plugin.utils.files import hash_file
 
 
@@ -20,7 +20,7 @@ def list_files(config: Document) -> dict[str, str | None]:
         config: nothing in it is called, and nothing need be right.
 
     Returns:
-        By place in the config; "none" where it names no file, None where none lies there.
+        By key path in the config; "none" where it names no file, None where none lies there.
 
     Raises:
         ValueError: if a finished run has written a file that is no longer as it was.
@@ -36,11 +36,11 @@ def list_files(config: Document) -> dict[str, str | None]:
     for name, entry in _mapping(content.get("datasets")).items():
         if str(_mapping(entry).get("key")).endswith("folder_images"):
             kwargs = _mapping(_mapping(entry.get("init")).get("kwargs"))
-            found[f"datasets.{name}"] = _of_images(kwargs)
+            found[f"datasets.{name}"] = _hash_images(kwargs)
     for role, entry in _mapping(content.get("models")).items():
         weights = _mapping(_mapping(entry).get("kwargs")).get("weights")
         for key, file in (("src_ckpt", _mapping(entry).get("src_ckpt")), ("weights", weights)):
-            found[f"models.{role}.{key}"] = _of_file(str(file)) if file else "none"
+            found[f"models.{role}.{key}"] = _hash_file(str(file)) if file else "none"
     return found
 
 
@@ -50,7 +50,7 @@ def check_weights_file(file: Path) -> Path:
     Raises:
         ValueError: if it is not as that run has written it; says how to repair it.
     """
-    run = RunFolder(file.resolve().parent)
+    run = RunRecord(file.resolve().parent)
     return file if file.name not in OUTPUTS or not run.finished else run.check_output(file.name)
 
 
@@ -58,7 +58,7 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _of_images(kwargs: Mapping[str, Any]) -> str | None:
+def _hash_images(kwargs: Mapping[str, Any]) -> str | None:
     split, manifest = kwargs.get("split", "Training"), kwargs.get("manifest")
     try:
         folder = find_folder(kwargs.get("root"), str(kwargs.get("name", "")))
@@ -67,6 +67,6 @@ def _of_images(kwargs: Mapping[str, Any]) -> str | None:
         return None
 
 
-def _of_file(name: str) -> str | None:
+def _hash_file(name: str) -> str | None:
     file = Path(os.path.expandvars(name)).expanduser()
     return hash_file(check_weights_file(file)) if file.is_file() else None

@@ -1,6 +1,5 @@
 """The runs of a study in processes of their own, which end when this one does."""
 
-import _thread
 import itertools
 import json
 import logging
@@ -8,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,11 +25,12 @@ from kd_lrp_plugin.studies.status import (
 from kd_lrp_plugin.training.trainer import distill
 from kd_lrp_plugin.utils.files import Busy, locked
 from kd_lrp_plugin.utils.progress import current_progress
+from kd_lrp_plugin.utils.workers import end_with_parent
 
 logger = logging.getLogger(__name__)
 BUSY = 75  # exit code of a process whose run another one is running (EX_TEMPFAIL)
 COMMAND = (sys.executable, "-c", "from kd_lrp_plugin.studies.executors import run_job; run_job()")
-FAILED = "The run has failed: "  # before the words of an error, in its log
+FAILED = "The run has failed: "  # before an error, in the log of its run
 
 
 class StudyExecutor:
@@ -42,7 +41,7 @@ class StudyExecutor:
         options: how many at the same time, and where.
         threads: of each process; a run that resumes keeps those that it began with, for their
             number changes its weights.
-        failed: filled with the words of what fails, by folder.
+        failed: filled with the reason of each failure, by folder.
         after: called after each run.
     """
 
@@ -114,15 +113,15 @@ class StudyExecutor:
             if is_finished(run):
                 summary = RunFolder(folder).summary()
                 accuracy = f"{summary['test_accuracy']:.4f}"
-                words = f"test accuracy {accuracy}, {summary['seconds'] / 60:.1f} min"
+                outcome = f"test accuracy {accuracy}, {summary['seconds'] / 60:.1f} min"
             elif code == BUSY:
                 self.waiting.append(run)
                 continue
             else:
                 self.failed[folder] = _read_failure(get_log(run), code)
-                words = f"failed: {self.failed[folder]} (log: {get_log(run)})"
+                outcome = f"failed: {self.failed[folder]} (log: {get_log(run)})"
             self.after()
-            current_progress().note(f"{run.label}: {words}")
+            current_progress().note(f"{run.label}: {outcome}")
 
     def _stop(self) -> None:
         for _, process in self.active.values():
@@ -146,12 +145,12 @@ def count_threads(jobs: int) -> int:
 
 
 def _read_failure(log: Path, code: int) -> str:
-    said = log.read_text(encoding="utf-8", errors="replace")
+    output = log.read_text(encoding="utf-8", errors="replace")
     if code < 0:
         return f"ended by signal {-code}; 9 may mean too little memory for so many jobs"
-    if FAILED in said:
-        return said.rpartition(FAILED)[2].strip()
-    return f"exit code {code}: {said.strip().splitlines()[-1] if said.strip() else 'no words'}"
+    if FAILED in output:
+        return output.rpartition(FAILED)[2].strip()
+    return f"exit code {code}: {output.strip().splitlines()[-1] if output.strip() else 'no output'}"
 
 
 def run_job() -> None:
@@ -162,7 +161,7 @@ def run_job() -> None:
     sys.argv = ["kd-lrp", *command]  # what would do the same, for the run's record
     logging.basicConfig(level=logging.INFO)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & switch it off
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(interrupt=True)  # every file of a run is intact at any time
     try:
         distill(job)
         with locked(job.folder / LOCK):
@@ -174,15 +173,6 @@ def run_job() -> None:
         os._exit(130)
     except Exception as error:
         logger.exception("the run has failed")
-        words = str(error) if isinstance(error, ValueError | OSError) else repr(error)
-        sys.stderr.write(f"{FAILED}{words}\n")
+        reason = str(error) if isinstance(error, ValueError | OSError) else repr(error)
+        sys.stderr.write(f"{FAILED}{reason}\n")
         sys.exit(1)
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock a forked loader would inherit
-        pass
-    for _ in range(4):  # one alone is lost where it meets a destructor, which swallows it
-        _thread.interrupt_main()
-        time.sleep(5)
-    os._exit(130)  # every file of a run is whole at any time

@@ -1,6 +1,6 @@
 """Studies: the runs of a plan in processes of their own, and what they say together.
 
-Every run is one of the driver's, in a process that ends when this one does, however that ends. A
+Every run is one of the trainer's, in a process that ends when this one does, however that ends. A
 run that another process is running, such as another study, is left to it and waited for. What
 is finished is never run again; :mod:`kd_lrp_plugin.studies.parser` says when two runs are the same.
 """
@@ -32,6 +32,7 @@ from kd_lrp_plugin.studies.status import (
     is_trained,
 )
 from kd_lrp_plugin.training.check.dry_run import check
+from kd_lrp_plugin.training.check.sections import identify_model
 from kd_lrp_plugin.utils.distributed import init_distributed
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -130,7 +131,11 @@ def _refuse_problems(plan: Plan, device: str | None, safe: bool) -> None:
                 report = check(config, context, built)
                 found = report.problems
                 if run.folder in prepare and report.assembly and not found:
-                    _save_untrained(report.assembly, untrained[run.folder])
+                    role, model = _get_student(report.assembly)
+                    file = untrained[run.folder] / "best.pt"
+                    file.parent.mkdir(parents=True)
+                    torch.save({"model": model.module.state_dict()}, file)
+                    built[identify_model(config, role, file)] = model  # which others begin with
             problems += [f"{plan.file}: {run.cell}: {problem}" for problem in found]
     if problems:
         raise ValueError("\n".join(problems))
@@ -146,8 +151,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _save_untrained(assembly: Assembly, folder: Path) -> None:
-    models = assembly.models
-    student = models["student_model" if "student_model" in models else "model"].module
-    folder.mkdir(parents=True)
-    torch.save({"model": student.state_dict()}, folder / "best.pt")
+def _get_student(assembly: Assembly) -> tuple[str, BuiltModel]:
+    role = "student_model" if "student_model" in assembly.models else "model"
+    return role, assembly.models[role]

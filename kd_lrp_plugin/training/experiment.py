@@ -1,8 +1,7 @@
-"""A config made real: models, data sets, and torchdistill's box that trains with them."""
+"""A config made real: models, data sets, and the state of their training."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
@@ -11,51 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.data.distributed import DistributedSampler
-from torchdistill.core.distillation import get_distillation_box
-from torchdistill.core.interfaces.registry import register_post_forward_proc_func
-from torchdistill.core.training import get_training_box
 from torchdistill.datasets.util import build_data_loader
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from kd_lrp_plugin.config.build import Assembly, check_classes, get_stages
 from kd_lrp_plugin.data.transforms import preprocessing
 from kd_lrp_plugin.data.validation import check_same_classes
+from kd_lrp_plugin.training.box import Datasets, build_box, check_head
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import message
 
 MONITOR = "val_accuracy"
 LAST = "last"  # as a monitor: no epoch is chosen, the last one is kept
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@register_post_forward_proc_func
-def scaled_step(box: Any, loss: Tensor, metrics: Any = None, **_: Any) -> None:
-    """torchdistill's default after a forward pass, with the loss scaled to suit float16."""
-    box.stage_grad_count += 1
-    box.grad_scaler.scale(loss / box.grad_accum_step).backward()
-    if box.stage_grad_count % box.grad_accum_step != 0:
-        return
-    if box.max_grad_norm is not None:
-        box.grad_scaler.unscale_(box.optimizer)
-        parameters = [p for group in box.optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, box.max_grad_norm)
-    box.grad_scaler.step(box.optimizer)
-    box.grad_scaler.update()
-    box.optimizer.zero_grad()
-    every = box.scheduling_step or 0
-    if box.lr_scheduler is not None and every > 0 and box.stage_grad_count % every == 0:
-        box.lr_scheduler.step()
-
-
-class _Datasets(dict[str, Any]):
-    """Data sets by name, each handed out as a shallow copy.
-
-    A wrapper around a data set may change it (torchdistill's for SSKD takes its transform away),
-    and of one data set several loaders are made.
-    """
-
-    def __getitem__(self, name: str) -> Any:
-        return copy(super().__getitem__(name))
 
 
 class Experiment:
@@ -78,7 +45,7 @@ class Experiment:
         self.context = context
         self.train = content["train"]
         self._seed = seed
-        self._datasets = _Datasets(content["datasets"])
+        self._datasets = Datasets(content["datasets"])
         stage = next(iter(get_stages(self.train).values()))
         self._test_loader = content["test"]["test_data_loader"]
         parts = {
@@ -99,39 +66,11 @@ class Experiment:
             check_classes(built, content["models"][role], f"models.{role}", self.classes)
             # Depthwise convolutions take less time so, on CPUs too.
             models[role] = built.module.to(context.device).to(memory_format=torch.channels_last)
-            self._check_head(role, models[role], parts["val"])
-        student = models["student_model"] if "student_model" in models else models["model"]
-        if how := self.train.get("compile"):
-            student.compile(**(how if isinstance(how, Mapping) else {}))
-        device_ids = [context.device.index] if context.device.type == "cuda" else None
-        rest = (self._datasets, self.train, context.device, device_ids, context.world_size > 1, 1)
-        if self.train.get("precision") == "float16":
-            for stage in get_stages(self.train).values():
-                stage["post_forward_process"] = scaled_step.__name__
-        for stage in get_stages(self.train).values():
-            for role in ("teacher", "student", "model"):
-                (stage.get(role) or {}).pop("wrapper", None)  # this class wraps the student itself
-        if "teacher_model" in models:
-            self.box = get_distillation_box(models["teacher_model"], student, *rest)
-        else:
-            self.box = get_training_box(student, *rest)
-        self.box.save_stage_ckpt = lambda *_: None  # the run folder holds what a stage has made
-        if self.train.get("precision") == "float16":
-            self.box.grad_scaler = torch.amp.GradScaler(context.device.type)
+            check_head(role, models[role], parts["val"], self.classes)
+        self.box = build_box(models, self._datasets, self.train, context)
         self._enter_stage()
 
     # --- models -------------------------------------------------------------------------------
-
-    def _check_head(self, role: str, model: nn.Module, dataset: Any) -> None:
-        image = dataset[0][0]
-        was_training = model.training
-        with torch.no_grad():
-            outputs = model.eval()(image[None].to(self.context.device)).shape[-1]
-        model.train(was_training)
-        needed = len(self.classes) or max(getattr(dataset, "targets", [0])) + 1
-        if outputs < needed:
-            fix = f"Set models.{role}.kwargs.num_classes to {needed}."
-            raise ValueError(message(f"models.{role}", f"{needed} outputs or more", outputs, fix))
 
     @property
     def student_name(self) -> str:
@@ -204,9 +143,11 @@ class Experiment:
     def begin_epoch(self) -> None:
         """Modes of all modules: what is frozen is frozen with its batch statistics."""
         self.box.pre_epoch_process(epoch=self.epochs_done)
+        trained = list(self.student.modules())
         if self.teacher is not None:
             self.teacher.train(self.box.teacher_updatable)
-        for module in self.student.modules():
+            trained += self.teacher.modules()  # of one that is trained, a part may be frozen
+        for module in trained:
             weights = list(module.parameters(recurse=False))
             if isinstance(module, _BatchNorm) and weights:
                 module.train(module.training and any(w.requires_grad for w in weights))

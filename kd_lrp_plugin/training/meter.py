@@ -9,7 +9,7 @@ from torchdistill.losses import mid_level
 
 from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
-from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.validation import check_targets, message
 
 COMPARING = (
     RecordedLoss,
@@ -84,7 +84,7 @@ class Meter:
 
         Args:
             loss: what the criterion returned.
-            targets: class indices (n,), or weights (n, classes).
+            targets: class indices (n,), or soft labels (n, classes).
             logits: of the student, where they are not what the criterion was given.
         """
         for name, value in {"loss": loss.detach(), **self.latest}.items():
@@ -98,14 +98,17 @@ class Meter:
 
         Raises:
             FloatingPointError: for logits that are not finite, which have no largest one.
+            ValueError: for targets that are neither class indices nor soft labels; several
+                classes at once have no largest one either.
         """
         if not bool(torch.isfinite(logits).all()):
             got, fix = f"nan or inf for some of {len(logits)} images", "Lower the learning rate."
             raise FloatingPointError(message("logits", "finite logits", got, fix))
-        labels = targets.argmax(1) if targets.is_floating_point() else targets
         self.images += len(targets)
         if not self._classifies:
             return
+        check_targets("targets", targets, logits)
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
         right = (logits.detach().argmax(1) == labels).float()
         self._add("accuracy", right.mean(), len(targets))
         if self._keep:

@@ -93,7 +93,7 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         _keep_threads(context, folder)
         run = Trainer(_build(spec, config, context), folder, spec.seed)
-        state = context.run_on_rank_zero(lambda: folder.load(describe_nonfinite))
+        state = context.run_on_rank_zero(lambda: folder.checkpoints.load(describe_nonfinite))
         if context.rank == 0:
             folder.add_session(_describe_session(spec, context))
         if state is not None:
@@ -289,7 +289,7 @@ class Trainer:
     def _save(self, improved: bool) -> None:
         # First what the next epoch needs; all else can be made again from it. A kill between two
         # of these files leaves the others behind by an epoch, which `restore` makes up for.
-        self.folder.save(
+        self.folder.checkpoints.save(
             {
                 "format": FORMAT,
                 "experiment": take_state(self.experiment),
@@ -419,6 +419,7 @@ def _describe_session(spec: RunSpec, context: DistributedContext) -> dict[str, A
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "config": str(spec.config),
+        "module_folder": str(Path(spec.config).resolve().parent),
         "overrides": list(spec.overrides),
         "versions": versions | {name: version(name) for name in packages},
         "commit": _commit(Path(__file__).parent),

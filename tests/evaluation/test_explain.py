@@ -312,7 +312,7 @@ class TestSeveralRuns:
         assert found == [
             (Path("runs/0"), "CE, n 5, seed 0"),
             (Path("runs/2"), "KD, n 5, seed 2"),
-            (Path("runs/one"), "runs/one"),
+            (Path("runs/one"), "one"),
         ]
         with pytest.raises(ValueError, match="each run once"):
             explain_inputs.list_runs([tmp_path, Path("runs/2")])

@@ -11,6 +11,7 @@ from small_runs import BASELINE, CPU, KD, NO_TEACHER, SMALL, same
 from torch import nn
 from torchdistill.common import main_util
 
+from kd_lrp_plugin.config import build
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, assemble
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
@@ -41,8 +42,17 @@ def built(monkeypatch) -> Counter:
     return found
 
 
-def test_a_run_builds_each_model_and_each_data_set_once(built, tmp_path):
+def test_a_run_constructs_its_config_and_builds_models_and_data_once(built, tmp_path, monkeypatch):
+    constructed, construct = [], build._construct
+
+    def watch(config, failed):
+        constructed.extend(key for key in config.values)
+        return construct(config, failed)
+
+    monkeypatch.setattr(build, "_construct", watch)
     trainer.distill(RunSpec(KD, [*SMALL, *NO_TEACHER], tmp_path / "run", device="cpu"))
+    assert max(Counter(constructed).values()) == 1
+    assert {"dependencies", "datasets", "models", "train", "test"} <= {*constructed}
     assert built == {"resnet10t": 1, "test_resnet": 1, "train": 1, "val": 1, "test": 1}
 
 
@@ -71,9 +81,8 @@ def test_the_planning_of_a_study_builds_no_model_twice(built, tmp_path, monkeypa
     options = StudyOptions(out=tmp_path / "out", root=tmp_path / "runs", device="cpu")
     with pytest.raises(PlannedError):
         runner.run_study(tmp_path / "study.yaml", options)
-    # Once to be prepared, and once as what is to be filled from that.
     assert {name: built[name] for name in ("resnet10t", "test_resnet")} == {
-        "resnet10t": 2,
+        "resnet10t": 1,  # prepared, and what the students' teacher is filled from
         "test_resnet": 1,
     }
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import BASELINE, SMALL, Stopped, StopsAt
+from small_runs import BASELINE, CPU, SMALL, Stopped, StopsAt
 from torch import nn
 
 from kd_lrp_plugin.config.run_spec import RunSpec
@@ -75,6 +75,16 @@ def test_logits_that_are_no_numbers_have_no_accuracy():
     meter, logits = Meter(nn.CrossEntropyLoss()), torch.tensor([[0.0, math.nan]])
     with pytest.raises(FloatingPointError, match="expected finite logits"):
         meter.count(logits, torch.tensor([0]))
+
+
+def test_several_classes_at_once_have_no_accuracy():
+    meter, logits = Meter(nn.CrossEntropyLoss()), torch.eye(3)
+    with pytest.raises(ValueError, match=r"sum to one per image.*multi-label"):
+        meter.count(logits, torch.tensor([[1.0, 1, 0], [0, 1, 1], [0, 0, 0]]))
+    with pytest.raises(ValueError, match=r"class weights of shape \(3, 3\)"):
+        meter.count(logits, torch.tensor([[1.0], [0], [1]]))
+    meter.count(logits, torch.tensor([[0.7, 0.3, 0], [0.2, 0.8, 0], [0.6, 0, 0.4]]))
+    assert meter.summary("val", CPU) == {"val_accuracy": pytest.approx(2 / 3)}
 
 
 def test_a_run_resumes_with_the_threads_that_it_began_with(tmp_path, monkeypatch):

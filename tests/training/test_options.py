@@ -12,6 +12,7 @@ from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training import trainer
+from kd_lrp_plugin.training.box import scaled_step
 from kd_lrp_plugin.training.experiment import Experiment
 
 STAGES = CONFIGS / "phantom/lrp_cosine/test_resnet_from_resnet10t-stages.yaml"
@@ -41,6 +42,20 @@ class TestStages:
         run._train_epoch()
         untouched = {name for name in before if name not in self.changed(run, before)}
         assert untouched == set()
+
+    def test_a_frozen_part_of_a_trained_teacher_keeps_its_statistics(self, tmp_path):
+        options = "requires_grad: true, frozen_modules: [conv1, bn1, layer1]"
+        teacher = f"train.teacher={{forward_proc: forward_batch_only, {options}}}"
+        run = run_of(KD, [*MANY, *NO_TEACHER, teacher], tmp_path / "run")
+        run.experiment.begin_epoch()
+        norms = {
+            name: module.training
+            for name, module in run.experiment.teacher.named_modules()
+            if isinstance(module, torch.nn.BatchNorm2d)
+        }
+        frozen = ("conv1", "bn1", "layer1")
+        assert norms == {name: not name.startswith(frozen) for name in norms}
+        assert len({*norms.values()}) == 2
 
     def changed(self, run, before) -> set[str]:
         after = run.experiment.student.state_dict()
@@ -106,6 +121,16 @@ class TestPrecision:
         for term in ("train_ce", "train_kl", "train_semantic", "train_relation"):
             assert losses[precision][term] == pytest.approx(losses["float32"][term], rel=0.15)
 
+    @pytest.mark.parametrize("config", [BASELINE, LRP, STAGES])
+    def test_float16_scales_the_loss_of_one_stage_and_of_several(self, config, tmp_path):
+        overrides = [
+            *SMALL,
+            *(NO_TEACHER if config != BASELINE else ()),
+            "+train.precision=float16",
+        ]
+        run = run_of(config, overrides, tmp_path / "run")
+        assert run.experiment.box.post_forward_process.__func__ is scaled_step
+
     def test_a_float16_step_is_the_float32_step_once_unscaled(self, tmp_path):
         """A power of two as the scale changes no digit of the gradient."""
         small = [*SMALL, "train.optimizer={key: SGD, kwargs: {lr: 1.0}, max_grad_norm: 0.1}"]
@@ -115,8 +140,6 @@ class TestPrecision:
             run = run_of(BASELINE, small, tmp_path / name)
             box = run.experiment.box
             if name == "scaled":
-                from kd_lrp_plugin.training.experiment import scaled_step
-
                 box.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
                 box.post_forward_process = lambda loss, box=box: scaled_step(box, loss)
             before = {k: p.detach().clone() for k, p in run.experiment.student.named_parameters()}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torchdistill.core.interfaces import registry as procedures
 from torchdistill.models.registry import MODEL_DICT
 
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, build_filled_model, get_stages
+from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.training.check.loaders import check_loader
 from kd_lrp_plugin.training.check.optimisation import (
     check_criterion,
@@ -86,14 +88,29 @@ def build_models(
                 check_mapping("kwargs", entry["kwargs"], "Write {} for none.")
                 if make := MODEL_DICT.get(entry.get("key")):
                     check_scalars("kwargs", make, entry["kwargs"])
-            said = "".join(report.config.get_text(k) for k in ("dependencies", f"models.{role}"))
-            found = known.get(said) if known is not None else None
+            identity = identify_model(report.config, role)
+            found = known.get(identity) if known is not None else None
             built[role] = found or build_filled_model(entry, f"models.{role}")
             if known is not None:
-                known[said] = built[role]
+                known[identity] = built[role]
     if not {"model", "student_model"} & set(models):
         report.add("models", message("models", "a student_model or a model", [*models], SEE))
     return built
+
+
+def identify_model(config: Document, role: str, weights: Path | None = None) -> str:
+    """What tells a model of a config from others, with the weights that it begins with.
+
+    Args:
+        config: tags still unread.
+        role: a key of its models.
+        weights: a checkpoint of it, in place of what the entry names.
+    """
+    keys = ["dependencies", *(f"models.{role}.{key}" for key in ("key", "kwargs", "repo_or_dir"))]
+    parts = [config.get_text(key) if config.holds(key) else "" for key in keys]
+    source = f"models.{role}.src_ckpt"
+    named = config.get_text(source) if config.holds(source) else ""
+    return "\n".join([*parts, str(weights) if weights else named.removesuffix("\n...\n")])
 
 
 def _check_train(report: CheckReport, train: Mapping[str, Any]) -> None:
