@@ -1,4 +1,4 @@
-"""Runs of the driver that take a second: what the tests of the driver share."""
+"""Runs of the trainer that take a second: what its tests share."""
 
 import json
 from pathlib import Path
@@ -37,8 +37,8 @@ class StopsAt(NullProgress):
         self.what = what
 
     def track(self, items, what, total):
-        for place, item in enumerate(items):
-            if what == self.what and place == total // 2:
+        for index, item in enumerate(items):
+            if what == self.what and index == total // 2:
                 raise Stopped(what)
             yield item
 

@@ -22,7 +22,7 @@ from kd_lrp_plugin.utils.distributed import init_distributed
 def torchrun(*words: Any, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """What the command ``torchrun --nproc_per_node=2 WORD...`` does, started as users start it.
 
-    Three processes import everything anew for it: ``preloaded.run(..., processes=2)`` has the same
+    Three processes import everything again for it: ``preloaded.run(..., processes=2)`` has the same
     agent start forks.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -39,7 +39,7 @@ def main(config: str, out: str, *overrides: str) -> None:
         experiment = Experiment(assemble(resolve_config(config, overrides)), context)
         box = experiment.box
         data = box.train_data_loader.dataset
-        images, targets = zip(*(data[place][:2] for place in range(16)), strict=True)
+        images, targets = zip(*(data[index][:2] for index in range(16)), strict=True)
         before = {name: p.detach().clone() for name, p in experiment.student.named_parameters()}
         experiment.begin_epoch()
         share = 16 // context.world_size // box.grad_accum_step
@@ -54,7 +54,7 @@ def main(config: str, out: str, *overrides: str) -> None:
             own = {name: float(value) for name, value in meter.latest.items()}
         shared = context.gather(own)
         means = meter.summary("train", context)
-        seen = [place for batch in box.train_data_loader.batch_sampler for place in batch]
+        seen = [index for batch in box.train_data_loader.batch_sampler for index in batch]
         shares = context.gather(seen)
         if context.rank == 0:
             student = dict(experiment.student.named_parameters())

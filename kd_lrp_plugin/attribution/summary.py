@@ -68,7 +68,7 @@ def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     several = len({row["run"] for row in rows}) > 1
     table = []
     for row in rows:
-        metrics = row["figures"]
+        metrics = row["metrics"]
         line = {"run": row["run"]} if several else {}
         line |= {key: row[key] for key in ("model", "method", "layer")}
         for names in (INSIDE, ("attribution_similarity",), FAITHFUL, ("randomised",)):
@@ -95,7 +95,7 @@ def by_layer(rows: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, A
     for row in rows:
         key = tuple(row[title] for title in titles)
         empty = dict(zip(titles, key, strict=True)) | dict.fromkeys(layers)
-        lines.setdefault(key, empty)[row["layer"]] = row["figures"].get(metric, {}).get("mean")
+        lines.setdefault(key, empty)[row["layer"]] = row["metrics"].get(metric, {}).get("mean")
     return list(lines.values())
 
 
@@ -107,7 +107,7 @@ def flat(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*columns, "metric", *of_metric])
     for row in rows:
-        for name, metric in row["figures"].items():
+        for name, metric in row["metrics"].items():
             values = [metric.get(key) for key in of_metric]
             writer.writerow([*(row[column] for column in columns), name, *values])
     return text.getvalue()

@@ -128,8 +128,8 @@ def construct(
 
     Args:
         config: its nodes.
-        failed: told each tag that fails, with its mark; its value is then None. Without it the
-            first error is raised.
+        failed: called with the mark and error of each tag that fails; its value is then None.
+            Without it the first error is raised.
     """
     if not config.holds("dependencies"):
         _add_module_folders(config)  # tags, too, may name what lies beside the config

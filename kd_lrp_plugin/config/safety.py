@@ -66,10 +66,10 @@ _ValueLoader.add_multi_constructor(None, _construct_text)
 
 
 def _get_value(node: yaml.Node) -> Any:
-    """What will be read there; something that is on no list where that cannot be told."""
+    """What will be read there; something that is on no list where that cannot be known."""
     try:
         return _ValueLoader("").construct_document(copy.deepcopy(node))
-    except Exception:  # the error is told by whoever reads the config, not here
+    except Exception:  # whoever reads the config raises the error
         return _UNKNOWN
 
 

@@ -1,7 +1,7 @@
 """From run folders to explanations: metrics, and pictures side by side.
 
 ``RUN/explanations.json`` is written again after each method: ``rows``, one per model, method, layer
-and number of samples, each with ``figures`` (:func:`kd_lrp_plugin.attribution.summary.summary`) and
+and number of samples, each with ``metrics`` (:func:`kd_lrp_plugin.attribution.summary.summary`) and
 ``randomisation``. A row that is there is not computed again.
 """
 
@@ -67,7 +67,7 @@ ROW: dict[str, type | tuple[type, ...]] = {  # what is read of one, with the typ
     "layer": str,
     "samples": (int, NoneType),
     "weights": str,
-    "figures": dict,
+    "metrics": dict,
 }
 _FAITHFUL = dict(zip(FAITHFUL, (insertion, deletion), strict=True))
 
@@ -75,9 +75,9 @@ _FAITHFUL = dict(zip(FAITHFUL, (insertion, deletion), strict=True))
 def explain(
     folders: Sequence[str | Path], options: ExplainOptions | None = None
 ) -> list[dict[str, Any]]:
-    """Explain the models of finished runs, in pictures and in numbers.
+    """Explain the models of finished runs, in pictures and in metrics.
 
-    The numbers are of the true class, on images of the test set, where it has masks on images
+    The metrics are of the true class, on images of the test set, where it has masks on images
     with a mask: all of them (1,000 at most) for quick methods, 32 of them for LIME, Score-CAM,
     insertion and deletion, and half of these for the randomisation (8 for slow methods). A map
     without relevance, as an LRP map of a class with a negative output is, counts as 0 where the
@@ -139,7 +139,7 @@ class Explainer:
         self._made: dict[tuple, dict[str, Any]] = {}
         self._chance_levels: dict[tuple, Tensor] = {}
 
-    # --- numbers ------------------------------------------------------------------------------
+    # --- metrics ------------------------------------------------------------------------------
 
     def rows(self, run: LoadedRun, samples: int | None) -> list[dict[str, Any]]:
         """The run's rows for what is asked; those that are new are written as they are made."""
@@ -162,7 +162,7 @@ class Explainer:
                 content["rows"].remove(row)
                 row = None
             taught = role == "student" and method in run.methods.get("teacher", [])
-            compared = row["figures"].get("attribution_similarity", {}) if row else {}
+            compared = row["metrics"].get("attribution_similarity", {}) if row else {}
             if row is None or (taught and compared.get("teacher") != run.hashes["teacher"]):
                 if sample is None:
                     sample = make_sample(run, sample_indices(run, samples or MOST), run.device)
@@ -177,7 +177,7 @@ class Explainer:
                     alike = self._compare_with_teacher(
                         run, method, (layer, other), sample, samples or FEW
                     )
-                    row["figures"]["attribution_similarity"] = {
+                    row["metrics"]["attribution_similarity"] = {
                         **alike,
                         "teacher": run.hashes["teacher"],
                     }
@@ -195,28 +195,28 @@ class Explainer:
         model, slow = run.models[role], ATTRIBUTIONS[method].slow
         sample = sample.first(few) if slow else sample
         maps = self._get_maps(run, role, method, layer, sample.images, sample.labels)
-        figures: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         if sample.masks is not None:
             chance = area_share(sample.masks)
             for name, inside in _INSIDE.items():
-                figures[name] = summary(inside(maps, sample.masks), chance, otherwise=0)
+                metrics[name] = summary(inside(maps, sample.masks), chance, otherwise=0)
         part = sample.first(few)
         for name, measure in _FAITHFUL.items():
             values = measure(model, part.images, part.labels, maps[:few])
-            figures[name] = summary(values, self._get_chance_level(run, role, name, part))
+            metrics[name] = summary(values, self._get_chance_level(run, role, name, part))
         part = sample.first(max(2, few // (4 if slow else 2)))
         curve = []
         if len(part.labels) > 1:  # the statistics of a batch norm need two
             arguments = (part.images, maps[: len(part.labels)], method, layer)
             again = randomisation(model, *arguments, points=2 if slow else 4)
             curve = [{"down_to": name} | summary(values) for name, values in again.items()]
-            figures["randomised"] = summary(list(again.values())[-1])
+            metrics["randomised"] = summary(list(again.values())[-1])
         made = {
             "weights": run.hashes[role],
             "images": len(sample.labels),
             "map": list(maps.shape[1:]),
             "seconds": round(time.monotonic() - started, 1),
-            "figures": figures,
+            "metrics": metrics,
             "randomisation": curve,
         }
         self._made[known] = deepcopy(made)
@@ -362,7 +362,7 @@ def read_explanations(folder: Path) -> dict[str, Any]:
     content = read_json(file, fix, rows=list)
     for row in content["rows"]:
         check_keys(file, row, fix, **ROW)
-        for metric in row["figures"].values():
+        for metric in row["metrics"].values():
             check_keys(file, metric, fix, mean=(float, int, NoneType), n=int)
     return content
 

@@ -25,7 +25,7 @@ from kd_lrp_plugin.utils.validation import check_known, message
 SIDE = 256  # of pictures, in pixels at most
 TRIED = 32  # images, of all classes, on which a model must predict what it did
 
-REPAIR_STUDY = "Delete it, and give kd-lrp study again: it is made again from the runs, which stay."
+REPAIR_STUDY = "Delete it, and rerun kd-lrp study: it is made again from the runs, which stay."
 
 
 @dataclass
@@ -42,7 +42,7 @@ class LoadedRun:
         test_hash: of the names and labels of its images.
         labels: of the test set.
         probabilities: by role, as they are in predictions.csv.
-        layers: by role, the layers to look at; those at one index belong together.
+        layers: by role, the target layers; those at one index belong together.
         methods: by role, those that can handle the model.
     """
 
@@ -100,9 +100,9 @@ class ExplainOptions:
         layers: names of modules; without any, the deepest before the last reduction, where maps
             still have locations to compare. Pictures show the first.
         roles: "student", "teacher" or both; a run without a teacher has none to explain.
-        images: files to picture in place of test images; then nothing is computed in numbers.
+        images: files to picture instead of test images; then no metric is computed.
         n: test images to picture: classes in turn, right and wrong predictions in turn.
-        samples: images for all numbers, in place of the usual counts; half or a quarter of them
+        samples: images for all metrics, instead of the usual counts; half or a quarter of them
             for the randomisation.
         out: folder for all runs side by side.
         device: to compute on.
@@ -327,15 +327,15 @@ def read_images(
         FileNotFoundError: if one is not there.
         ValueError: if one cannot be read, or the preprocessing of a run is not known.
     """
-    bits_of = {run.name: (run.summary["preprocessing"] or {}).get("bits") for run in runs}
+    bits_by_run = {run.name: (run.summary["preprocessing"] or {}).get("bits") for run in runs}
     pictures = {
         bits: [read_image(file, bits, "explain") for file in images]
-        for bits in set(bits_of.values())
+        for bits in set(bits_by_run.values())
     }
     transforms = {run.name: load_transform(run.folder.path, safe) for run in runs}
 
     def display(run: LoadedRun) -> list[DisplayImage]:
-        bits, prepare = bits_of[run.name], transforms[run.name]
+        bits, prepare = bits_by_run[run.name], transforms[run.name]
         return [
             DisplayImage(
                 Path(file).stem, np.asarray(_shrink(picture)), prepare(picture), known=False
@@ -379,8 +379,8 @@ def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
             fix = "The same kd-lrp study command resumes."
             raise ValueError(message(str(folder), "a study with a finished run", "none", fix))
         for row in done:
-            words = [row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())]
-            found.append((Path(row["folder"]), ", ".join([*words, f"seed {row['seed']}"])))
+            parts = [row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())]
+            found.append((Path(row["folder"]), ", ".join([*parts, f"seed {row['seed']}"])))
     _check_different([path for path, _ in found])
     return found
 

@@ -20,7 +20,7 @@ class Predictions:
     """What ``predictions.csv`` holds.
 
     Attributes:
-        images: names or numbers of the images.
+        images: names or indices of the images.
         labels: their classes.
         probabilities: by role, "student" or "teacher".
         outputs: names of the outputs, see :func:`name_outputs`.
@@ -52,7 +52,7 @@ def predictions_csv(
     names: Sequence[str] | None,
     groups: Sequence[str] | None = None,
 ) -> str:
-    """A table with a row per image: its name or number, class, perhaps group, all probabilities.
+    """A table with a row per image: its name or index, class, perhaps group, all probabilities.
 
     Args:
         predictions: of :meth:`kd_lrp_plugin.training.meter.Meter.predictions`.

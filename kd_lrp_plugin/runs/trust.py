@@ -2,7 +2,7 @@
 
 The ``config.yaml`` of a run is a program: what opens a run's models or data runs the code that it
 names. Of a run that was made here this code has run already; a folder from elsewhere may be
-anybody's. The two are told apart by a list that lies with the user and not with the run, so that
+anybody's. What tells the two apart is a list that lies with the user and not with the run, so that
 nobody can ship a folder that is on it: a hash of each config that has run here, and of the folder
 that its own modules lay in. The run folder may move; a config that was changed by hand counts as
 one from elsewhere.

@@ -14,7 +14,7 @@ with imports_of_an_extra():
     from matplotlib.figure import Figure
 
 _SHOWN = 4  # measures in one picture
-_LINES = 7  # more of them cannot be told apart
+_LINES = 7  # more of them look alike
 _NAMED = "named"  # id of the lines that the legend names
 _TITLE = 32  # letters in a line above a plot
 
@@ -22,7 +22,7 @@ _TITLE = 32  # letters in a line above a plot
 def study_figure(content: Mapping[str, Any]) -> Figure:
     """A dot for each run, the mean and its interval; with a grid, lines over its first axis.
 
-    Where the lines would be too many, places in the grid stand below each other instead.
+    Where the lines would be too many, points of the grid stand below each other instead.
 
     Args:
         content: of ``study.json``.
@@ -42,8 +42,8 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
     axes = figure.subplots(1, len(measures), squeeze=False, sharey=False)[0]
     for measure, ax in zip(measures, axes, strict=True):
         (_draw_lines if lines else _draw_dots)(ax, content, measure)
-        words = textwrap.wrap(plain_text(measure).replace(".", ". "), _TITLE)
-        ax.set_title("\n".join(words).replace(". ", "."), fontsize=10, **PLAIN)
+        title_lines = textwrap.wrap(plain_text(measure).replace(".", ". "), _TITLE)
+        ax.set_title("\n".join(title_lines).replace(". ", "."), fontsize=10, **PLAIN)
         ax.grid(alpha=0.3)
         ax.tick_params(labelsize=8)
     if lines:
@@ -64,7 +64,7 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
             ax.tick_params(labelleft=False)
         figure.supxlabel("Dots: seeds. Bar: mean and its 95 % interval.", fontsize=8)
     title = content["question"] + ("" if content["final"] else f"\n{content['state']}")
-    # matplotlib's own wrap takes the text for a formula, whatever it is told.
+    # matplotlib's own wrap takes the text for a formula, whatever it is asked.
     letters = int(12 * max(width, 5))
     wrapped = "\n".join(textwrap.fill(one_line(line), letters) for line in title.splitlines())
     figure.suptitle(wrapped, fontsize=10, **PLAIN)
@@ -73,17 +73,17 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
 
 def _draw_dots(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
     names = []
-    for place, ((name, point), rows) in enumerate(group_cells(content["runs"]).items()):
-        words = [name, *(f"{axis} {value}" for axis, value in point)]
-        names.append(plain_text(", ".join(words)))
+    for index, ((name, point), rows) in enumerate(group_cells(content["runs"]).items()):
+        parts = [name, *(f"{axis} {value}" for axis, value in point)]
+        names.append(plain_text(", ".join(parts)))
         values = list(get_values(rows, measure).values())
         found = describe(values)
         colour = "#c01818" if name == content["compare_to"] else "#2f6f9f"
-        ax.plot(values, [place] * len(values), "o", color=colour, alpha=0.45, markersize=5)
+        ax.plot(values, [index] * len(values), "o", color=colour, alpha=0.45, markersize=5)
         if found["mean"] is not None:
-            ax.plot([found["mean"]], [place], "|", color=colour, markersize=15, markeredgewidth=2)
+            ax.plot([found["mean"]], [index], "|", color=colour, markersize=15, markeredgewidth=2)
         if found["low"] is not None:
-            ax.plot([found["low"], found["high"]], [place] * 2, color=colour, linewidth=1.5)
+            ax.plot([found["low"], found["high"]], [index] * 2, color=colour, linewidth=1.5)
         if name == content["compare_to"] and found["mean"] is not None:
             ax.axvline(found["mean"], color=colour, linewidth=0.8, linestyle=":")
     ax.set_yticks(range(len(names)), names, fontsize=8, **PLAIN)
@@ -96,22 +96,24 @@ def _draw_lines(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
     for (name, point), rows in group_cells(content["runs"]).items():
         rest = [f"{other} {value}" for other, value in point if other != axis]
         series.setdefault(", ".join([name, *rest]), []).append((dict(point).get(axis), rows))
-    colours = [f"C{place % 10}" for place in range(len(series))]
-    offsets = [0.05 * (place - (len(series) - 1) / 2) for place in range(len(series))]
-    places = {value: place for place, value in enumerate(values)}
+    colours = [f"C{index % 10}" for index in range(len(series))]
+    offsets = [0.05 * (index - (len(series) - 1) / 2) for index in range(len(series))]
+    positions = {value: index for index, value in enumerate(values)}
     for (name, found), colour, offset in zip(series.items(), colours, offsets, strict=True):
         drawn = []
         for value, rows in found:
-            numbers = list(get_values(rows, measure).values())
-            summary = describe(numbers)
-            if not numbers:
+            seed_values = list(get_values(rows, measure).values())
+            summary = describe(seed_values)
+            if not seed_values:
                 continue
             if value is None:  # not crossed with this axis: a level for all of it
                 ax.axhline(summary["mean"], color=colour, linestyle="--", label=name, gid=_NAMED)
                 continue
-            x = places[value] + offset
+            x = positions[value] + offset
             drawn.append((x, summary["mean"]))
-            ax.plot([x] * len(numbers), numbers, "o", color=colour, alpha=0.35, markersize=3.5)
+            ax.plot(
+                [x] * len(seed_values), seed_values, "o", color=colour, alpha=0.35, markersize=3.5
+            )
             if summary["low"] is not None:
                 ax.plot([x] * 2, [summary["low"], summary["high"]], color=colour, linewidth=1)
         if drawn:

@@ -11,14 +11,14 @@ from kd_lrp_plugin.plots.text import one_line
 def study_markdown(content: Mapping[str, Any]) -> str:
     """``study.json`` as Markdown: a table for each measure, and how to read them."""
     parts = [f"# {one_line(content['question'])}", content["state"]]
-    parts += [f"- {one_line(f'{label}: {words}')}" for label, words in content["failed"].items()]
+    parts += [f"- {one_line(f'{label}: {why}')}" for label, why in content["failed"].items()]
     for measure in content["measures"]:
         rows = study_rows(content, measure)
         if any(row["n"] for row in rows):
             parts.append(f"## {one_line(measure)}\n\n{table(rows, digits=4)}")
         else:
-            words = "no finished run has it. Figures of maps come with kd-lrp explain."
-            parts.append(f"## {one_line(measure)}\n\nNothing to show: {words}")
+            reason = "no finished run has it. Metrics of maps come with kd-lrp explain."
+            parts.append(f"## {one_line(measure)}\n\nNothing to show: {reason}")
         if best := _best(content, measure):
             parts.append(best)
     parts.append("\n".join(_reading(content)))
@@ -32,8 +32,8 @@ def _best(content: Mapping[str, Any], measure: str) -> str | None:
         return None
     best = max(known, key=lambda record: record["mean"])
     where = ", ".join(f"{axis} {value}" for axis, value in best["point"].items())
-    words = one_line(f"Highest val_accuracy: {best['configuration']}{where and ', '}{where}")
-    return f"{words} ({best['mean']:.4f}). Choose by this, not by the test images below."
+    best_cell = one_line(f"Highest val_accuracy: {best['configuration']}{where and ', '}{where}")
+    return f"{best_cell} ({best['mean']:.4f}). Choose by this, not by the test images below."
 
 
 def _reading(content: Mapping[str, Any]) -> list[str]:

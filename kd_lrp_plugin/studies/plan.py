@@ -127,7 +127,7 @@ class StudyRun:
 
     @property
     def cell(self) -> str:
-        """Its configuration and place in the grid."""
+        """Its configuration and point of the grid."""
         return ", ".join([self.name, *(f"{axis} {value}" for axis, value in self.point.items())])
 
 
@@ -144,9 +144,9 @@ class Plan:
         only: from there too, see :func:`read_plan`.
         axes: of the grid, with their values.
         compare_to: the configuration that others are paired with, or None.
-        measures: dotted paths.
+        measures: key paths.
         prepared: runs that others need, in an order that works.
-        runs: the others: by configuration, place in the grid and seed.
+        runs: the others: by configuration, point of the grid and seed.
     """
 
     file: Path

@@ -23,7 +23,7 @@ def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dic
         ``compare_to`` and ``measures`` of the plan; ``runs``, a row for each, with its state and
         measures, and ``prepared``, the same; ``table`` of :func:`comparison.summarise` and
         ``comparisons`` of :func:`comparison.compare`; ``final``, whether all is finished, and
-        ``state``, the same in words; ``failed``, words by label.
+        ``state``, the same as text; ``failed``, the reasons by label.
     """
     failed = failed or {}
     rows, prepared = (
@@ -57,15 +57,15 @@ def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dic
 def _row(run: StudyRun, measures: Sequence[str]) -> dict[str, Any]:
     sources: list[Any] = []
     if is_finished(run):
-        folder, fix = RunFolder(run.folder), "Delete it, and give kd-lrp study again: it is remade."
+        folder, fix = RunFolder(run.folder), "Delete it, and rerun kd-lrp study: it is made again."
         evaluation = read_json(folder / "evaluation.json", fix, student=dict)
         maps = read_explanations(run.folder) if (folder / EXPLANATIONS).exists() else {}
         last = {"last": folder.read_metrics()[-1]}
         sources = [folder.summary(), evaluation["student"], evaluation, average_maps(maps), last]
     values = {}
     for measure in measures:
-        numbers = (value_at(source, measure) for source in sources)
-        values[measure] = next((number for number in numbers if number is not None), None)
+        candidates = (value_at(source, measure) for source in sources)
+        values[measure] = next((found for found in candidates if found is not None), None)
     return {
         "configuration": run.name,
         "point": dict(run.point),
@@ -82,11 +82,11 @@ def average_maps(explanations: Mapping[str, Any]) -> dict[str, Any]:
     images: dict[tuple, int] = {}
     for row in explanations.get("rows", []):
         model, method, layer = row["model"], row["method"], str(row["layer"])
-        figures = found.setdefault(model, {}).setdefault(method, {}).setdefault(layer, {})
-        for name, of in row["figures"].items():
+        metrics = found.setdefault(model, {}).setdefault(method, {}).setdefault(layer, {})
+        for name, of in row["metrics"].items():
             key = (model, method, layer, name)
             if of["n"] >= images.get(key, 0):
-                images[key], figures[name] = of["n"], of["mean"]
+                images[key], metrics[name] = of["n"], of["mean"]
     return found
 
 

@@ -29,7 +29,7 @@ def is_trained(folder: Path) -> bool:
 
 
 def get_log(run: StudyRun) -> Path:
-    """What the last process at a run has said; beside its folder."""
+    """The output of the last process of a run; beside its folder."""
     return run.folder.with_name(f"{run.folder.name}.log")
 
 
@@ -42,12 +42,12 @@ def list_status(plan: Plan) -> list[dict[str, Any]]:
 
 
 def describe_status(run: StudyRun) -> str:
-    """How far a run is, in words."""
+    """How far a run is, as text."""
     if is_finished(run):
         return "finished"
     done = count_epochs_done(run)
-    words = f"epoch {done} of {run.epochs}" if done else "not begun"
-    return f"{words}, running" if is_running(run.folder) else words
+    progress = f"epoch {done} of {run.epochs}" if done else "not begun"
+    return f"{progress}, running" if is_running(run.folder) else progress
 
 
 def is_running(folder: Path) -> bool:
@@ -89,10 +89,10 @@ def check_output_folder(folder: Path, plan: Plan) -> None:
     if before["overrides"] != list(plan.overrides):
         differs.append(f"--set {before['overrides']}")
     if plan.only and before["only"] != list(plan.only):
-        differs.append(f"--only {before['only']}" if before["only"] else "the whole study")
+        differs.append(f"--only {before['only']}" if before["only"] else "all of the study")
     if more := sorted(set(before["seeds"]) - set(plan.seeds)):
         differs.append(f"further seeds {more}")
     if differs:
-        fix = "Choose another --out, or give the same as then."
+        fix = "Choose another --out, or the options of then."
         got = f"{folder}, which holds {' and '.join(differs)}"
         raise FileExistsError(message("study", "a folder for these results", got, fix))

@@ -1,7 +1,7 @@
 """The state of an experiment between two epochs: what a checkpoint has to hold, and no more.
 
 The random number generators are not in it: each epoch has seeds of its own, so that it is the same
-in whichever process it is trained. Neither is the place within an epoch: a run resumes at the
+in whichever process it is trained. Neither is the position within an epoch: a run resumes at the
 beginning of one, since what loaders have in their hands cannot be saved.
 """
 

@@ -112,8 +112,8 @@ def _keep_threads(context: DistributedContext, folder: RunFolder) -> None:
     before = sessions[0].get("threads") if sessions else None
     if before and before != (now := torch.get_num_threads()):
         torch.set_num_threads(before)
-        told = f"{folder.path}: resumes with {before} threads, as it began, not with {now}"
-        current_progress().note(f"{told}: another number would change the weights")
+        resumed = f"{folder.path}: resumes with {before} threads, as it began, not with {now}"
+        current_progress().note(f"{resumed}: another number would change the weights")
 
 
 def _build(spec: RunSpec, config: Document, context: DistributedContext) -> Experiment:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent whenever the process ends, and are read whole or named."""
+"""Files that are intact or absent whenever the process ends, and are read intact or named."""
 
 import csv
 import errno
@@ -74,8 +74,8 @@ def write_draft(draft: Path, make: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns one into the other
         draft.unlink(missing_ok=True)
         fix = (
-            "Make room if the disk is full, and give the same command again: it goes on from "
-            "the last epoch."
+            "Make room if the disk is full, and rerun the same command: it resumes after the "
+            "last epoch."
         )
         got = f"{type(error).__name__}: {error}"
         raise OSError(message(str(draft), "to write a file", got, fix)) from error
@@ -287,7 +287,7 @@ def _open_locked(file: Path) -> int:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 got, fix = "one that another process holds", "Wait for it."
                 raise Busy(message(str(file), "a free lock", got, fix)) from None
-            # Going on without it, two processes would write into each other's files.
+            # Without it, two processes would write into each other's files.
             fix = "Choose a folder on a local disk, or mount this one with locks."
             got = f"{errno.errorcode.get(error.errno or 0, '')} ({error.strerror})"
             raise OSError(message(str(file), "a file system with flock", got, fix)) from error

@@ -38,7 +38,7 @@ def test_every_group_of_figures_has_its_own_count():
         "randomised": summary(VALUES[:2]),
     }
     place = {"run": "0", "model": "student", "method": "grad_cam", "layer": "a"}
-    (line,) = records([{**place, "figures": figures}])
+    (line,) = records([{**place, "metrics": figures}])
     counts = {key: value for key, value in line.items() if key.startswith(("n (", "no "))}
     assert counts == {
         "n (relevance_mass_accuracy)": 3,

@@ -136,11 +136,11 @@ class TestEvaluate:
         names = ["benign", "malignant", "other"][:classes]
         for split in ("Training", "Testing"):
             for name in names:
-                place = tmp_path / "set" / split / name
-                place.mkdir(parents=True)
+                folder_of_class = tmp_path / "set" / split / name
+                folder_of_class.mkdir(parents=True)
                 for number in range(10):
                     noise = np.random.default_rng(number).integers(0, 255, (48, 48), np.uint8)
-                    Image.fromarray(noise).save(place / f"{number}.png")
+                    Image.fromarray(noise).save(folder_of_class / f"{number}.png")
         overrides = [s for s in SMALL if not s.startswith("datasets")]
         kwargs = f"root: {tmp_path}/set, image_size: 48"
         for name, split in {"train": "Training", "val": "Training", "test": "Testing"}.items():

@@ -1,4 +1,4 @@
-"""Explanations of finished runs: their figures, what is kept, what is refused, the pictures."""
+"""Explanations of finished runs: their metrics, what is kept, what is refused, the pictures."""
 
 import csv
 import json
@@ -35,7 +35,7 @@ QUICK = ("grad_cam", "lrp_gamma")
 
 
 def explain(folders, methods=(), layers=(), **options):
-    """With one picture, since figures take seconds."""
+    """With one picture, since metrics take seconds."""
     chosen = explain_inputs.ExplainOptions(methods, layers, **{"n": 1, **options})
     return explaining.explain(folders, chosen)
 
@@ -84,7 +84,7 @@ def less_work(monkeypatch):
 
 @pytest.fixture
 def without_pictures(monkeypatch):
-    """They take longer than the figures."""
+    """They take longer than the metrics."""
     monkeypatch.setattr(explaining.Explainer, "draw_run", lambda *_: None)
     monkeypatch.setattr(explaining, "_save", lambda *_: None)
 
@@ -92,10 +92,10 @@ def without_pictures(monkeypatch):
 def masked() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The images of the runs' test set that have a mask, with their classes and masks."""
     data = Phantom("test", size=8, image_size=48)
-    places = [place for place in range(8) if data.mask(place).any()]
-    images = torch.stack([data[place][0] for place in places])
-    labels = torch.tensor([data.targets[place] for place in places])
-    return images, labels, torch.from_numpy(np.stack([data.mask(place) for place in places]))
+    indices = [index for index in range(8) if data.mask(index).any()]
+    images = torch.stack([data[index][0] for index in indices])
+    labels = torch.tensor([data.targets[index] for index in indices])
+    return images, labels, torch.from_numpy(np.stack([data.mask(index) for index in indices]))
 
 
 def find(rows: list[dict], **wanted: object) -> dict:
@@ -114,22 +114,22 @@ class TestFigures:
             for role, model in models.items()
         }
         for role in models:
-            figures = find(rows, model=role, method="grad_cam", layer="layer3")["figures"]
+            metrics = find(rows, model=role, method="grad_cam", layer="layer3")["metrics"]
             expected = relevance_mass_accuracy(maps[role], masks)
-            assert figures["relevance_mass_accuracy"]["mean"] == pytest.approx(
+            assert metrics["relevance_mass_accuracy"]["mean"] == pytest.approx(
                 float(expected.nansum()) / 6
             )
-            assert figures["relevance_mass_accuracy"]["undefined"] == int(expected.isnan().sum())
-            assert figures["relevance_mass_accuracy"]["n"] == 6
+            assert metrics["relevance_mass_accuracy"]["undefined"] == int(expected.isnan().sum())
+            assert metrics["relevance_mass_accuracy"]["n"] == 6
             shares = [float(m.float().mean()) for m in masks]
-            assert figures["relevance_mass_accuracy"]["chance"] == pytest.approx(np.mean(shares))
-            assert {"insertion", "deletion", "randomised"} <= figures.keys()
+            assert metrics["relevance_mass_accuracy"]["chance"] == pytest.approx(np.mean(shares))
+            assert {"insertion", "deletion", "randomised"} <= metrics.keys()
         expected = float(attribution_similarity(maps["student"], maps["teacher"]).nansum()) / 6
-        figures = find(rows, model="student", method="grad_cam")["figures"]
-        assert figures["attribution_similarity"]["mean"] == pytest.approx(expected)
+        metrics = find(rows, model="student", method="grad_cam")["metrics"]
+        assert metrics["attribution_similarity"]["mean"] == pytest.approx(expected)
         assert (
             "attribution_similarity"
-            not in find(rows, model="teacher", method="grad_cam")["figures"]
+            not in find(rows, model="teacher", method="grad_cam")["metrics"]
         )
         assert len(rows) == 4
 
@@ -140,7 +140,7 @@ class TestFigures:
         assert {row["layer"] for row in rows} == {"layer3", "input"}
         for row in rows:
             for name in ("relevance_mass_accuracy", "insertion", "deletion"):
-                assert row["figures"][name]["n"] == 3
+                assert row["metrics"][name]["n"] == 3
 
     def test_of_several_layers_become_a_table_of_methods_and_layers(self, project):
         rows = explain(["runs/kd/0"], QUICK, ["layer2", "layer3"], roles=["teacher"], samples=2)
@@ -148,8 +148,8 @@ class TestFigures:
         assert [line["method"] for line in table] == list(QUICK)
         for line in table:
             for layer in ("layer2", "layer3"):
-                figures = find(rows, method=line["method"], layer=layer)["figures"]
-                assert line[layer] == figures["relevance_mass_accuracy"]["mean"]
+                metrics = find(rows, method=line["method"], layer=layer)["metrics"]
+                assert line[layer] == metrics["relevance_mass_accuracy"]["mean"]
         assert {"inside by chance", "insertion by chance"} <= records(rows)[0].keys()
 
     def test_a_small_mask_is_brought_to_the_size_of_the_models_images(self):
@@ -192,7 +192,7 @@ class TestFigures:
         shutil.rmtree(tmp_path / "set/Training")  # the test set alone is needed
         rows = explain([tmp_path / "run"], QUICK)
         assert {row["images"] for row in rows} == {3}
-        chance = find(rows, method="grad_cam")["figures"]["relevance_mass_accuracy"]["chance"]
+        chance = find(rows, method="grad_cam")["metrics"]["relevance_mass_accuracy"]["chance"]
         assert chance == pytest.approx(400 / (60 * 48), abs=0.02)
 
 
@@ -220,7 +220,7 @@ class TestWhatIsKept:
         alone = explain(["runs/kd/0"], QUICK[:1], roles=["student"], samples=2)
         both = explain(["runs/kd/0"], QUICK[:1], samples=2)
         row = find(both, model="student")
-        compared = row["figures"].pop("attribution_similarity")
+        compared = row["metrics"].pop("attribution_similarity")
         assert compared["n"] == 2
         assert row == alone[0]
 
@@ -228,32 +228,32 @@ class TestWhatIsKept:
         explain(["runs/kd/0"], QUICK[:1], samples=2)
         file = project / "runs/kd/0/explanations.json"
         content = json.loads(file.read_text())
-        known = find(content["rows"], model="student")["figures"]["attribution_similarity"]
+        known = find(content["rows"], model="student")["metrics"]["attribution_similarity"]
         expected = dict(known)
         known |= {"teacher": "another", "mean": 2.0}
         file.write_text(json.dumps(content))
         again = find(explain(["runs/kd/0"], QUICK[:1], samples=2), model="student")
-        assert again["figures"]["attribution_similarity"] == expected
+        assert again["metrics"]["attribution_similarity"] == expected
 
     def test_figures_of_other_definitions_are_made_anew(self, project):
         explain(["runs/ce/0"], QUICK[:1], samples=2)
         file = project / "runs/ce/0/explanations.json"
         content = json.loads(file.read_text())
         content["about"]["relevance_mass_accuracy"] = "something else"
-        content["rows"][0]["figures"]["relevance_mass_accuracy"]["mean"] = 2.0
+        content["rows"][0]["metrics"]["relevance_mass_accuracy"]["mean"] = 2.0
         file.write_text(json.dumps(content))
         (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
-        assert row["figures"]["relevance_mass_accuracy"]["mean"] <= 1
+        assert row["metrics"]["relevance_mass_accuracy"]["mean"] <= 1
 
     def test_figures_of_other_weights_are_made_anew(self, project):
         explain(["runs/ce/0"], QUICK[:1], samples=2)
         file = project / "runs/ce/0/explanations.json"
         content = json.loads(file.read_text())
         content["rows"][0]["weights"] = "others"
-        content["rows"][0]["figures"] = {}
+        content["rows"][0]["metrics"] = {}
         file.write_text(json.dumps(content))
         (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
-        assert "relevance_mass_accuracy" in row["figures"]
+        assert "relevance_mass_accuracy" in row["metrics"]
         assert len(json.loads(file.read_text())["rows"]) == 1
 
     def test_runs_that_share_a_teacher_share_its_figures(self, project, monkeypatch):
@@ -277,11 +277,11 @@ class TestSeveralRuns:
         assert {row["run"] for row in rows} == {"kd", "ce"}
         with open("compared/explanations.csv", newline="") as file:
             lines = list(csv.DictReader(file))
-        assert len(lines) == sum(len(row["figures"]) for row in rows)
+        assert len(lines) == sum(len(row["metrics"]) for row in rows)
         for row in rows:
             key = {name: row[name] for name in ("run", "model", "method", "layer")}
             line = find(lines, **key, metric="insertion")
-            mean = row["figures"]["insertion"]["mean"]
+            mean = row["metrics"]["insertion"]["mean"]
             assert line["mean"] == ("" if mean is None else str(mean))
         for file in ("compared/maps.png", "runs/kd/0/explanations.png"):
             assert Path(file).read_bytes().startswith(b"\x89PNG")
@@ -438,16 +438,16 @@ class TestPictures:
             explain(["runs/kd/0"], QUICK, images=["two.png"])
 
     def test_show_every_class_and_what_is_wrong(self, monkeypatch):
-        monkeypatch.setattr(explain_inputs, "_display_test_image", lambda _, place: place)
+        monkeypatch.setattr(explain_inputs, "_display_test_image", lambda _, index: index)
         labels = np.repeat([0, 1, 2], 20)
         wrong = np.arange(60) % 5 == 0
         predicted = np.where(wrong, (labels + 1) % 3, labels)
         run = SimpleNamespace(labels=labels, probabilities={"student": np.eye(3)[predicted]})
         for n in (3, 6, 9):
-            places = explain_inputs.choose_images(run, n)(run)
-            assert len(set(places)) == n
-            assert np.bincount(labels[places]).tolist() == [n // 3] * 3
-            assert n // 3 <= wrong[places].sum() <= n // 2 + 1
+            indices = explain_inputs.choose_images(run, n)(run)
+            assert len(set(indices)) == n
+            assert np.bincount(labels[indices]).tolist() == [n // 3] * 3
+            assert n // 3 <= wrong[indices].sum() <= n // 2 + 1
 
     def test_a_caption_can_stand_under_the_image_and_not_know_the_class(self):
         image, maps = np.zeros((8, 8)), {"m": np.eye(2)}

@@ -274,7 +274,7 @@ assert "hostile_module" not in sys.modules
             name: {"mean": 0.5, "n": 7, "chance": 0.4} for name in ("insertion", "deletion")
         }
         row = {"model": "student", "method": "grad_cam", "layer": "layer2", "samples": 7}
-        row |= {"weights": "abc", "figures": figures}
+        row |= {"weights": "abc", "metrics": figures}
         (kd / "explanations.json").write_text(json.dumps({"rows": [row]}))
         found = written([kd], tmp_path / "page.html")
         assert "0.123" in found.text

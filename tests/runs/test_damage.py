@@ -84,7 +84,7 @@ class TestEveryCut:
     def test_is_named_or_harmless(self, name, readers, run):
         content = (run / name).read_bytes()
         about = (run / "environment.json").read_bytes()
-        whole = {reader: repr(READERS[reader](run)) for reader in readers}
+        intact = {reader: repr(READERS[reader](run)) for reader in readers}
         for known in (True, False):  # also in a run of an older version, without hashes
             if not known and name != "environment.json":
                 words = json.loads(about)
@@ -106,7 +106,7 @@ class TestEveryCut:
                     elif reader == "damage" and known and name in OUTPUTS:
                         assert name in found
                     elif known and name in OUTPUTS:
-                        assert repr(found) == whole[reader]
+                        assert repr(found) == intact[reader]
 
     @pytest.mark.parametrize("name", ["best.pt", "student.safetensors"])
     def test_of_weights_is_noticed(self, name, run, tmp_path):
@@ -163,7 +163,7 @@ class TestCommands:
 
     @pytest.mark.parametrize("name", [*OUTPUTS, "summary.json"])
     @pytest.mark.parametrize("how", ["gone", "half", "one bit"])
-    def test_distill_given_again_repairs(self, name, how, run, finished):
+    def test_distill_rerun_repairs(self, name, how, run, finished):
         file = run / name
         content = bytearray(file.read_bytes())
         if how == "gone":

@@ -1,4 +1,4 @@
-"""Which files a run was made with: told apart by content, known again wherever they lie."""
+"""Which files a run was made with: distinguished by content, known again wherever they lie."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ class TestFiles:
         assert found(filled(tmp_path / "moved")) == before
 
     @pytest.mark.parametrize(
-        ("change", "place"),
+        ("change", "key_path"),
         [
             (lambda root: (root / "teacher.pt").write_bytes(b"another"), "models.model.src_ckpt"),
             (lambda root: (root / "w.pt").write_bytes(b"weight?"), "models.model.weights"),
@@ -57,11 +57,11 @@ class TestFiles:
             (lambda root: (root / "manifest.csv").write_text("file,group\n"), "datasets.a"),
         ],
     )
-    def test_another_content_is_another_file(self, root, change, place):
+    def test_another_content_is_another_file(self, root, change, key_path):
         before = found(root)
         change(root)
         after = found(root)
-        assert {key for key in before if before[key] != after[key]} == {place}
+        assert {key for key in before if before[key] != after[key]} == {key_path}
 
     def test_other_files_in_the_folder_do_not_count(self, root):
         before = found(root)
@@ -79,7 +79,7 @@ class TestFiles:
 
 
 class TestFolder:
-    """A run that has begun at one place of its teacher goes on at another, with that teacher."""
+    """A run that has begun with its teacher in one folder resumes with it in another."""
 
     CONFIG = "models:\n  teacher_model:\n    src_ckpt: %s\n"
 

@@ -54,7 +54,7 @@ ALONE = {**STUDY, "prepare": {}, "configurations": {"CE": STUDY["configurations"
 
 
 class Notes(NullProgress):
-    """Remembers what it is told, and counts what is tracked."""
+    """Remembers the notes, and counts what is tracked."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -122,15 +122,15 @@ class TestPlan:
 
     def test_a_part_of_a_study_is_the_same_runs(self, written):
         grid = {"rate": {"key": "train.optimizer.kwargs.lr", "values": [0.1, 0.01]}}
-        whole = read_plan(written(grid=grid))
+        full = read_plan(written(grid=grid))
         part = read_plan(written(grid=grid), only=["configuration=CE", "rate=0.01"])
         assert [(run.name, run.point, run.seed) for run in part.runs] == [
             *(("CE", {"rate": 0.01}, 0), ("CE", {"rate": 0.01}, 1))
         ]
-        assert {run.folder for run in part.runs} < {run.folder for run in whole.runs}
+        assert {run.folder for run in part.runs} < {run.folder for run in full.runs}
         assert (part.axes, part.prepared) == ({"rate": (0.01,)}, ())
         taught = read_plan(written(grid=grid), only=["configuration=KD", "configuration=CE"])
-        assert taught.trainings() == whole.trainings()
+        assert taught.trainings() == full.trainings()
         assert read_plan(written(), only=["configuration=KD"]).compare_to is None
 
     def test_a_part_that_is_not_there_is_refused(self, written):
@@ -200,7 +200,7 @@ class TestPlan:
             ({"prepare": {"a b": {"config": str(TEACHER)}}}, "a name of letters"),
         ],
     )
-    def test_a_wrong_study_is_refused_with_its_place(self, written, changes, words):
+    def test_a_wrong_study_is_refused_with_its_location(self, written, changes, words):
         with pytest.raises(ValueError, match=words):
             read_plan(written(**changes))
 
@@ -584,7 +584,7 @@ class TestRunning:
             run_study(file, seeds=1, out="out")
         with pytest.raises(FileExistsError, match=r"which holds --set \[\]"):
             run_study(file, ["batch_size=4"], out="out")
-        with pytest.raises(FileExistsError, match="which holds the whole study"):
+        with pytest.raises(FileExistsError, match="which holds all of the study"):
             run_study(file, out="out", only=["configuration=CE"])
         other = written(**{**ALONE, "question": "Else?"})
         with pytest.raises(FileExistsError, match=r"which holds the study .*\(Does KD help\?\)"):
@@ -596,7 +596,7 @@ class TestRunning:
         assert run_study(b, out="b")["only"] == []
 
     def test_two_studies_at_once_do_not_write_into_one_folder(self, written):
-        """The other one begins while this one is at work."""
+        """The other one begins while this one is running."""
 
         class Meanwhile(Notes):
             def note(self, text: str) -> None:
@@ -605,7 +605,7 @@ class TestRunning:
                     run_study(file, out="out")
 
         file = written(configurations=noted("well"), prepare={}, seeds=1)
-        with pytest.raises(FileExistsError, match="the whole study"), Meanwhile():
+        with pytest.raises(FileExistsError, match="all of the study"), Meanwhile():
             run_study(file, out="out", only=["configuration=CE"])
         assert json.loads(Path("out/study.json").read_text())["only"] == []
 
@@ -672,7 +672,7 @@ class TestMeasures:
     def test_figures_of_maps_are_found_by_model_method_and_layer(self):
         rows = [
             {"model": "student", "method": "grad_cam", "layer": "blocks.6", "samples": samples}
-            | {"figures": {"relevance_mass_accuracy": {"mean": mean, "n": n, "undefined": 4}}}
+            | {"metrics": {"relevance_mass_accuracy": {"mean": mean, "n": n, "undefined": 4}}}
             for samples, n, mean in ((None, 32, 0.1), (400, 400, 0.4), (8, 8, 0.2))
         ]
         found = results.average_maps({"rows": rows})
@@ -698,20 +698,20 @@ run_job()
 
 
 class TestRealRuns:
-    """A student is stopped after an epoch as a kill of the study would, then all goes on."""
+    """A student is stopped after an epoch as a kill of the study would, then all resumes."""
 
     @pytest.fixture(scope="class")
     @classmethod
     def done(cls, tmp_path_factory):
-        place = tmp_path_factory.mktemp("study")
+        folder = tmp_path_factory.mktemp("study")
         longer = ["train.num_epochs=4", "train.scheduler.kwargs.total_steps=4", "num_workers=1"]
         longer += ["datasets.phantom/train.init.kwargs.size=96", TAUGHT]
         taught = {"KD": {"config": str(KD), "set": longer}}
         content = {**STUDY, "configurations": taught, "compare_to": None, "seeds": 1}
         content["set"] = [*SMALL, "train.scheduler.kwargs.total_steps=1"]
-        file = place / "study.yaml"
+        file = folder / "study.yaml"
         file.write_text(yaml.safe_dump(content))
-        plan = read_plan(file, root=place / "runs")
+        plan = read_plan(file, root=folder / "runs")
         (teacher,), (student,) = plan.prepared, plan.runs
         distill(teacher.spec("cpu"))
         evaluate(teacher.folder, resamples=100)
@@ -724,7 +724,7 @@ class TestRealRuns:
         until(lambda: begun.exists() or process.poll() is not None)
         process.stdin.close()
         code, before = process.wait(), begun.read_text()
-        found = run_study(file, out=place / "out", root=place / "runs", device="cpu", safe=True)
+        found = run_study(file, out=folder / "out", root=folder / "runs", device="cpu", safe=True)
         return {"found": found, "plan": plan, "code": code, "before": before}
 
     def test_a_run_ends_with_its_study_and_goes_on_with_the_next(self, done):

@@ -49,8 +49,10 @@ def test_an_epoch_whose_last_step_breaks_the_weights_is_not_kept(
     assert len(kept["records"]) == 1
     assert all(torch.isfinite(v).all() for v in kept["experiment"]["models"]["original"].values())
     distill(tmp_path / "run")  # without the fault, as if there had been none
-    distill(tmp_path / "whole")
-    one, other = (load_file(tmp_path / name / "student.safetensors") for name in ("run", "whole"))
+    distill(tmp_path / "uninterrupted")
+    one, other = (
+        load_file(tmp_path / name / "student.safetensors") for name in ("run", "uninterrupted")
+    )
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 
@@ -64,10 +66,12 @@ def test_a_checkpoint_of_weights_that_are_none_blocks_no_folder(both, tmp_path, 
         next(iter(state["experiment"]["models"]["original"].values())).fill_(math.nan)
         torch.save(state, out / name)
     distill(out)
-    distill(tmp_path / "whole")
+    distill(tmp_path / "uninterrupted")
     assert "nan or inf in" in caplog.text
     assert (out / "last.pt.damaged").exists()
-    one, other = (load_file(path / "student.safetensors") for path in (out, tmp_path / "whole"))
+    one, other = (
+        load_file(path / "student.safetensors") for path in (out, tmp_path / "uninterrupted")
+    )
     assert all(torch.equal(one[key], other[key]) for key in other)
 
 

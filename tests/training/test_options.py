@@ -1,4 +1,4 @@
-"""What a config can ask of the driver: stages, schedules, precision, stopping, mixing, weights."""
+"""What a config can ask of the trainer: stages, schedules, precision, stopping, mixing, weights."""
 
 import json
 from pathlib import Path
@@ -124,7 +124,7 @@ class TestPrecision:
     @pytest.mark.parametrize("config", [BASELINE, LRP, STAGES])
     def test_float16_scales_the_loss_of_one_stage_and_of_several(self, config, tmp_path):
         overrides = [
-            *SMALL,
+            *MANY,
             *(NO_TEACHER if config != BASELINE else ()),
             "+train.precision=float16",
         ]

@@ -41,7 +41,7 @@ def validates_as(monkeypatch, values: list[float]) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict:
     """Three epochs in one go."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     distill(folder)
     return outcome(folder)
 
@@ -49,7 +49,7 @@ def uninterrupted(tmp_path_factory) -> dict:
 @pytest.fixture(scope="module")
 def with_relevance(tmp_path_factory) -> dict:
     """Three epochs with relevance maps and data-loader workers, in one go."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     distill(folder, None, LRP, RELEVANCE)
     return outcome(folder)
 
@@ -130,13 +130,13 @@ def test_patience_is_counted_the_same_after_a_fall_back(tmp_path, monkeypatch):
     """A best.pt that is ahead of the checkpoint used must not pass for an older one."""
     validates_as(monkeypatch, [0.5, 0.4, 0.6, 0.3, 0.2, 0.1])
     overrides = [*SMALL, "train.num_epochs=6", "+train.early_stopping={patience: 2}"]
-    distill(tmp_path / "whole", None, BASELINE, overrides)
+    distill(tmp_path / "uninterrupted", None, BASELINE, overrides)
     with pytest.raises(Stopped):
         distill(tmp_path / "parts", StopsAt("epoch 4"), BASELINE, overrides)
     (tmp_path / "parts/last.pt").write_bytes(b"")
     distill(tmp_path / "parts", None, BASELINE, overrides)
-    assert len(outcome(tmp_path / "whole")["metrics"]) == 5
-    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    assert len(outcome(tmp_path / "uninterrupted")["metrics"]) == 5
+    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "uninterrupted"))
 
 
 class TestDamage:
@@ -162,7 +162,7 @@ class TestDamage:
     ):
         """Those of the first epoch, so that no later one can stand in for them."""
         validates_as(monkeypatch, [0.9, 0.1, 0.2])
-        distill(tmp_path / "whole")
+        distill(tmp_path / "uninterrupted")
         with pytest.raises(Stopped):
             distill(tmp_path / "parts", StopsAt(moment))
         if moment == "test":
@@ -171,7 +171,7 @@ class TestDamage:
             (tmp_path / "parts/best.pt").write_bytes(b"")
         distill(tmp_path / "parts")
         assert outcome(tmp_path / "parts")["summary"]["best_epoch"] == 1
-        assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+        assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "uninterrupted"))
 
     @pytest.mark.parametrize("error", [zlib.error("incorrect data check"), OSError(22, "Invalid")])
     def test_a_checkpoint_that_cannot_be_read_is_a_damaged_one(self, error, tmp_path, monkeypatch):
@@ -287,12 +287,12 @@ def test_whatever_is_trained_goes_on_as_if_nothing_had_been(variant, tmp_path):
     if any(change.startswith("train={") for change in changes):  # what it had is gone
         gone = ("batch_size", "num_workers", "train.num_epochs")
         overrides = [s for s in overrides if s.split("=")[0] not in gone]
-    distill(tmp_path / "whole", None, config, overrides)
+    distill(tmp_path / "uninterrupted", None, config, overrides)
     for moment in ("epoch 2", "epoch 3"):
         with pytest.raises(Stopped):
             distill(tmp_path / "parts", StopsAt(moment), config, overrides)
     distill(tmp_path / "parts", None, config, overrides)
-    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "whole"))
+    assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "uninterrupted"))
 
 
 class TestRefusals:

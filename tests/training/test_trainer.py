@@ -1,4 +1,4 @@
-"""The driver: configs and overrides, run folders, checks before work, the command line."""
+"""The trainer: configs and overrides, run folders, checks before work, the command line."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def teacher(workplace) -> Path:
-    """A teacher's checkpoint at the place where the phantom's configs look for it."""
+    """A teacher's checkpoint where the phantom's configs look for it."""
     torch.manual_seed(0)
     file = Path("runs/phantom/ce/resnet10t/0/best.pt")
     file.parent.mkdir(parents=True)
@@ -125,10 +125,10 @@ class TestConfig:
 @pytest.mark.parametrize("config", PHANTOM + MRI, ids=lambda p: "-".join(p.parts[-3:]))
 def test_a_config_opens_with_question_row_and_its_own_command(config):
     lines = config.read_text(encoding="utf-8").splitlines()
-    place = config.relative_to(CONFIGS.parent)
+    shown = config.relative_to(CONFIGS.parent)
     assert lines[0].startswith("# Question: ")
     assert lines[1].startswith("# Row: ")
-    assert lines[2] == f"# Run: kd-lrp distill {place}"
+    assert lines[2] == f"# Run: kd-lrp distill {shown}"
 
 
 @pytest.mark.parametrize("config", PHANTOM, ids=lambda p: "-".join(p.parts[-2:]))
@@ -244,8 +244,8 @@ class TestRun:
         for split, classes in {"Training": "ab", "Testing": "ac"}.items():
             for name in classes:
                 Path("set", split, name).mkdir(parents=True)
-                for place in range(20):
-                    Image.new("L", (8, 8)).save(Path("set", split, name, f"{place}.png"))
+                for index in range(20):
+                    Image.new("L", (8, 8)).save(Path("set", split, name, f"{index}.png"))
         overrides = ["datasets.brain_mri/train.init.kwargs.root=set", "num_workers=0"]
         for split in ("train", "val", "test"):
             overrides.append(f"datasets.brain_mri/{split}.init.kwargs.classes=null")

@@ -90,27 +90,27 @@ class TestDistill:
         accumulated = "+train.optimizer.grad_accum_step=2"
         for override in [*SMALL, *NO_TEACHER, "train.num_epochs=2", accumulated]:
             words += ["--set", override]
-        done = run_two(*words, "--out", "whole", cwd=tmp_path)
+        done = run_two(*words, "--out", "uninterrupted", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("test accuracy") == 1
-        whole = tmp_path / "whole"
-        about = json.loads((whole / "environment.json").read_text())
+        full = tmp_path / "uninterrupted"
+        about = json.loads((full / "environment.json").read_text())
         assert about["processes"] == 2
         # Nine validation and eight test images, each counted once.
-        lines = (whole / "predictions.csv").read_text().splitlines()
-        assert [line.split(",")[0] for line in lines[1:]] == [str(place) for place in range(8)]
+        lines = (full / "predictions.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in lines[1:]] == [str(index) for index in range(8)]
         # What was validated is what is kept, batch statistics included.
-        lines = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
-        best = torch.load(whole / "best.pt", weights_only=True)["epoch"]
-        assert self.cross_entropy(whole) == pytest.approx(lines[best - 1]["val_ce"], rel=2e-6)
+        lines = [json.loads(line) for line in (full / "metrics.jsonl").open()]
+        best = torch.load(full / "best.pt", weights_only=True)["epoch"]
+        assert self.cross_entropy(full) == pytest.approx(lines[best - 1]["val_ce"], rel=2e-6)
         # As killed in the second epoch: its traces gone, the first one's checkpoint the last.
         parts = tmp_path / "parts"
         self.first_epoch_only(words, parts)
         done = run_two(*words, "--out", "parts", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "resumes after epoch 1" in done.stdout
-        of_whole, of_parts = (load_file(f / "student.safetensors") for f in (whole, parts))
-        assert all(torch.equal(of_whole[name], of_parts[name]) for name in of_whole)
+        of_full, of_parts = (load_file(f / "student.safetensors") for f in (full, parts))
+        assert all(torch.equal(of_full[name], of_parts[name]) for name in of_full)
 
     def cross_entropy(self, run: Path) -> float:
         """Of the weights that are kept, on the validation images."""

@@ -1,4 +1,4 @@
-"""Files of ours: written whole, read whole or named, held by one process at a time."""
+"""Files of ours: written as a whole, read intact or named, held by one process at a time."""
 
 import errno
 import fcntl
@@ -55,19 +55,19 @@ class TestReading:
     def test_json_cut_anywhere_is_named_with_its_repair(self, tmp_path):
         file = tmp_path / "a.json"
         files.write_json(file, CONTENT)
-        whole = file.read_bytes()
-        for length in range(len(whole)):
-            file.write_bytes(whole[:length])
+        intact = file.read_bytes()
+        for length in range(len(intact)):
+            file.write_bytes(intact[:length])
             with pytest.raises(ValueError, match=r"a\.json: expected .* Make it again\.$"):
                 files.read_json(file, "Make it again.", **KINDS)
 
     def test_json_with_other_bytes_is_named_or_has_its_keys(self, tmp_path):
         file = tmp_path / "a.json"
         files.write_json(file, CONTENT)
-        whole = file.read_bytes()
-        for place in range(len(whole)):
-            for byte in (0, 0xFF, whole[place] ^ 4, ord('"'), ord("[")):
-                file.write_bytes(whole[:place] + bytes([byte]) + whole[place + 1 :])
+        intact = file.read_bytes()
+        for index in range(len(intact)):
+            for byte in (0, 0xFF, intact[index] ^ 4, ord('"'), ord("[")):
+                file.write_bytes(intact[:index] + bytes([byte]) + intact[index + 1 :])
                 try:
                     found = files.read_json(file, "Make it again.", **KINDS)
                 except ValueError as error:
@@ -81,14 +81,14 @@ class TestReading:
     def test_a_csv_cut_inside_a_row_is_named(self, tmp_path):
         file = tmp_path / "a.csv"
         text = files.to_csv(["image", "p"], [["a, b", 0.25], ['"c"', 0.5], ["two\nlines", 1]])
-        whole = text.encode()
-        file.write_bytes(whole)
+        intact = text.encode()
+        file.write_bytes(intact)
         rows = files.read_csv(file, "")
         assert rows[1:] == [["a, b", "0.25"], ['"c"', "0.5"], ["two\nlines", "1"]]
         ends = {len(part.encode()) for part in (text[:8], text[:20], text[:32])}
-        assert all(whole[end - 1 : end] == b"\n" for end in ends)
-        for length in set(range(len(whole))) - ends:
-            file.write_bytes(whole[:length])
+        assert all(intact[end - 1 : end] == b"\n" for end in ends)
+        for length in set(range(len(intact))) - ends:
+            file.write_bytes(intact[:length])
             with pytest.raises(ValueError, match=r"a\.csv: expected .* Make it again\.$"):
                 files.read_csv(file, "Make it again.")
 

@@ -171,7 +171,7 @@ def check_keywords(where: str, function: Callable[..., object], kwargs: Any) -> 
 
     Args:
         where: key of the keywords, in the message.
-        function: or class; where it takes any keyword, only numbers are looked at.
+        function: or class; where it takes any keyword, only numbers are checked.
         kwargs: its keywords, as they were read.
     """
     check_mapping(where, kwargs, "Write {} for none.")
@@ -185,7 +185,7 @@ def check_keywords(where: str, function: Callable[..., object], kwargs: Any) -> 
 def check_scalars(where: str, function: Callable[..., object], kwargs: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` for a number, truth value or text where a function takes another.
 
-    What it takes is told by a keyword's default, else by its annotation; nothing is said of the
+    What it takes is known by a keyword's default, else by its annotation; nothing is said of the
     others. Python takes True for 1, and a loss at a learning rate of .inf is none.
     """
     parameters = inspect.signature(function).parameters

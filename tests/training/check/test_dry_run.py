@@ -1,4 +1,4 @@
-"""What ``kd-lrp check`` and ``distill`` say of wrong configs: the place, the trouble, the cure."""
+"""What ``kd-lrp check`` and ``distill`` say of wrong configs: where, what, what to do."""
 
 from pathlib import Path
 
@@ -194,7 +194,7 @@ def test_a_last_batch_that_a_loss_cannot_take_is_told():
 
 
 def test_a_last_batch_that_a_norm_cannot_take_is_told():
-    """One image, whose last map has one place."""
+    """One image, whose last map has one position."""
     overrides = [*TINY, "datasets.phantom/train.init.kwargs.size=17"]
     overrides.append("train.train_data_loader.kwargs.drop_last=False")
     (problem,) = check(resolve_config(BASELINE, overrides), CPU).problems
@@ -387,11 +387,11 @@ class TestCorruptImages:
     def folder(self, tmp_path) -> Path:
         for split in ("Training", "Testing"):
             for name in ("glioma", "notumor"):
-                place = tmp_path / split / name
-                place.mkdir(parents=True)
+                folder = tmp_path / split / name
+                folder.mkdir(parents=True)
                 for number in range(8):
                     noise = np.random.default_rng(number).integers(0, 255, (64, 64), np.uint8)
-                    Image.fromarray(noise).save(place / f"{number}.png")
+                    Image.fromarray(noise).save(folder / f"{number}.png")
         broken = tmp_path / "Training/glioma"
         content = (broken / "3.png").read_bytes()
         (broken / "3.png").write_bytes(content[: len(content) // 2])

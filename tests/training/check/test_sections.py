@@ -1,4 +1,4 @@
-"""What is wrong with a section by itself is told at its key, with the nearest name."""
+"""What is wrong with a section by itself is named at its key, with the nearest name."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def problems(config, *overrides: str, context: DistributedContext = CPU) -> list
     return check(resolve_config(config, [*TINY, *teacher, *overrides]), context).problems
 
 
-# The first word of each is the key at which it is told, the only problem that there is.
+# The first word of each is the key at which it is named, the only problem that there is.
 SCHEDULE = (
     "!import_call {key: kd_lrp_plugin.torchdistill.weight_schedule, "
     "init: {kwargs: {terms: {cee: {after: 1}}}}}"
