@@ -616,7 +616,7 @@ class TestRunning:
             raise BlockingIOError(11, "Resource temporarily unavailable")
 
         monkeypatch.setattr(executors, "distill", no_fork)
-        monkeypatch.setattr(executors, "_end_with_parent", lambda: None)
+        monkeypatch.setattr(executors, "end_with_parent", lambda interrupt: None)
         monkeypatch.setattr(
             sys, "argv", ["-c", json.dumps({"config": "my.yaml", "out": "nowhere"})]
         )
@@ -766,7 +766,7 @@ class TestRealRuns:
             raise ValueError("loss: expected a finite loss, got nan.")
 
         monkeypatch.setattr(executors, "distill", broken)
-        monkeypatch.setattr(executors, "_end_with_parent", lambda: None)
+        monkeypatch.setattr(executors, "end_with_parent", lambda interrupt: None)
         monkeypatch.setattr(
             sys, "argv", ["-c", json.dumps({"config": "my.yaml", "out": "nowhere"})]
         )
