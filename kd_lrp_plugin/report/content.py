@@ -44,9 +44,9 @@ def gather(
     of_runs, of_studies = (
         [path for path in paths if classify_folder(path) == kind] for kind in ("run", "study")
     )
-    studies = list(map(read_study, of_studies, name_folders(of_studies)))
+    studies = list(map(read_study, of_studies, _name_folders(of_studies)))
     of_cells = [] if of_runs else _list_first_seeds(studies)
-    named = [*zip(of_runs, name_folders(of_runs), strict=True), *of_cells[:DETAILED]]
+    named = [*zip(of_runs, _name_folders(of_runs), strict=True), *of_cells[:DETAILED]]
     tracked = current_progress().track(named, "reading", len(named))
     runs = [_read_run(path, name) for path, name in tracked]
     sheets = list_map_sheets(runs, maps)
@@ -105,6 +105,14 @@ def classify_folder(folder: Path) -> str:
     elif (folder / "pairs.csv").is_file():
         fix = "Give what kd-lrp check-data has written as --data-check."
     raise FileNotFoundError(message("report", "a finished run or a study", got, fix))
+
+
+def _name_folders(folders: Sequence[Path]) -> list[str]:
+    """Names for the page; of one alone the last name, for a page need not show where it lay."""
+    if len(folders) != 1:
+        return name_folders(folders)
+    path = folders[0].resolve()
+    return [path.parent.name if path.name.isdigit() else path.name]  # without the seed
 
 
 def _list_first_seeds(studies: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str]]:

@@ -23,7 +23,7 @@ EXTRAS = {
 
 
 def explain_missing(error: ImportError) -> str | None:
-    """What to install, in one line, if an import has failed for want of an extra; else None.
+    """What to install, in one line, if an import has failed without an extra; else None.
 
     Example:
         >>> explain_missing(ModuleNotFoundError("No module named 'optuna'", name="optuna.trial"))

@@ -219,7 +219,7 @@ def _hash_file(file: Path, *_: int) -> str:
 def name_folders(folders: Sequence[Path]) -> list[str]:
     """What tells folders apart: their paths without what all of them share at either end.
 
-    Of runs that differ without it, the seed is left out as well; a folder alone has its last name.
+    Of runs that differ without it, the seed is left out as well; a folder alone keeps its path.
 
     Example:
         >>> name_folders([Path("runs/kd/small/0"), Path("runs/ce/small/0")])
@@ -228,7 +228,7 @@ def name_folders(folders: Sequence[Path]) -> list[str]:
     parts = [folder.resolve().parts for folder in folders]
     unseeded = [p[:-1] if p[-1].isdigit() else p for p in parts]
     if len(parts) == 1:
-        return [unseeded[0][-1]]
+        return [str(folders[0])]
     if len(set(unseeded)) == len(set(parts)):
         parts = unseeded
     for _ in range(2):  # what all begin with, then what all end with

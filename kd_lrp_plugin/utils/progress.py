@@ -24,10 +24,10 @@ class NullProgress:
         return items
 
     def note(self, text: str) -> None:
-        """Told what the user should know, such as that a run goes on."""
+        """Take what the user should know, such as that a run resumes."""
 
     def epoch(self, metrics: Mapping[str, float]) -> None:
-        """Told the metrics of a finished epoch."""
+        """Take the metrics of a finished epoch."""
 
 
 _CURRENT: ContextVar[NullProgress] = ContextVar("current_progress", default=NullProgress())  # noqa: B039

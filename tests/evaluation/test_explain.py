@@ -198,7 +198,7 @@ class TestFigures:
 
 @pytest.mark.usefixtures("without_pictures")
 class TestWhatIsKept:
-    def test_a_command_that_was_stopped_goes_on(self, project, monkeypatch):
+    def test_a_command_that_was_stopped_resumes(self, project, monkeypatch):
         with pytest.raises(Stopped), StopsAt("explaining"):
             explain(["runs/kd/0"], QUICK, samples=2)
         before = json.loads((project / "runs/kd/0/explanations.json").read_text())["rows"]
@@ -224,7 +224,7 @@ class TestWhatIsKept:
         assert compared["n"] == 2
         assert row == alone[0]
 
-    def test_the_similarity_with_another_teacher_is_made_anew(self, project):
+    def test_the_similarity_with_another_teacher_is_made_again(self, project):
         explain(["runs/kd/0"], QUICK[:1], samples=2)
         file = project / "runs/kd/0/explanations.json"
         content = json.loads(file.read_text())
@@ -312,7 +312,7 @@ class TestSeveralRuns:
         assert found == [
             (Path("runs/0"), "CE, n 5, seed 0"),
             (Path("runs/2"), "KD, n 5, seed 2"),
-            (Path("runs/one"), "one"),
+            (Path("runs/one"), "runs/one"),
         ]
         with pytest.raises(ValueError, match="each run once"):
             explain_inputs.list_runs([tmp_path, Path("runs/2")])

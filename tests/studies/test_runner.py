@@ -269,7 +269,7 @@ class TestPlan:
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def rows_of(values: dict[tuple, list[float | None]]) -> list[dict]:
+def make_rows(values: dict[tuple, list[float | None]]) -> list[dict]:
     """Rows of cells (configuration, then axis and value in turn) with one value per seed."""
     return [
         {
@@ -284,7 +284,7 @@ def rows_of(values: dict[tuple, list[float | None]]) -> list[dict]:
 
 
 class TestComparing:
-    ROWS = rows_of(
+    ROWS = make_rows(
         {
             ("CE",): [0.80, 0.82, 0.84],
             ("KD", "tau", 1): [0.82, 0.85, None],
@@ -311,7 +311,7 @@ class TestComparing:
         assert two["p_holm"] == pytest.approx(2 * two["p"])
 
     def test_a_reference_on_the_grid_is_compared_at_the_same_place_of_it(self):
-        rows = rows_of(
+        rows = make_rows(
             {
                 ("KD", "images", 5): [0.5, 0.6],
                 ("KD", "images", 20): [0.7, 0.8],
@@ -376,7 +376,7 @@ class TestComparing:
         ]
 
     def test_lines_that_are_too_many_to_be_told_apart_become_dots(self):
-        rows = rows_of({("KD", "tau", 1, "alpha", a): [0.8, 0.9] for a in range(9)})
+        rows = make_rows({("KD", "tau", 1, "alpha", a): [0.8, 0.9] for a in range(9)})
         (ax,) = study_figure(self.content(rows, axes={"tau": [1], "alpha": [*range(9)]})).get_axes()
         assert ax.get_yticklabels()[8].get_text() == "KD, tau 1, alpha 8"
 

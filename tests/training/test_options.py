@@ -19,7 +19,7 @@ STAGES = CONFIGS / "phantom/lrp_cosine/test_resnet_from_resnet10t-stages.yaml"
 MANY = [s for s in SMALL if "num_epochs" not in s]
 
 
-def run_of(config: Path, overrides: list[str], out: Path) -> trainer.Trainer:
+def build_run(config: Path, overrides: list[str], out: Path) -> trainer.Trainer:
     out.mkdir(exist_ok=True)
     experiment = Experiment(assemble(resolve_config(config, overrides)), CPU)
     return trainer.Trainer(experiment, RunFolder(out), 0)
@@ -32,7 +32,7 @@ def metrics(config: Path, overrides: list[str], out: Path) -> list[dict]:
 
 class TestStages:
     def test_a_frozen_backbone_stays_as_it_is_to_the_last_statistic(self, tmp_path):
-        run = run_of(STAGES, [*MANY, *NO_TEACHER], tmp_path / "run")
+        run = build_run(STAGES, [*MANY, *NO_TEACHER], tmp_path / "run")
         before = {k: v.clone() for k, v in run.experiment.student.state_dict().items()}
         run._train_epoch()
         run._train_epoch()
@@ -46,7 +46,7 @@ class TestStages:
     def test_a_frozen_part_of_a_trained_teacher_keeps_its_statistics(self, tmp_path):
         options = "requires_grad: true, frozen_modules: [conv1, bn1, layer1]"
         teacher = f"train.teacher={{forward_proc: forward_batch_only, {options}}}"
-        run = run_of(KD, [*MANY, *NO_TEACHER, teacher], tmp_path / "run")
+        run = build_run(KD, [*MANY, *NO_TEACHER, teacher], tmp_path / "run")
         run.experiment.begin_epoch()
         norms = {
             name: module.training
@@ -112,7 +112,7 @@ class TestPrecision:
         losses = {}
         for kind in ("float32", precision):
             torch.manual_seed(0)
-            run = run_of(LRP, [*SMALL, *NO_TEACHER, f"+train.precision={kind}"], tmp_path / kind)
+            run = build_run(LRP, [*SMALL, *NO_TEACHER, f"+train.precision={kind}"], tmp_path / kind)
             run.experiment.begin_epoch()
             losses[kind] = run._train_batches(1)
             weights = run.experiment.student.state_dict().values()
@@ -128,7 +128,7 @@ class TestPrecision:
             *(NO_TEACHER if config != BASELINE else ()),
             "+train.precision=float16",
         ]
-        run = run_of(config, overrides, tmp_path / "run")
+        run = build_run(config, overrides, tmp_path / "run")
         assert run.experiment.box.post_forward_process.__func__ is scaled_step
 
     def test_a_float16_step_is_the_float32_step_once_unscaled(self, tmp_path):
@@ -137,7 +137,7 @@ class TestPrecision:
         changes = {}
         for name in ("plain", "scaled"):
             torch.manual_seed(0)
-            run = run_of(BASELINE, small, tmp_path / name)
+            run = build_run(BASELINE, small, tmp_path / name)
             box = run.experiment.box
             if name == "scaled":
                 box.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -170,7 +170,7 @@ class TestRecipes:
             overrides = [*SMALL, "models.model.kwargs.name=test_convnext", f"batch_size={size}"]
             overrides.append(f"train.optimizer={optimizer}")
             torch.manual_seed(0)
-            run = run_of(BASELINE, overrides, tmp_path / str(size))
+            run = build_run(BASELINE, overrides, tmp_path / str(size))
             before = [p.detach().clone() for p in run.experiment.student.parameters()]
             torch.manual_seed(1)
             run.experiment.begin_epoch()
@@ -197,7 +197,7 @@ class TestRecipes:
 
     def test_relevance_on_every_second_batch_is_half_of_the_work(self, tmp_path):
         kwargs = "train.criterion.kwargs.semantic.kwargs"
-        run = run_of(LRP, [*SMALL, *NO_TEACHER, f"{kwargs}={{every: 2}}"], tmp_path / "run")
+        run = build_run(LRP, [*SMALL, *NO_TEACHER, f"{kwargs}={{every: 2}}"], tmp_path / "run")
         made = []
         term, _ = run.experiment.box.criterion.term_dict["semantic"]
         term.register_forward_hook(lambda term, *_: made.append(term.computed))

@@ -42,7 +42,7 @@ def teacher(workplace) -> Path:
     return file
 
 
-def run_of(config: Path) -> trainer.Trainer:
+def build_run(config: Path) -> trainer.Trainer:
     """A run as :func:`training.distill` would begin it."""
     experiment = Experiment(assemble(resolve_config(config, SMALL)), CPU)
     folder = RunFolder("out")
@@ -212,14 +212,14 @@ class TestRun:
                     yield item
                     modes.append(run.experiment.box.teacher_model.training)
 
-        run = run_of(KD)
+        run = build_run(KD)
         with Watches():
             run._train_epoch()
         assert modes
         assert not any(modes)
 
     def test_a_loss_that_is_not_finite_stops_before_the_step_and_is_named(self, workplace):
-        run = run_of(BASELINE)
+        run = build_run(BASELINE)
         head = run.experiment.student.get_classifier()
         with torch.no_grad():
             head.bias.fill_(torch.nan)

@@ -84,10 +84,10 @@ def share(dataset: Any, loader: Mapping[str, Any], context: DistributedContext) 
     """
     if context.world_size > 1:
         sampler = loader["sampler"]
-        share_of = {"num_replicas": context.world_size, "rank": context.rank}
+        sharing = {"num_replicas": context.world_size, "rank": context.rank}
         loader = {
             **loader,
-            "sampler": {**sampler, "kwargs": share_of | (sampler.get("kwargs") or {})},
+            "sampler": {**sampler, "kwargs": sharing | (sampler.get("kwargs") or {})},
         }
     # A copy, since a wrapper (torchdistill's for SSKD) may change what it wraps.
     return build_data_loader(copy(dataset), loader, context.world_size > 1)
