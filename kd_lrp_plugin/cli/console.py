@@ -93,6 +93,9 @@ def errors_in_words(stopped: str = "") -> Iterator[None]:
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         if isinstance(error, ImportError):
             words = explain_missing(error) or words
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            got = error.strerror[0].lower() + error.strerror[1:]
+            words = message(str(error.filename), "a path that can be used", got, "Check it.")
         say(words, to=errors)
         logging.getLogger(__name__).info("traceback", exc_info=error)
         raise typer.Exit(1) from error
