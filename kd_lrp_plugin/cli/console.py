@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from kd_lrp_plugin.plots.text import plain_text
 from kd_lrp_plugin.utils.distributed import RankZeroFailed, rank_and_world_size
 from kd_lrp_plugin.utils.extras import explain_missing
 from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import message
 
 RANK, _ = rank_and_world_size()  # the first process speaks for all
@@ -86,6 +88,13 @@ def errors_in_words(stopped: str = "") -> Iterator[None]:
             say(stopped, to=errors)
         raise typer.Exit(130) from None
     except RankZeroFailed as error:
+        raise typer.Exit(1) from error
+    except AttributeError as error:
+        if not isinstance(error.obj, ModuleType):
+            raise
+        module = getattr(error.obj, "__file__", None) or error.obj.__name__
+        say("Error:", "red", errors, end=" ")
+        say(unknown_name(f"name in {module}", error.name, dir(error.obj)), to=errors)
         raise typer.Exit(1) from error
     except (ValueError, OSError, TypeError, KeyError, FloatingPointError, ImportError) as error:
         process = f" in process {RANK}" if RANK else ""

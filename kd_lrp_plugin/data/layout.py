@@ -3,8 +3,9 @@
 ``<folder>/<class>/`` holds the images of a class, in folders of any depth below it. Left out, each
 with a reason, are hidden folders and files (``.ipynb_checkpoints``, ``._1.png``), ``__MACOSX``,
 folders and files of masks, images whose ending is not read (``.gif``), symbolic links that lead
-back to a folder above them, and what is no regular file. What cannot be told is a problem: class names that differ in case only, a class
-without images, a folder that belongs to two classes, and splits or classes nested deeper.
+back to a folder above them, and what is no regular file. What cannot be told is a problem: class
+names that differ in case only, a class without images, a folder that belongs to two classes, and
+splits or classes nested deeper.
 """
 
 import os

@@ -66,7 +66,7 @@ def _why_unreadable(file: str, loader: Callable[[str], object], stamp: int) -> s
 
 
 def check_flags(where: str, **flags: object) -> None:
-    """Raise ``ValueError`` for a switch that is neither True nor False: text would count as True."""
+    """Raise ``ValueError`` for a switch that is neither True nor False: any text counts as True."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(message(f"{where} {name}", "True or False", repr(value), ""))

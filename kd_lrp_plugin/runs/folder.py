@@ -295,6 +295,8 @@ class RunFolder:
         if not file.is_file():
             return {}
         about = files.read_json(file, _ANEW, sessions=list)
+        if not all(isinstance(session, dict) for session in about["sessions"]):
+            raise files.damaged(file, "a mapping for each session", "others", _ANEW)
         for key in about.keys() & {"files", "outputs"}:
             files.check_keys(file, about, _ANEW, **{key: dict})
         return about

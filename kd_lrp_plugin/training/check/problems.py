@@ -111,10 +111,7 @@ def _describe_error(error: Exception | str) -> str:
 
 
 def check_keys(report: CheckReport, kind: str, key_path: str, section: Any) -> None:
-    """A key that looks like a misspelling, or that an override adds for nothing, is a problem.
-
-    Another one that nothing reads is a warning.
-    """
+    """A key that looks like a misspelling is a problem; one that nothing reads, a warning."""
     known = KEYS[kind].split()
     if not isinstance(section, Mapping):
         return
@@ -127,15 +124,14 @@ def check_keys(report: CheckReport, kind: str, key_path: str, section: Any) -> N
         if near:
             fix = f"Did you mean {near[0]!r}?"
             report.add(where, message(where, "a key that is read", repr(name), fix))
-        elif kind == "config" and report.config.shares(name):
-            continue  # at the top, people keep their anchors
-        elif kind == "config" and name in KEYS["train"].split():
-            fix = f"Did you mean 'train.{name}'?"
-            report.add(where, message(where, "a key that is read", repr(name), fix))
-        elif report.config.get_location(where).startswith("--set +"):
-            report.add(where, message(where, "a key that is read", repr(name), "Leave it out."))
-        else:
+        elif kind != "config":
             report.warn(where, "nothing reads it")
+        elif not report.config.shares(name):  # at the top, people keep their anchors
+            if name in KEYS["train"].split():
+                fix = f"Did you mean 'train.{name}'?"
+                report.add(where, message(where, "a key that is read", repr(name), fix))
+            else:
+                report.warn(where, "nothing reads it")
 
 
 def section(kind: str, expected: str, fix: str) -> Callable[[Check[C, T]], Check[C, T | None]]:
