@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ from kd_lrp_plugin.plots.text import plain_text
 from kd_lrp_plugin.utils.distributed import RankZeroFailed, rank_and_world_size
 from kd_lrp_plugin.utils.extras import explain_missing
 from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import message
 
 RANK, _ = rank_and_world_size()  # the first process speaks for all
@@ -87,12 +89,22 @@ def errors_in_words(stopped: str = "") -> Iterator[None]:
         raise typer.Exit(130) from None
     except RankZeroFailed as error:
         raise typer.Exit(1) from error
+    except AttributeError as error:
+        if not isinstance(error.obj, ModuleType):
+            raise
+        module = getattr(error.obj, "__file__", None) or error.obj.__name__
+        say("Error:", "red", errors, end=" ")
+        say(unknown_name(f"name in {module}", error.name, dir(error.obj)), to=errors)
+        raise typer.Exit(1) from error
     except (ValueError, OSError, TypeError, KeyError, FloatingPointError, ImportError) as error:
         process = f" in process {RANK}" if RANK else ""
         say(f"Error{process}:", "red", errors, end=" ")
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         if isinstance(error, ImportError):
             words = explain_missing(error) or words
+        if isinstance(error, OSError) and error.strerror and error.filename is not None:
+            got = error.strerror[0].lower() + error.strerror[1:]
+            words = message(str(error.filename), "a path that can be used", got, "Check it.")
         say(words, to=errors)
         logging.getLogger(__name__).info("traceback", exc_info=error)
         raise typer.Exit(1) from error

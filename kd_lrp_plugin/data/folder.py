@@ -19,7 +19,7 @@ from kd_lrp_plugin.data.images import ImageLoader, ascii_name, is_text, read_mas
 from kd_lrp_plugin.data.layout import Layout, is_image, read_layout, walk
 from kd_lrp_plugin.data.splits import held_out, read_groups, read_kept, read_table
 from kd_lrp_plugin.data.transforms import make_transforms
-from kd_lrp_plugin.data.validation import check_integer, unreadable_images
+from kd_lrp_plugin.data.validation import check_flags, check_integer, unreadable_images
 from kd_lrp_plugin.utils.files import hash_contents, hash_file
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -96,6 +96,9 @@ class FolderImages(ImageFolder):
         bits: int | None = None,
     ) -> None:
         check_known("FolderImages part", part, _PARTS)
+        check_integer("FolderImages", "image_size", image_size)
+        check_integer("FolderImages", "seed", seed, least=0)
+        check_flags("FolderImages", augment=augment, skip_corrupt=skip_corrupt)
         if bits is not None:
             check_integer("FolderImages", "bits", bits, least=9)
         self.bits = bits

@@ -182,7 +182,12 @@ def _check_file(file: str | Path) -> None:
     """Only a regular file is opened: a FIFO would be waited for."""
     if not is_text(file):
         raise ValueError("a name that is not UTF-8; rename it")
-    about = os.stat(file)
+    try:
+        about = os.stat(file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a link to itself, or a folder that may not be entered
+        raise ValueError(error.strerror) from None
     if not stat.S_ISREG(about.st_mode):
         raise ValueError("a folder" if stat.S_ISDIR(about.st_mode) else "no regular file")
     if not about.st_size:

@@ -2,9 +2,10 @@
 
 ``<folder>/<class>/`` holds the images of a class, in folders of any depth below it. Left out, each
 with a reason, are hidden folders and files (``.ipynb_checkpoints``, ``._1.png``), ``__MACOSX``,
-folders and files of masks, symbolic links that lead back to a folder above them, and what is no
-regular file. What cannot be told is a problem: class names that differ in case only, a class
-without images, a folder that belongs to two classes, and splits or classes nested deeper.
+folders and files of masks, images whose ending is not read (``.gif``), symbolic links that lead
+back to a folder above them, and what is no regular file. What cannot be told is a problem: class
+names that differ in case only, a class without images, a folder that belongs to two classes, and
+splits or classes nested deeper.
 """
 
 import os
@@ -21,9 +22,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from kd_lrp_plugin.data.images import ascii_name, is_text
 from kd_lrp_plugin.utils.validation import message
 
-_MASKS = r"masks?|segmentations?|segs?|annotations?|ground[ _-]?truths?|gt"
+_MASKS = r"masks?|segmentations?|segs?|annotations?|labels?|contours?|ground[ _-]?truths?|gt"
 _MASK_FOLDER = re.compile(rf"({_MASKS})|(?P<of>.+?)[ _-]({_MASKS})", re.IGNORECASE)
 _MASK_FILE = re.compile(rf"(?P<of>.+?)[ _-]?({_MASKS})([ _-]?\d+)?", re.IGNORECASE)
+# Images all the same, which torchvision's folders leave unread.
+_OTHER_IMAGES = (".gif", ".avif", ".heic", ".heif", ".jfif", ".jp2", ".j2k", ".tga", ".dcm", ".nii")
 _METADATA = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found")
 
 
@@ -97,14 +100,21 @@ def _walk(folder: Path, parts: tuple[str, ...], above: list[tuple[int, int]], tr
         own = (*parts, entry.name)
         file = ascii_name("/".join(own))
         if entry.name.startswith(".") or entry.name.lower() in _METADATA:
-            if entry.is_dir() or is_image(entry.name):
+            if _is_folder(entry) or is_image(entry.name):
                 tree.ignored[file] = "hidden" if entry.name[0] == "." else "made by the system"
-        elif entry.is_dir():
+        elif _is_folder(entry):
             _walk(Path(entry.path), own, [*above, identity], tree)
         elif (kind := _describe_special(entry)) is not None:
             tree.ignored[file] = kind
         else:
             tree.files.append(own)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _identify(folder: Path) -> tuple[int, int]:
@@ -159,6 +169,11 @@ def arrange(folder: Path, tree: Tree, classes: Collection[str] = (), at: tuple =
         masks |= members
     for parts in sorted(found := _find_mask_files([p for p in images if p not in masks])):
         ignored["/".join(parts)] = f"the mask of {_find_masked_stem(parts[-1])}"
+    for parts in below:
+        ending = os.path.splitext(parts[-1])[1].lower()
+        if ending in _OTHER_IMAGES and len(parts) > 1:
+            why = f"an image ({ending[1:].upper()}) that data sets leave unread for its ending"
+            ignored[ascii_name("/".join(parts))] = why
     for parts in images:
         if len(parts) == 1:
             ignored[parts[0]] = "an image in no class folder"
@@ -169,7 +184,8 @@ def arrange(folder: Path, tree: Tree, classes: Collection[str] = (), at: tuple =
     given = {path[0] for path in paths if len(path) == 1} - ignored.keys()
     problems = [*_find_problems(f"images {Path(folder, *at)}", tree, at, images, named)]
     problems += _find_nested(f"images {Path(folder, *at)}", images, named, classes)
-    return Layout(named, images, ignored, sorted(given - {*named}), problems)
+    empty = sorted(map(ascii_name, given - {*named}))
+    return Layout(named, images, ignored, empty, problems)
 
 
 def _find_mask_folders(

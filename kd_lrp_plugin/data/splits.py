@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from math import floor
@@ -12,6 +13,7 @@ from typing import Any
 from kd_lrp_plugin.data.layout import find_alike
 from kd_lrp_plugin.utils.validation import check_known, message
 
+logger = logging.getLogger(__name__)
 _COLUMNS = ("file", "split", "class", "group", "kept")
 _NONE = ("nan", "<na>", "na", "n/a", "none", "null", "nat")
 
@@ -141,6 +143,8 @@ def read_kept(manifest: str | None, root: Path, split: str) -> list[dict[str, st
         _check_first(where, lines, row["file"], line, row["file"])
         if _truth(at, row["kept"]):
             kept[line] = row
+    if not kept:
+        raise ValueError(message(where, "rows that are kept", "none", "Write 1 in column kept."))
     check_known(f"{where}: split", split, {row["split"]: None for row in kept.values()})
     absent = [row["file"] for row in kept.values() if not (root / row["file"]).is_file()]
     if absent:
@@ -153,7 +157,19 @@ def read_kept(manifest: str | None, root: Path, split: str) -> list[dict[str, st
     if alike := find_alike({row["class"] for row in kept.values()}):
         fix = "Spell it in one way."
         raise ValueError(message(where, "classes that differ in more than case", alike[0], fix))
+    _tell_divided_groups(where, kept.values())
     return list(kept.values())
+
+
+def _tell_divided_groups(where: str, rows: Iterable[Mapping[str, str]]) -> None:
+    """A group in two splits, such as a patient in training and test, is a leak."""
+    splits: dict[str, set[str]] = {}
+    for row in rows:
+        if row["group"]:
+            splits.setdefault(row["group"], set()).add(row["split"])
+    if divided := sorted(group for group, names in splits.items() if len(names) > 1):
+        some = f"{len(divided)} groups are in more than one split, such as {divided[0]!r} in "
+        logger.warning("%s: %s%s", where, some, " and ".join(sorted(splits[divided[0]])))
 
 
 def _check_first(where: str, lines: dict[Any, int], key: object, line: int, file: str) -> None:

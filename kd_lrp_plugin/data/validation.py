@@ -65,6 +65,13 @@ def _why_unreadable(file: str, loader: Callable[[str], object], stamp: int) -> s
     return None
 
 
+def check_flags(where: str, **flags: object) -> None:
+    """Raise ``ValueError`` for a switch that is neither True nor False: any text counts as True."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(message(f"{where} {name}", "True or False", repr(value), ""))
+
+
 def check_integer(where: str, name: str, value: object, least: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(message(where, f"an integer {name} of {least} or more", repr(value), ""))

@@ -5,6 +5,7 @@ and number of samples, each with ``metrics`` (:func:`kd_lrp_plugin.attribution.s
 ``randomisation``. A row that is there is not computed again.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -104,6 +105,8 @@ def explain(
     options = options or ExplainOptions()
     if not folders:
         raise ValueError(message("explain", "one run at least", "none", ""))
+    if options.out is not None:
+        _check_out(Path(options.out))
     named = list_runs([Path(folder) for folder in folders])
     runs = [open_run(folder, name, options) for folder, name in named]
     if len({run.test_hash for run in runs}) > 1:
@@ -378,6 +381,25 @@ def _read_rows(run: LoadedRun) -> dict[str, Any]:
         fix = "Rename it to explain the run again."
         raise ValueError(message(str(file), "metrics of this run", "those of another", fix))
     return {"rows": [], **content}
+
+
+def _check_out(out: Path) -> None:
+    """Raise FileExistsError for files of the names that will be written, but of somebody else."""
+    theirs = [name for name in ("maps.png", "explanations.csv") if (out / name).exists()]
+    if out.is_dir() and theirs and "command" not in _read_command(out / "maps.json"):
+        fix = "Choose another --out, or move them away."
+        raise FileExistsError(message("explain --out", "none of these files", theirs, fix))
+    if out.exists() and not out.is_dir():
+        fix = "Choose another --out."
+        raise FileExistsError(message("explain --out", "a folder", f"a file, {out}", fix))
+
+
+def _read_command(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _save(file: Path, figure: Figure) -> None:

@@ -2,7 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.validation import message
 
 RANKED = 20  # rows of a ranking
+_REPAIR = "Rename it, and give the command that made it again."
 
 
 def quote_command(start: str, *words: object) -> str:
@@ -45,7 +47,24 @@ def read_json(file: Path) -> Any:
     """What a file holds; None if there is none."""
     if not file.is_file():
         return None
-    return files.read_json(file, "Rename it, and give the command that made it again.")
+    return files.read_json(file, _REPAIR)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Intact JSON of another shape than ours is a damaged file, too, and named."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        got = f"other content ({type(error).__name__}: {error})"
+        raise files.damaged(file, "what kd-lrp has written", got, _REPAIR) from error
+
+
+def _read_mapping(file: Path) -> dict[str, Any] | None:
+    content = read_json(file)
+    if not isinstance(content, dict | None):
+        raise files.damaged(file, "a mapping of keys", repr(content)[:60], _REPAIR)
+    return content
 
 
 def file_at(path: Path) -> Path | None:
@@ -64,6 +83,11 @@ def read_data_check(folder: Path) -> dict[str, Any]:
         fix = "Give the folder that kd-lrp check-data has written."
         got = f"none at {folder}"
         raise FileNotFoundError(message("report --data-check", "a leak check", got, fix))
+    with _naming(folder / "summary.json"):
+        return _describe_data_check(folder, summary)
+
+
+def _describe_data_check(folder: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         {
             "split": split,
@@ -119,11 +143,11 @@ def list_explain_commands(
     """The commands that made the figures of runs and studies, and the maps side by side."""
     records_of_runs = [run["explanations"] for run in runs]
     records_of_studies = [
-        read_json(Path(row["folder"], "explanations.json"))
+        _read_mapping(Path(row["folder"], "explanations.json"))
         for study in studies
         for row in study["runs"]
     ]
-    of_maps = read_json(Path(maps, "maps.json")) if maps else None
+    of_maps = _read_mapping(Path(maps, "maps.json")) if maps else None
     found = map(get_command, [*records_of_runs, *records_of_studies, of_maps])
     return list(dict.fromkeys(line for line in found if line))
 
@@ -143,16 +167,17 @@ def list_explanations(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 def read_study(path: Path, name: str) -> dict[str, Any]:
     """The content of ``study.json``, and its tables by measure."""
     content = read_json(path / "study.json")
-    tables = {measure: study_rows(content, measure) for measure in content["measures"]}
-    return {
-        **content,
-        "name": name,
-        "folder": shorten_path(path),
-        "tables": {m: [row for row in rows if row["n"]] for m, rows in tables.items()},
-        "most": max((record["n"] for record in content["table"]), default=0),
-        "picture": file_at(path / "study.png"),
-        "command": get_command(content),
-    }
+    with _naming(path / "study.json"):
+        tables = {measure: study_rows(content, measure) for measure in content["measures"]}
+        return {
+            **content,
+            "name": name,
+            "folder": shorten_path(path),
+            "tables": {m: [row for row in rows if row["n"]] for m, rows in tables.items()},
+            "most": max((record["n"] for record in content["table"]), default=0),
+            "picture": file_at(path / "study.png"),
+            "command": get_command(content),
+        }
 
 
 def read_selection(
@@ -163,32 +188,35 @@ def read_selection(
     Raises:
         ValueError: if ``given`` is no record of a choice.
     """
-    files = [Path(given)] if given else []
+    found = [Path(given)] if given else []
     for run in runs if not given else ():
         entry = (run["config"].get("models") or {}).get("student_model") or {}
         record = (entry.get("kwargs") or {}).get("record")
         if entry.get("key") == "diswot_student" and record:
-            files.append(Path(os.path.expandvars(str(record))).expanduser())
-    for file in files:
+            found.append(Path(os.path.expandvars(str(record))).expanduser())
+    for file in found:
         record = read_json(file)
         if isinstance(record, dict) and record.get("ranking"):
-            question, ranking = record["question"], record["ranking"]
-            hidden = ("problem", "entry", "latency", "counters_differ_by")
-            return {
-                "file": shorten_path(file),
-                "chosen": record["candidate"],
-                "score": question["score"],
-                "seeds": question["seeds"],
-                "columns": [key for key in ranking[0] if key not in hidden],
-                "ranking": ranking[:RANKED],
-                "more": len(ranking) - RANKED if len(ranking) > RANKED else 0,
-                "words": summarise_ranking(ranking),
-                "figure": vector(
-                    selection_figure(ranking, f"{question['score']}: lower is better")
-                ),
-                "command": get_command(record),
-            }
+            with _naming(file):
+                return _describe_selection(file, record)
     if given:
         fix = "Give the JSON file that kd-lrp select says it has recorded the choice in."
         raise ValueError(message("report --selection", "the record of a choice", given, fix))
     return None
+
+
+def _describe_selection(file: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    spec, ranking = record["question"], record["ranking"]
+    hidden = ("problem", "entry", "latency", "counters_differ_by")
+    return {
+        "file": shorten_path(file),
+        "chosen": record["candidate"],
+        "score": spec["score"],
+        "seeds": spec["seeds"],
+        "columns": [key for key in ranking[0] if key not in hidden],
+        "ranking": ranking[:RANKED],
+        "more": len(ranking) - RANKED if len(ranking) > RANKED else 0,
+        "words": summarise_ranking(ranking),
+        "figure": vector(selection_figure(ranking, f"{spec['score']}: lower is better")),
+        "command": get_command(record),
+    }

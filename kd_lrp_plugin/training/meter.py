@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchdistill.losses import mid_level
 
+from kd_lrp_plugin.relevance.recording import find_logits
 from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_targets, message
@@ -91,7 +92,12 @@ class Meter:
             self._add(name, value.float(), len(targets))
         student = self._outputs["student"] if logits is None else logits
         assert student is not None
-        self.count(student, targets, self._outputs["teacher"])
+        teacher = self._outputs["teacher"]
+        self.count(
+            find_logits("student", student),  # of several outputs, such as GoogLeNet's
+            targets,
+            None if teacher is None else find_logits("teacher", teacher),
+        )
 
     def count(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> None:
         """Count the predictions of a batch.

@@ -116,7 +116,11 @@ def init_distributed(device: str | None = None) -> Iterator[DistributedContext]:
     import torch
     from torch import distributed
 
-    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        fix = "Such as --device cpu or --device cuda:0."
+        raise ValueError(message("device", "one that PyTorch knows", repr(device), fix)) from None
     if kind.type == "cuda" and not torch.cuda.is_available():
         fix = "Use --device cpu."
         raise ValueError(message("device", "one that PyTorch finds", repr(device), fix))

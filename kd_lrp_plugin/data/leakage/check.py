@@ -44,8 +44,10 @@ from kd_lrp_plugin.data.leakage.summary import count_leaks, pairs_figure, summar
 from kd_lrp_plugin.data.splits import read_groups
 from kd_lrp_plugin.data.validation import check_integer
 from kd_lrp_plugin.utils.files import (
+    damaged,
     get_command,
     hash_contents,
+    hash_file,
     put,
     read_json,
     to_csv,
@@ -57,6 +59,7 @@ from kd_lrp_plugin.utils.validation import message
 
 SPLIT_COLUMNS = ("file", "split", "class", "group", "kept", "why")
 OUTPUTS = ("summary.json", "pairs.csv", "clean_split.csv", "pairs.png")
+TABLES = ("pairs.csv", "clean_split.csv")  # whose bytes the summary knows
 
 
 def check_data(
@@ -135,6 +138,7 @@ def check_data(
         write_text(
             out / "pairs.csv", to_csv(COLUMNS, ([pair[c] for c in COLUMNS] for pair in pairs))
         )
+        summary["outputs"] = {name: hash_file(out / name) for name in TABLES}
         if len(order):
             figure = pairs_figure(root, audit, order, bits)
             put(out / "pairs.png", lambda draft: figure.savefig(draft, format="png"))
@@ -160,7 +164,13 @@ def _answered(out: Path, state: str) -> dict[str, Any] | None:
     fix = "Delete it, and run kd-lrp check-data again: it makes it from what it has kept."
     summary = read_json(out / "summary.json", fix, state=str, images_with_duplicate=int)
     complete = not missing or not summary["images_with_duplicate"]
-    return summary if complete and summary["state"] == state else None
+    if not complete or summary["state"] != state:
+        return None
+    for name, written in summary.get("outputs", {}).items():
+        if hash_file(out / name) != written:
+            got, fix = "other bytes", "Delete it to have it made again; rename it to keep changes."
+            raise damaged(out / name, "the table that kd-lrp check-data has written", got, fix)
+    return summary
 
 
 def _patients(images: Sequence[ImageFile], table: Path, column: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from kd_lrp_plugin.data.folder import choose_transform
 from kd_lrp_plugin.data.phantom.drawing import CLASSES, Scene, draw
-from kd_lrp_plugin.data.validation import check_integer
+from kd_lrp_plugin.data.validation import check_flags, check_integer
 from kd_lrp_plugin.utils.validation import check_known, message
 
 _SPLITS = {"train": 0, "val": 1, "test": 2}
@@ -69,6 +69,7 @@ class Phantom(Dataset):
         check_integer("Phantom", "size", size)
         check_integer("Phantom", "image_size", image_size, least=32)
         check_integer("Phantom", "seed", seed, least=0)
+        check_flags("Phantom", augment=augment, cache=cache)
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
         self.transform = choose_transform("Phantom", transform, image_size, augment)
         self._cache: dict[int, np.ndarray] | None = {} if cache else None

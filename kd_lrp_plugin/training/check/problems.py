@@ -44,6 +44,7 @@ KEYS = {
     "criterion": "key kwargs args func2extract_model_loss",
     "WeightedSumLoss": "model_term sub_terms",
     "early_stopping": "patience min_delta",
+    "test": "test_data_loader",
 }
 _TEXT = re.compile(r"[-+]?[\d.]+[eE][-+]?\d+")
 _FIX = "YAML reads 1e-3 as text, 1.0e-3 as a number."

@@ -66,6 +66,7 @@ def check_sections(report: CheckReport, assembly: Assembly, context: Distributed
             if key_path != "train":
                 check_keys(report, "stage", key_path, stage)
             _check_stage(report, key_path, stage, parts)
+    check_keys(report, "test", "test", test)
     check_loader(report, "test.test_data_loader", test.get("test_data_loader"), parts)
 
 
@@ -172,7 +173,7 @@ def _check_stage(
     with report.at(f"{key_path}.num_epochs"):
         epochs = stage.get("num_epochs")
         if type(epochs) is not int or epochs < 1:  # True would pass for one
-            raise ValueError(message("num_epochs", "an integer of 1 or more", epochs, ""))
+            raise ValueError(message("num_epochs", "an integer of 1 or more", repr(epochs), ""))
     for role in ("teacher", "student", "model"):
         entry = stage.get(role) or {}
         _check_role(report, f"{key_path}.{role}", entry, parts)
