@@ -295,8 +295,8 @@ def kl_divergence(
             times the difference would be its rounding.
 
     Returns:
-        Scalar >= 0, in nats times τ². A class that both rule out (a logit of -inf) adds nothing;
-        one that the student alone rules out makes it infinite.
+        Scalar >= 0, in nats times τ², float32 for logits in half precision. A class that both
+        rule out (a logit of -inf) adds nothing; one that the student alone does, infinity.
 
     Raises:
         ValueError: if the shapes differ, are not (n, classes) with n >= 1 and two classes or
@@ -322,6 +322,10 @@ def kl_divergence(
         fix = "Use 4, the paper's value."
         expected = "a temperature from 0.01 to 100" if temperature > 0 else "a temperature above 0"
         raise ValueError(message(where, expected, temperature, fix))
+    # Logits in half precision would be rounded by more than the predictions differ.
+    student, teacher = (
+        t.to(torch.promote_types(t.dtype, torch.float32)) for t in (student, teacher)
+    )
     of_student = functional.log_softmax(student / temperature, dim=1)
     of_teacher = functional.log_softmax(teacher.detach() / temperature, dim=1)
     probability = of_teacher.exp()

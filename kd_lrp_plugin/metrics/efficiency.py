@@ -219,16 +219,12 @@ def check_macs(
 def _count_accesses(
     images: Sequence[int],
     weight: Sequence[int],
-    _bias: object,
-    _stride: object,
-    _padding: object,
-    _dilation: object,
-    transposed: bool,
-    *_: object,
+    *settings: object,  # bias, stride, padding, dilation, transposed, output padding, groups
     out_shape: Sequence[int],
-    **__: object,
+    **_: object,
 ) -> int:
-    if transposed:
+    is_transposed = settings[4]
+    if is_transposed:
         return 0
     positions = out_shape[0] * math.prod(out_shape[2:])
     return positions * (images[1] + out_shape[1]) + math.prod(weight)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.parallel import DistributedDataParallel
 
 from kd_lrp_plugin.utils.validation import message
 
@@ -21,12 +22,18 @@ LINEAR_OPERATIONS = frozenset({
 })
 """Autograd operations at which the gradient hands relevance back as it should be."""
 # fmt: on
+CHANGE_OF_A_VIEW = "CopySlices"
 PRODUCTS = frozenset({"Mul", "Div", "Bmm"})
 """Linear, too, as long as one operand carries no relevance."""
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 WITHOUT_CHECKPOINTING = (
     "Switch gradient checkpointing off while the model is recorded: its second forward pass "
     "would not be the recorded one."
+)
+
+WITH_A_RULE = (
+    "Make it a module (such as nn.ReLU), choose layers behind it, or the method "
+    "gradient_activation."
 )
 
 
@@ -161,6 +168,8 @@ def find_carriers(
         carriers[node] = any(carried) or node in wanted
         if any(carried) and not is_relevance_function(node):
             _check_operation(node, carried, method, is_gradient)
+            if _get_kind(node) == CHANGE_OF_A_VIEW and not is_gradient:
+                _check_change_of_view(node, carriers, method)
         stack.pop()
     return carriers
 
@@ -176,12 +185,58 @@ def _check_operation(node: Any, carried: list[bool], method: str, is_gradient: b
     if is_gradient and not getattr(node, "_saved_training", False):
         return  # the gradient is right everywhere but through the statistics of a batch
     kind = operation.removesuffix("Backward")
-    if kind in LINEAR_OPERATIONS or (
+    if _is_someone_s_own(node):
+        operation += " of a function of its own"
+    elif kind in LINEAR_OPERATIONS or (
         kind in PRODUCTS and sum(carried) == 1 and not (kind == "Div" and not carried[0])
     ):
         return
-    fix = (
-        "Make it a module (such as nn.ReLU), choose layers behind it, or the method "
-        "gradient_activation."
-    )
-    raise ValueError(message(method, "operations that have a rule", operation, fix))
+    raise ValueError(message(method, "operations that have a rule", operation, WITH_A_RULE))
+
+
+def _is_someone_s_own(node: Any) -> bool:
+    """Whether it is of a ``torch.autograd.Function``, whose name says nothing, be it ``Add``."""
+    function = getattr(node, "_forward_cls", None)
+    return function is not None and function.__module__ != DistributedDataParallel.__module__
+
+
+def _check_change_of_view(node: Any, carriers: dict[Any, bool], method: str) -> None:
+    """Raise ``ValueError`` unless what has changed a view of a tensor in place was linear.
+
+    One node stands for ``y[:, :2] = z``, for ``y[:, :2].add_(z)`` and for ``y[:, :2].sigmoid_()``,
+    and hides which. Its backward pass tells: of a linear operation it consists of linear ones, and
+    depends on nothing that carries relevance.
+    """
+    (metadata,) = node._input_metadata
+    with torch.enable_grad():
+        probe = torch.ones(
+            metadata.shape, dtype=metadata.dtype, device=metadata.device, requires_grad=True
+        )
+        grads = node(probe)
+    grads = grads if isinstance(grads, tuple) else (grads,)
+    inputs = [following for following, _ in node.next_functions]
+    stack = [
+        get_grad_node(grad)
+        for grad, following in zip(grads, inputs, strict=False)
+        if grad is not None and carriers.get(following, False)
+    ]
+    seen = {None, get_grad_node(probe)}
+    while stack:
+        inner = stack.pop()
+        if inner in seen:
+            continue
+        seen.add(inner)
+        if inner in carriers:
+            is_linear = not carriers[inner]  # a factor, such as a gate, or what is features again
+        else:
+            is_linear = _get_kind(inner) in LINEAR_OPERATIONS | PRODUCTS | {"Copy"}
+            stack.extend(following for following, _ in inner.next_functions)
+        if not is_linear:
+            got = "a change in place of a part of a tensor, CopySlices, that is not linear"
+            raise ValueError(message(method, "operations that have a rule", got, WITH_A_RULE))
+
+
+def _get_kind(node: Any) -> str:
+    """The operation of an autograd node, without the marks that PyTorch puts around its name."""
+    name = node.name().removeprefix("torch::autograd::").rstrip("0123456789")
+    return name.replace("Backwards", "Backward").removesuffix("Backward")

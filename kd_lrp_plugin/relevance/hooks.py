@@ -57,8 +57,8 @@ class Propagation:
         self._rules = LayerRules(method, {model.get_submodule(layer) for layer in layers})
         self._frozen = not any(parameter.requires_grad for parameter in model.parameters())
         self._versions: dict[str, int] = {}
-        self._autocast: dict[str, torch.dtype] = {}
-        self._norm_inputs: dict[nn.Module, Tensor] = {}
+        self._autocast = WideAutocast()
+        self._fused_norms: list[FusedNormInput] = []
         self._undo: list[Callable[[], None]] = []
         # A checkpointed part of the model runs a second time, in the backward pass: not recorded.
         self._is_over = False
@@ -152,26 +152,13 @@ class Propagation:
     def _install_norm(self, name: str, module: BatchNorm) -> None:
         serve = partial(self._rules.serve_norm, name, module)
         if runs_as(module, BatchNormAct2d) and has_readable_weight(module):
-            # The value before the activation passes through `drop`; the input is seen here only.
-            def keep_input(_: nn.Module, args: tuple, kwargs: dict) -> None:
-                self._norm_inputs[module] = _get_input(args, kwargs)
-
-            def serve_drop(_: object, output: Tensor) -> Tensor | None:
-                source = self._norm_inputs.get(module)
-                return None if source is None else serve(source, output)
-
-            def check_input(source: object, _: object) -> None:
-                if self._norm_inputs.pop(module, source) is not source:
-                    fix = "Register hooks before the recording begins."
-                    got = "another hook behind it that changes the input"
-                    expected = "the hook of the recording to be the last"
-                    raise ValueError(message(f"layer {name!r}", expected, got, fix))
-
-            hook = module.register_forward_pre_hook(keep_input, with_kwargs=True)
+            fused = FusedNormInput(name, serve)
+            hook = module.register_forward_pre_hook(fused.keep, with_kwargs=True)
             self._undo.append(hook.remove)
+            self._fused_norms.append(fused)
             drop: Any = module.drop
-            self._put_behind(name, drop, serve_drop)
-            self._put_behind(name, module, check_input)
+            self._put_behind(name, drop, fused.serve_drop)
+            self._put_behind(name, module, fused.check)
         elif runs_as(module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and (
             has_readable_weight(module)
         ):
@@ -184,7 +171,8 @@ class Propagation:
         """Let ``serve(input, output)`` replace the output of ``module`` behind a target layer."""
 
         def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-            if not self.outputs or self._is_over:
+            # What runs without gradients, as within a reentrant checkpoint, has no graph to serve.
+            if not self.outputs or self._is_over or not torch.is_grad_enabled():
                 return None
             if next(iter(module._forward_hooks)) != handle.id:
                 fix = "Register hooks before the recording begins, or without prepend."
@@ -232,24 +220,12 @@ class Propagation:
 
     def _end(self, *_: object) -> None:
         self._is_over = True
-        for kind, found in self._autocast.items():
-            if torch.get_autocast_dtype(kind) == torch.float32:  # else the model has restored it
-                torch.set_autocast_dtype(kind, found)
-        self._autocast.clear()
+        self._autocast.restore()
 
     def _forget_calls(self) -> None:
-        self._norm_inputs.clear()
+        for fused in self._fused_norms:
+            fused.forget()
         self._rules.clear()
-
-    def _widen(self, output: Tensor) -> Tensor:
-        """``output`` in float32 if under autocast, which casts up to float32 from here on."""
-        kind = output.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # Unlike switching it off, this also serves a branch around the layer.
-            self._autocast.setdefault(kind, torch.get_autocast_dtype(kind))
-            torch.set_autocast_dtype(kind, torch.float32)
-            output = output.to(torch.promote_types(output.dtype, torch.float32))
-        return output
 
     def _spare_input(self, module: nn.Module, inputs: tuple) -> None:
         if self.outputs and module.inplace:
@@ -271,7 +247,7 @@ class Propagation:
             fix = "Leave torch.inference_mode for a recorded forward pass."
             raise ValueError(message(where, "an output with a graph", "inference mode", fix))
         refuse_checkpointing(where)
-        output = self._widen(output)
+        output = self._autocast.widen(output)
         if not self.outputs:
             # Through a frozen model that starts here, nothing else ever flows back: the
             # ordinary graph need not be kept.
@@ -307,6 +283,60 @@ class Propagation:
                 )
                 got = "logits that do not depend on it"
                 raise ValueError(message(f"layer {name!r}", "a way from the logits", got, fix))
+
+
+class FusedNormInput:
+    """The input of timm's norm that holds its activation, for one call.
+
+    The value before the activation passes through the norm's ``drop`` and is served there; what
+    the norm has read is seen in front of the norm only.
+    """
+
+    def __init__(self, name: str, serve: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._name = name
+        self._serve = serve
+        self._source: Tensor | None = None
+
+    def keep(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._source = _get_input(args, kwargs)
+
+    def forget(self) -> None:
+        self._source = None
+
+    def serve_drop(self, _: object, output: Tensor) -> Tensor | None:
+        return None if self._source is None else self._serve(self._source, output)
+
+    def check(self, source: object, _: object) -> None:
+        """Raise ``ValueError`` if a hook has changed the input after it was kept."""
+        kept, self._source = self._source, None
+        if kept is not None and kept is not source:
+            fix = "Register hooks before the recording begins."
+            got = "another hook behind it that changes the input"
+            expected = "the hook of the recording to be the last"
+            raise ValueError(message(f"layer {self._name!r}", expected, got, fix))
+
+
+class WideAutocast:
+    """Autocast that casts up to float32 from a target layer on, until the forward pass ends."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, torch.dtype] = {}
+
+    def widen(self, output: Tensor) -> Tensor:
+        """``output`` in float32 if under autocast, which casts up to float32 from here on."""
+        kind = output.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # Unlike switching it off, this also serves a branch around the layer.
+            self._found.setdefault(kind, torch.get_autocast_dtype(kind))
+            torch.set_autocast_dtype(kind, torch.float32)
+            output = output.to(torch.promote_types(output.dtype, torch.float32))
+        return output
+
+    def restore(self) -> None:
+        for kind, found in self._found.items():
+            if torch.get_autocast_dtype(kind) == torch.float32:  # else the model has restored it
+                torch.set_autocast_dtype(kind, found)
+        self._found.clear()
 
 
 def _get_input(args: tuple, kwargs: dict) -> Any:

@@ -156,7 +156,8 @@ class Recording:
             fix = "Record a model that ends in a classifier."
             raise ValueError(message("maps", "logits (n, classes)", tuple(logits.shape), fix))
         check_class_weights("maps", targets, logits)
-        self._propagation.check_path(logits)
+        with _naming_changes(self.method):
+            self._propagation.check_path(logits)
         with torch.autocast(logits.device.type, enabled=False):
             return self._maps(logits, targets, create_graph, signed)
 

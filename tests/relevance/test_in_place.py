@@ -75,6 +75,24 @@ def add_to_a_view(y: Tensor, x: Tensor) -> Tensor:
     return y
 
 
+def multiply_a_view(y: Tensor, x: Tensor) -> Tensor:
+    y[:, :2].mul_(x[:, :2])
+    return y
+
+
+def scale_a_view(y: Tensor, x: Tensor) -> Tensor:
+    y[:, :2].mul_(x[:, :2].detach())
+    return y
+
+
+def squash_a_view(function: Callable[[Tensor], Tensor]) -> Change:
+    def change(y: Tensor, x: Tensor) -> Tensor:
+        function(y[:, :2])
+        return y
+
+    return change
+
+
 def mask(y: Tensor) -> Tensor:
     return (torch.arange(y[0].numel()).view_as(y[0]) % 3 == 0)[None].expand_as(y)
 
@@ -97,6 +115,23 @@ CHANGES: dict[str, tuple[Change, Change]] = {
     ),
     "transpose": (lambda y, x: y.transpose(2, 3), lambda y, x: y.transpose_(2, 3)),
     "copy": (lambda y, x: 0 * y + x, lambda y, x: y.copy_(x)),
+    "multiply a view": (
+        lambda y, x: replace_channels(y, y[:, :2] * x[:, :2]),
+        multiply_a_view,
+    ),
+    "scale a view": (
+        lambda y, x: replace_channels(y, y[:, :2] * x[:, :2].detach()),
+        scale_a_view,
+    ),
+    "sigmoid of a view": (
+        lambda y, x: replace_channels(y, y[:, :2].sigmoid()),
+        squash_a_view(torch.sigmoid_),
+    ),
+    "clamp a view": (
+        lambda y, x: replace_channels(y, y[:, :2].clamp(-0.2, 0.3)),
+        squash_a_view(lambda y: y.clamp_(-0.2, 0.3)),
+    ),
+    "square a flat view": (lambda y, x: y**2, lambda y, x: y.view(-1).square_().view_as(y)),
 }
 WHERE = ("layer", "convolution", "its input", "norm", "norm and activation", "activation", "gate")
 

@@ -121,6 +121,30 @@ def test_a_convolution_that_changes_its_weights(of_the_instance):
     assert_right_or_refused(net, "'conv'", None)
 
 
+class Clone(torch.autograd.Function):
+    """Named like an operation of PyTorch that is linear."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+
+def test_a_function_named_like_a_linear_operation_is_refused():
+    class Cube(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Clone.apply(x)
+
+    net = chain()
+    net.act = Cube()
+    assert_right_or_refused(net, "CloneBackward of a function of its own", None)
+
+
 def test_an_adapter_beside_a_layer_is_served():
     """As LoRA does it with modules: the layer's output, and that of two small ones."""
 

@@ -12,7 +12,7 @@ import torchvision
 from reference import LRP, PLAIN, randomize
 from timm.layers import BatchNormAct2d, LayerNorm2d, LayerNorm2dFp32, RmsNorm2d
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kd_lrp_plugin.relevance import rules
 from kd_lrp_plugin.relevance.recording import find_logits, record, relevance_maps
@@ -191,6 +191,23 @@ class Checkpointed(nn.Module):
 def test_checkpointed_layers_behind_the_target_layer_are_refused(method, reentrant):
     with pytest.raises(ValueError, match=r"a forward pass that runs once, got .*checkpointing"):
         maps_of(net_of(Checkpointed(reentrant)), method)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_norm_behind_a_checkpointed_convolution_is_refused(method, reentrant):
+    """The two are one layer, but the first runs twice, and in the first pass without a graph."""
+
+    class Segments(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.segments = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint_sequential(self.segments, 2, x, use_reentrant=reentrant)
+
+    with pytest.raises(ValueError, match=r"a forward pass that runs once, got .*checkpointing"):
+        maps_of(net_of(Segments()), method)
 
 
 @pytest.mark.parametrize("method", PLAIN)
