@@ -24,5 +24,5 @@ def io(model: nn.Module, key: str, images: torch.Tensor) -> dict:
     return {".": {"output": get_forward_proc_func(key)(model, images)}}
 
 
-def method_for(key: str) -> str:
+def get_method(key: str) -> str:
     return "grad_cam" if key.startswith("GradCAM") else "gradient_activation"

@@ -246,6 +246,16 @@ def test_kl_divergence_is_right_in_float32_at_the_ends_of_its_range(temperature)
     assert single == pytest.approx(expected, rel=2e-2)  # at 100, 1e-7 of rounding in 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("temperature", "scale"), [(0.01, 1), (4, 1e4), (100, 1)])
+def test_kl_divergence_of_half_precision_loses_nothing_but_the_logits(temperature, scale, dtype):
+    student, teacher = ((scale * logits).to(dtype) for logits in pair("kl_divergence"))
+    value = losses.kl_divergence(student, teacher, temperature)
+    assert value.dtype == torch.float32
+    expected = losses.kl_divergence(student.double(), teacher.double(), temperature)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-2, atol=0)
+
+
 def test_kl_divergence_refuses_a_single_output():
     with pytest.raises(ValueError, match="kl_divergence: expected logits of two classes or more"):
         losses.kl_divergence(torch.randn(3, 1), torch.randn(3, 1))

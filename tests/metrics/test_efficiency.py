@@ -241,7 +241,7 @@ class DrawsInEvaluation(nn.Module):
         return nn.functional.dropout(features, training=True)
 
 
-def state_of(model: nn.Module) -> list:
+def get_state(model: nn.Module) -> list:
     """Everything that measuring could change, as comparable values."""
     tensors = [
         (name, id(t), t.requires_grad, t.dtype, t.tolist(), None if t.grad is None else id(t.grad))
@@ -290,17 +290,17 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize("build", [in_training, frozen, born_in_inference_mode, hooked])
 def test_measuring_leaves_the_model_and_the_random_state_as_they_were(build, measure):
     model = nn.Sequential(*build(), DrawsInEvaluation())
-    before = state_of(model)
+    before = get_state(model)
     measure(model, 16)
-    assert state_of(model) == before
+    assert get_state(model) == before
 
 
 def test_no_state_changes_when_the_model_fails():
     model = small_net()
-    before = state_of(model)
+    before = get_state(model)
     with pytest.raises(RuntimeError, match="channels"):
         cost(model, 16, channels=4)
-    assert state_of(model) == before
+    assert get_state(model) == before
 
 
 def test_costs_are_those_of_the_whole_model_inside_inference_mode():

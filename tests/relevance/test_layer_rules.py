@@ -46,7 +46,7 @@ def chain(training: bool = False) -> nn.Module:
     return randomize(Chain(), 31).train(training)
 
 
-def maps_of(model: nn.Module, method: str) -> Tensor:
+def get_maps(model: nn.Module, method: str) -> Tensor:
     return relevance_maps(model, IMAGES, TARGETS, ["layer"], method, signed=True)[0]
 
 
@@ -65,16 +65,16 @@ def assert_right_or_refused(model: nn.Module, naming: str, written: nn.Module | 
     """Plain gradients are autograd's; LRP is that of the same net ``written`` with modules."""
     for method in PLAIN:
         expected = autograd_map(model, method)
-        torch.testing.assert_close(maps_of(model, method), expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(get_maps(model, method), expected, rtol=1e-9, atol=1e-12)
     for method in LRP:
         try:
-            got = maps_of(model, method)
+            got = get_maps(model, method)
         except ValueError as error:
             if naming not in str(error) and "Backward" not in str(error):
                 raise
             continue
         assert written is not None, f"{method} is neither refused nor known"
-        torch.testing.assert_close(got, maps_of(written, method), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(got, get_maps(written, method), rtol=1e-9, atol=1e-12)
 
 
 # --- forward passes of their own ------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_an_instance_whose_own_forward_is_its_class_s(name):
     layer = net.get_submodule(name)
     layer.forward = layer.forward
     for method in METHODS:
-        assert torch.equal(maps_of(net, method), maps_of(chain(), method))
+        assert torch.equal(get_maps(net, method), get_maps(chain(), method))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -212,7 +212,7 @@ def assert_right_or_refused_inside(
                 raise
         else:
             (got,) = recording.maps(logits, TARGETS, signed=True)
-            torch.testing.assert_close(got, maps_of(written, method), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(got, get_maps(written, method), rtol=1e-9, atol=1e-12)
         finally:
             handle.remove()
 
@@ -238,7 +238,7 @@ def test_a_hook_on_the_gradient_between_convolution_and_norm(method):
     net = chain()
     net.conv.register_forward_hook(lambda _, __, y: y.register_hook(lambda g: -g) and None)
     expected = autograd_map(net, method)
-    torch.testing.assert_close(maps_of(net, method), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(get_maps(net, method), expected, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(expected, autograd_map(chain(), method))
 
 
@@ -293,7 +293,7 @@ def test_computed_weights_are_those_of_the_call_and_their_buffers_stay(how, trai
             buffer.copy_(before[name])
         weights = latest_weights(net, names)
         torch.testing.assert_close(
-            maps[0].detach(), maps_of(frozen_copy(net, weights), method), rtol=1e-7, atol=1e-9
+            maps[0].detach(), get_maps(frozen_copy(net, weights), method), rtol=1e-7, atol=1e-9
         )
 
 
@@ -323,14 +323,14 @@ def test_a_method_of_the_user_is_used_by_name(registry):
         return layer.transpose(g * (y / stabilize(y)), w)
 
     registry.register(Method(as_epsilon, as_epsilon), "lrp_mine")
-    torch.testing.assert_close(maps_of(chain(), "lrp_mine"), maps_of(chain(), "lrp_epsilon"))
+    torch.testing.assert_close(get_maps(chain(), "lrp_mine"), get_maps(chain(), "lrp_epsilon"))
 
 
 @pytest.mark.parametrize("rules", [(gradient, epsilon), (epsilon, gradient)])
 def test_a_method_of_which_one_rule_is_the_gradient_is_checked_as_lrp(registry, rules):
     registry.register(Method(*rules), "mixed")
-    assert maps_of(chain(), "mixed").abs().max() > 0
+    assert get_maps(chain(), "mixed").abs().max() > 0
     net = chain()
     net.act.forward = lambda x: x * x
     with pytest.raises(ValueError, match="MulBackward"):
-        maps_of(net, "mixed")
+        get_maps(net, "mixed")

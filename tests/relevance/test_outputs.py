@@ -37,11 +37,11 @@ class Net(nn.Module):
         return self.finish(self.head(features.mean((2, 3))), features)
 
 
-def net_of(*args: object) -> nn.Module:
+def make_net(*args: object) -> nn.Module:
     return randomize(Net(*args), 41).eval()
 
 
-def maps_of(model: nn.Module, method: str) -> Tensor:
+def get_maps(model: nn.Module, method: str) -> Tensor:
     return relevance_maps(model, IMAGES, TARGETS, ["layer"], method, signed=True)[0]
 
 
@@ -77,14 +77,14 @@ UNCLEAR: dict[str, Callable[[Tensor, Tensor], object]] = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_logits_are_found_where_it_is_clear_which_they_are(name, method):
-    expected = maps_of(net_of(nn.ReLU()), method)
-    assert torch.equal(maps_of(net_of(nn.ReLU(), OUTPUTS[name]), method), expected)
+    expected = get_maps(make_net(nn.ReLU()), method)
+    assert torch.equal(get_maps(make_net(nn.ReLU(), OUTPUTS[name]), method), expected)
 
 
 @pytest.mark.parametrize("name", UNCLEAR)
 def test_outputs_of_which_none_is_clearly_the_logits_are_refused(name):
     with pytest.raises(ValueError, match=r"maps: expected one output that is the logits"):
-        maps_of(net_of(nn.ReLU(), UNCLEAR[name]), "gradient_activation")
+        get_maps(make_net(nn.ReLU(), UNCLEAR[name]), "gradient_activation")
 
 
 def test_find_logits_names_what_it_has_found():
@@ -128,7 +128,7 @@ class ByKeyword(nn.Module):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_layers_may_be_called_by_keyword(method):
-    maps = [maps_of(net_of(ByKeyword(by_keyword)), method) for by_keyword in (True, False)]
+    maps = [get_maps(make_net(ByKeyword(by_keyword)), method) for by_keyword in (True, False)]
     assert torch.equal(*maps)
 
 
@@ -142,13 +142,13 @@ def test_a_convolution_of_one_image_without_its_axis(method):
         def forward(self, x: Tensor) -> Tensor:
             return torch.stack([self.conv(image) for image in x])
 
-    net = net_of(OneByOne())
+    net = make_net(OneByOne())
     if method in LRP:
         with pytest.raises(ValueError, match=r"'middle.conv': expected an input \(n, c, h, w\)"):
-            maps_of(net, method)
+            get_maps(net, method)
         return
-    written = net_of(nn.Sequential(OrderedDict(conv=nn.Conv2d(4, 4, 1))))
-    torch.testing.assert_close(maps_of(net, method), maps_of(written, method))
+    written = make_net(nn.Sequential(OrderedDict(conv=nn.Conv2d(4, 4, 1))))
+    torch.testing.assert_close(get_maps(net, method), get_maps(written, method))
 
 
 # --- gradient checkpointing -----------------------------------------------------------------------
@@ -190,7 +190,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_checkpointed_layers_behind_the_target_layer_are_refused(method, reentrant):
     with pytest.raises(ValueError, match=r"a forward pass that runs once, got .*checkpointing"):
-        maps_of(net_of(Checkpointed(reentrant)), method)
+        get_maps(make_net(Checkpointed(reentrant)), method)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -207,18 +207,18 @@ def test_a_norm_behind_a_checkpointed_convolution_is_refused(method, reentrant):
             return checkpoint_sequential(self.segments, 2, x, use_reentrant=reentrant)
 
     with pytest.raises(ValueError, match=r"a forward pass that runs once, got .*checkpointing"):
-        maps_of(net_of(Segments()), method)
+        get_maps(make_net(Segments()), method)
 
 
 @pytest.mark.parametrize("method", PLAIN)
 def test_checkpointed_functions_are_right(method):
-    got = maps_of(net_of(Checkpointed(False, lambda x: F.relu(x) * x)), method)
+    got = get_maps(make_net(Checkpointed(False, lambda x: F.relu(x) * x)), method)
 
     class Written(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return F.relu(x) * x
 
-    torch.testing.assert_close(got, maps_of(net_of(Written()), method))
+    torch.testing.assert_close(got, get_maps(make_net(Written()), method))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -294,22 +294,22 @@ def behind(middle: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", CANCELLING)
 def test_activation_times_gradient_in_front_of_a_norm_over_channels_is_refused(name):
-    net = net_of(behind(CANCELLING[name]()))
+    net = make_net(behind(CANCELLING[name]()))
     with pytest.raises(ValueError, match=r"gradient_activation at layer 'layer'.*cancel.*grad_cam"):
-        maps_of(net, "gradient_activation")
-    assert maps_of(net, "grad_cam").abs().max() > 0
+        get_maps(net, "gradient_activation")
+    assert get_maps(net, "grad_cam").abs().max() > 0
     for method in LRP:
         with pytest.raises(ValueError, match="Backward"):
-            maps_of(net, method)
+            get_maps(net, method)
 
 
 @pytest.mark.parametrize("name", PARTIAL)
 def test_maps_that_do_not_cancel_at_each_position_are_autograd_s(name):
-    net = net_of(behind(PARTIAL[name]()))
+    net = make_net(behind(PARTIAL[name]()))
     x = net.layer(IMAGES).detach().requires_grad_()
     score = net.head(net.middle(x).mean((2, 3))).gather(1, TARGETS[:, None]).sum()
     expected = (x * torch.autograd.grad(score, x)[0]).sum(1).detach()
-    torch.testing.assert_close(maps_of(net, "gradient_activation"), expected)
+    torch.testing.assert_close(get_maps(net, "gradient_activation"), expected)
 
 
 @pytest.mark.parametrize("layer", ["stages.0", "stages.1", "stages.2"])

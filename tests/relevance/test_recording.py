@@ -133,7 +133,7 @@ def distance_from_kinks(net: nn.Module, images: Tensor) -> float:
 
 # --- exact derivatives ----------------------------------------------------------------------------
 
-TAPS = ["silu", "middle"]
+TARGET_LAYERS = ["silu", "middle"]
 
 
 def map_losses(maps: list[Tensor], signed: bool) -> Tensor:
@@ -151,7 +151,7 @@ def map_losses(maps: list[Tensor], signed: bool) -> Tensor:
 
 def both_losses(net: nn.Module, images: Tensor, targets: Tensor, method: str) -> Tensor:
     """[on positive maps, on signed maps], without derivatives."""
-    with record(net, TAPS, method) as recording:
+    with record(net, TARGET_LAYERS, method) as recording:
         logits = net(images)
     maps = recording.maps(logits, targets, signed=True)
     positive = map_losses([m.relu() for m in maps], signed=False)
@@ -180,7 +180,7 @@ def test_gradient_of_the_whole_chain_is_exact_for_every_weight(method, training,
     analytic = []
     for signed in (False, True):
         net.zero_grad()
-        with record(net, TAPS, method) as recording:
+        with record(net, TARGET_LAYERS, method) as recording:
             logits = net(images)
         maps = recording.maps(logits, targets, create_graph=True, signed=signed)
         map_losses(maps, signed).backward()
@@ -302,9 +302,9 @@ def test_plain_gradients_through_batch_statistics_sum_to_nothing_but_relevance_d
 def test_images_of_a_batch_do_not_mix_in_eval_mode(method):
     net, images, targets = small_net()
     net.eval()
-    before = relevance_maps(net, images, targets, TAPS, method)
+    before = relevance_maps(net, images, targets, TARGET_LAYERS, method)
     images[0] = torch.randn_like(images[0])
-    after = relevance_maps(net, images, targets, TAPS, method)
+    after = relevance_maps(net, images, targets, TARGET_LAYERS, method)
     for old, new in zip(before, after, strict=True):
         torch.testing.assert_close(old[1:], new[1:], rtol=1e-10, atol=1e-12)
         assert not torch.allclose(old[0], new[0])
@@ -315,7 +315,9 @@ def test_in_train_mode_no_relevance_flows_through_batch_statistics(method):
     """Only image 0 has a target, so only image 0 has relevance, whatever the norms share."""
     net, images, targets = small_net()
     weights = F.one_hot(targets, 3).double() * torch.tensor([1.0, 0.0, 0.0])[:, None]
-    for relevance in relevance_maps(net.train(), images, weights, TAPS, method, signed=True):
+    for relevance in relevance_maps(
+        net.train(), images, weights, TARGET_LAYERS, method, signed=True
+    ):
         assert relevance[0].abs().max() > 0
         assert relevance[1:].abs().max() == 0
 
@@ -326,8 +328,8 @@ def test_in_train_mode_no_relevance_flows_through_batch_statistics(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_one_hot_weights_are_class_indices(method):
     net, images, targets = small_net()
-    by_index = relevance_maps(net, images, targets, TAPS, method)
-    by_weight = relevance_maps(net, images, F.one_hot(targets, 3).double(), TAPS, method)
+    by_index = relevance_maps(net, images, targets, TARGET_LAYERS, method)
+    by_weight = relevance_maps(net, images, F.one_hot(targets, 3).double(), TARGET_LAYERS, method)
     for a, b in zip(by_index, by_weight, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -337,10 +339,10 @@ def test_soft_weights_give_the_weighted_sum_of_signed_maps(method):
     net, images, _ = small_net()
     net.eval()
     weights = torch.rand(3, 3).double()
-    mixed = relevance_maps(net, images, weights, TAPS, method, signed=True)
+    mixed = relevance_maps(net, images, weights, TARGET_LAYERS, method, signed=True)
     expected = [torch.zeros_like(m) for m in mixed]
     for c in range(3):
-        maps = relevance_maps(net, images, torch.full((3,), c), TAPS, method, signed=True)
+        maps = relevance_maps(net, images, torch.full((3,), c), TARGET_LAYERS, method, signed=True)
         for total, part in zip(expected, maps, strict=True):
             total += weights[:, c, None, None] * part
     for a, b in zip(mixed, expected, strict=True):
@@ -356,7 +358,7 @@ def test_any_number_of_layers_costs_one_forward_pass(method):
     calls: list[str] = []
     for name, module in net.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-    with record(net, [*TAPS, "grouped_norm"], method) as recording:
+    with record(net, [*TARGET_LAYERS, "grouped_norm"], method) as recording:
         logits = net(images)
     recording.maps(logits, targets, create_graph=True)
     recording.maps(logits, targets)
@@ -366,7 +368,7 @@ def test_any_number_of_layers_costs_one_forward_pass(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_can_be_taken_again_after_the_context_and_after_a_backward_pass(method):
     net, images, targets = small_net()
-    with record(net, TAPS, method) as recording:
+    with record(net, TARGET_LAYERS, method) as recording:
         logits = net(images)
         inside = recording.maps(logits, targets, create_graph=True)
     first = recording.maps(logits, targets, create_graph=True)
@@ -405,16 +407,16 @@ def test_tapping_a_convolution_before_its_norm_changes_no_other_map_or_is_refuse
 def test_recording_changes_neither_logits_nor_gradients_nor_running_statistics(method, training):
     net, images, targets = small_net()
     net.train(training)
-    twin = deepcopy(net)
-    F.cross_entropy(twin(images), targets).backward()
-    with record(net, TAPS, method) as recording:
+    plain = deepcopy(net)
+    F.cross_entropy(plain(images), targets).backward()
+    with record(net, TARGET_LAYERS, method) as recording:
         logits = net(images)
     recording.maps(logits, targets, create_graph=True)
     F.cross_entropy(logits, targets).backward()
     torch.testing.assert_close(logits, deepcopy(net)(images), rtol=1e-9, atol=1e-9)
-    for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-10)
-    for a, b in zip(net.buffers(), twin.buffers(), strict=True):
+    for a, b in zip(net.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -438,9 +440,9 @@ def test_a_frozen_teacher_under_no_grad_gives_the_same_maps_and_keeps_no_early_g
 def test_activations_are_the_features_and_carry_gradient():
     net, images, _ = small_net()
     net.eval()
-    with record(net, TAPS) as recording:
+    with record(net, TARGET_LAYERS) as recording:
         net(images)
-    assert recording.layers == TAPS
+    assert recording.layers == TARGET_LAYERS
     assert recording.method == "gradient_activation"
     features = recording.activations
     torch.testing.assert_close(features[0], net.silu(net.stem_norm(net.stem(images))))
@@ -495,19 +497,19 @@ def test_an_exception_in_the_forward_pass_leaves_the_model_as_found(method, unto
     net, images, targets = small_net()
     net.gelu = Broken()
     with untouched(net), pytest.raises(RuntimeError, match="on purpose"):
-        relevance_maps(net.train(), images, targets, TAPS, method)
+        relevance_maps(net.train(), images, targets, TARGET_LAYERS, method)
 
 
 def test_an_exception_in_maps_leaves_the_model_as_found(untouched: Untouched):
     net, images, _ = small_net()
     with untouched(net), pytest.raises(ValueError, match="labels"):
-        relevance_maps(net.train(), images, torch.tensor([0, 1, 3]), TAPS, "lrp_zplus")
+        relevance_maps(net.train(), images, torch.tensor([0, 1, 3]), TARGET_LAYERS, "lrp_zplus")
 
 
 # --- every listed model ---------------------------------------------------------------------------
 
 
-def taps_of(model: nn.Module, size: int) -> Iterator[int]:
+def list_map_sides(model: nn.Module, size: int) -> Iterator[int]:
     """Side of the map at each reduction but the last."""
     reductions = sorted({entry["reduction"] for entry in model.feature_info})
     return iter([size // reduction for reduction in reductions[:-1]])
@@ -538,7 +540,7 @@ def test_maps_and_their_gradients_are_finite_on_every_listed_model(name, method)
         with record(model, "auto", method) as recording:
             logits = model(images)
         maps = recording.maps(logits, targets, create_graph=True, signed=True)
-        sides = [2 * (side,) for side in taps_of(model, size)]
+        sides = [2 * (side,) for side in list_map_sides(model, size)]
         assert [tuple(m.shape) for m in maps] == [(2, *side) for side in sides]
         assert all(m.isfinite().all() for m in maps)
         assert all(m.abs().max() > 0 for m in maps)
@@ -553,7 +555,7 @@ def test_maps_and_their_gradients_are_finite_on_every_listed_model(name, method)
 
 
 class Net(nn.Module):
-    """conv (the tap), whatever ``middle`` does to its output, pooling, a linear head."""
+    """conv (the target layer), whatever ``middle`` does to its output, pooling, a linear head."""
 
     def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor], **modules: nn.Module) -> None:
         super().__init__()
@@ -591,7 +593,7 @@ def right_or_refused(compute: Callable[[], Tensor], naming: str) -> Tensor | Non
 class TestUnknownNames:
     def test_a_misspelt_method_is_answered_with_near_matches(self):
         with pytest.raises(ValueError, match=r"lrp_epsilom.*'lrp_epsilon'"):
-            relevance_maps(*small_net(), TAPS, method="lrp_epsilom")
+            relevance_maps(*small_net(), TARGET_LAYERS, method="lrp_epsilom")
 
     def test_a_misspelt_layer_is_answered_with_near_matches(self):
         with pytest.raises(ValueError, match=r"midle.*'middle'"):
@@ -610,9 +612,9 @@ class TestTargets:
     def test_labels_outside_the_head_are_refused(self):
         net, images, _ = small_net()
         with pytest.raises(ValueError, match="num_classes"):
-            relevance_maps(net, images, torch.tensor([0, 1, 3]), TAPS)
+            relevance_maps(net, images, torch.tensor([0, 1, 3]), TARGET_LAYERS)
         with pytest.raises(ValueError, match="num_classes"):
-            relevance_maps(net, images, torch.tensor([0, -1, 2]), TAPS)
+            relevance_maps(net, images, torch.tensor([0, -1, 2]), TARGET_LAYERS)
 
     @pytest.mark.parametrize(
         "targets", [torch.tensor([0, 1]), torch.zeros(3, 1).long(), torch.rand(3), torch.rand(3, 4)]
@@ -620,7 +622,7 @@ class TestTargets:
     def test_targets_of_a_wrong_shape_are_refused(self, targets):
         net, images, _ = small_net()
         with pytest.raises(ValueError, match="expected class"):
-            relevance_maps(net, images, targets, TAPS)
+            relevance_maps(net, images, targets, TARGET_LAYERS)
 
 
 @pytest.mark.parametrize("method", ["gradient_activation", "lrp_epsilon"])
@@ -651,7 +653,7 @@ class TestRecordingsThatCannotWork:
 
     def test_logits_of_another_forward_pass_are_refused(self, method):
         net, images, targets = small_net()
-        with record(net, TAPS, method) as recording:
+        with record(net, TARGET_LAYERS, method) as recording:
             earlier = net(images)
             net(images)
         outside = net(images)
@@ -661,14 +663,14 @@ class TestRecordingsThatCannotWork:
 
     def test_maps_without_a_forward_pass_are_refused(self, method):
         net, images, targets = small_net()
-        with record(net, TAPS, method) as recording:
+        with record(net, TARGET_LAYERS, method) as recording:
             pass
         with pytest.raises(ValueError, match="forward pass"):
             recording.maps(net(images), targets)
 
     def test_a_forward_pass_without_gradients_inside_the_context_is_refused(self, method):
         net, images, targets = small_net()
-        with record(net, TAPS, method) as recording, torch.no_grad():
+        with record(net, TARGET_LAYERS, method) as recording, torch.no_grad():
             logits = net(images)
         with pytest.raises(ValueError, match="gradients"):
             recording.maps(logits, targets)
@@ -676,7 +678,7 @@ class TestRecordingsThatCannotWork:
     def test_inference_mode_is_refused(self, method):
         net, images, targets = small_net()
         with torch.inference_mode(), pytest.raises(ValueError, match="inference"):
-            relevance_maps(net, images, targets, TAPS, method)
+            relevance_maps(net, images, targets, TARGET_LAYERS, method)
 
     def test_logits_that_are_a_map_are_refused(self, method):
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
@@ -686,7 +688,7 @@ class TestRecordingsThatCannotWork:
     def test_data_parallel_is_refused(self, method):
         net, images, targets = small_net()
         with pytest.raises(ValueError, match="DistributedDataParallel"):
-            relevance_maps(nn.DataParallel(net), images, targets, TAPS, method)
+            relevance_maps(nn.DataParallel(net), images, targets, TARGET_LAYERS, method)
 
 
 class TestDistributed:
@@ -701,19 +703,19 @@ class TestDistributed:
         net, images, targets = small_net()
         parallel = nn.parallel.DistributedDataParallel(net, static_graph=True)
         with pytest.raises(ValueError, match="static_graph"):
-            relevance_maps(parallel, images, targets, TAPS)
+            relevance_maps(parallel, images, targets, TARGET_LAYERS)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_maps_and_gradients_equal_those_without_a_wrapper(self, method):
         net, images, targets = small_net()
-        twin = deepcopy(net)
+        plain = deepcopy(net)
         parallel = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-        for model in (twin, parallel):
-            with record(model, TAPS, method) as recording:
+        for model in (plain, parallel):
+            with record(model, TARGET_LAYERS, method) as recording:
                 logits = model(images)
             maps = recording.maps(logits, targets, create_graph=True)
             (map_losses(maps, signed=False) + F.cross_entropy(logits, targets)).backward()
-        for a, b in zip(net.parameters(), twin.parameters(), strict=True):
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
 
 
@@ -781,19 +783,19 @@ def test_a_convolution_whose_output_also_skips_its_norm_is_right_or_refused(meth
 
     def twice(net: nn.Module, x: Tensor) -> Tensor:
         x = net.relu(x)
-        return net.norm(net.second(x)) + net.twin(x)
+        return net.norm(net.second(x)) + net.plain(x)
 
     second, norm, relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
     net = randomize(Net(once, second=second, norm=norm, relu=relu), 12).eval()
-    twin = deepcopy(net)
-    twin.middle = twice
-    twin.twin = deepcopy(twin.second)
+    separate = deepcopy(net)
+    separate.middle = twice
+    separate.plain = deepcopy(separate.second)
     images, targets = torch.randn(2, 3, 5, 5).double(), torch.tensor([0, 2])
     got = right_or_refused(
         lambda: relevance_maps(net, images, targets, ["conv"], method, signed=True)[0], "second"
     )
     if got is not None:
-        (expected,) = relevance_maps(twin, images, targets, ["conv"], method, signed=True)
+        (expected,) = relevance_maps(separate, images, targets, ["conv"], method, signed=True)
         torch.testing.assert_close(got, expected)
 
 
@@ -801,7 +803,7 @@ def test_a_convolution_whose_output_also_skips_its_norm_is_right_or_refused(meth
 @pytest.mark.parametrize("change", ["add in place", "relu in place", "assign"])
 def test_a_tap_that_the_model_overwrites_is_right_or_refused(method, change):
     def overwrite(net: nn.Module, x: Tensor) -> Tensor:
-        x = net.tap(x)
+        x = net.layer(x)
         if change == "add in place":
             x += 1
         elif change == "relu in place":
@@ -814,20 +816,20 @@ def test_a_tap_that_the_model_overwrites_is_right_or_refused(method, change):
         return overwrite(net, x).clone() if change == "relu in place" else copied(net, x)
 
     def copied(net: nn.Module, x: Tensor) -> Tensor:
-        x = net.tap(x)
+        x = net.layer(x)
         if change == "add in place":
             return x + 1
         return torch.cat([x[:, :1] * 2, x[:, 1:]], 1)
 
     images, targets = torch.randn(2, 3, 5, 5).double(), torch.tensor([0, 2])
-    modules = {"tap": nn.BatchNorm2d(4), "relu": nn.ReLU(inplace=True)}
+    modules = {"layer": nn.BatchNorm2d(4), "relu": nn.ReLU(inplace=True)}
     net = randomize(Net(overwrite, **modules), 12).eval()
-    expected = randomize(Net(apart, tap=nn.BatchNorm2d(4), relu=nn.ReLU()), 12).eval()
+    expected = randomize(Net(apart, layer=nn.BatchNorm2d(4), relu=nn.ReLU()), 12).eval()
     got = right_or_refused(
-        lambda: relevance_maps(net, images, targets, ["tap"], method, signed=True)[0], "in place"
+        lambda: relevance_maps(net, images, targets, ["layer"], method, signed=True)[0], "in place"
     )
     if got is not None:
-        (wanted,) = relevance_maps(expected, images, targets, ["tap"], method, signed=True)
+        (wanted,) = relevance_maps(expected, images, targets, ["layer"], method, signed=True)
         torch.testing.assert_close(got, wanted)
 
 
@@ -881,10 +883,13 @@ def test_a_batch_norm_with_its_own_forward_is_right_or_refused(method):
 @pytest.mark.parametrize("outer", METHODS)
 def test_recording_a_model_that_is_being_recorded_is_right_or_refused(outer):
     net, images, targets = small_net()
-    expected = relevance_maps(net, images, targets, TAPS, outer, signed=True)[0]
+    expected = relevance_maps(net, images, targets, TARGET_LAYERS, outer, signed=True)[0]
 
     def nested() -> Tensor:
-        with record(net, TAPS, outer) as recording, record(net, TAPS, "lrp_zplus"):
+        with (
+            record(net, TARGET_LAYERS, outer) as recording,
+            record(net, TARGET_LAYERS, "lrp_zplus"),
+        ):
             logits = net(images)
         return recording.maps(logits, targets, signed=True)[0]
 
@@ -951,7 +956,7 @@ def heard_dtypes(module: nn.Module) -> list[torch.dtype]:
 
 
 def head_and_tail(seed: int = 3) -> tuple[nn.Module, nn.Module]:
-    """A net with a tap in the middle, and what follows the tap, with the same weights."""
+    """A net with a layer in the middle, and what follows the layer, with the same weights."""
     torch.manual_seed(seed)
     stem, norm = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8)
     tail = [nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.SiLU()]
@@ -972,12 +977,12 @@ class TestAutocast:
         assert torch.equal(inside, map_)
         weights = list(tail.parameters())
         of_weights = torch.autograd.grad(map_.square().mean(), weights, materialize_grads=True)
-        (tap,) = recording.activations
-        assert {tap.dtype, logits.dtype, map_.dtype} == {torch.float32}
-        assert torch.equal(tap, tap.bfloat16().float())  # up to there it was low precision
+        (layer,) = recording.activations
+        assert {layer.dtype, logits.dtype, map_.dtype} == {torch.float32}
+        assert torch.equal(layer, layer.bfloat16().float())  # up to there it was low precision
 
         with record(tail, ["0"], method) as recording:
-            expected_logits = tail(tap.detach())
+            expected_logits = tail(layer.detach())
         (expected,) = recording.maps(expected_logits, targets, create_graph=True)
         assert torch.equal(logits, expected_logits)
         assert torch.equal(map_, expected)
@@ -1046,21 +1051,21 @@ class TestAutocast:
         class Branched(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.tap, self.main = nn.Tanh(), nn.Conv2d(3, 4, 3)
+                self.layer, self.main = nn.Tanh(), nn.Conv2d(3, 4, 3)
                 self.stem, self.around = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 4, 3)
                 self.head = nn.Linear(4, 4)
 
             def forward(self, x: Tensor) -> Tensor:
                 x = self.stem(x)
-                y = self.main(self.tap(x))
+                y = self.main(self.layer(x))
                 return self.head((y + self.around(x)).mean((2, 3)))
 
         net = Branched()
         stem, around = heard_dtypes(net.stem), heard_dtypes(net.around)
         images, targets = batch(16)
-        expected = relevance_maps(net, images, targets, ["tap"], method, signed=True)[0]
+        expected = relevance_maps(net, images, targets, ["layer"], method, signed=True)[0]
         with autocast():
-            map_ = relevance_maps(net, images, targets, ["tap"], method, signed=True)[0]
+            map_ = relevance_maps(net, images, targets, ["layer"], method, signed=True)[0]
         assert stem == [torch.float32, torch.bfloat16]
         assert around == [torch.float32, torch.float32]
         assert (map_ - expected).norm() < 0.05 * expected.norm()

@@ -5,7 +5,7 @@ import torch
 from recorded_batch import LAYERS, batch, io, models
 from torch import Tensor, nn
 
-from kd_lrp_plugin import torchdistill as rim
+from kd_lrp_plugin import torchdistill as plugin
 
 
 class Named(nn.Module):
@@ -26,9 +26,9 @@ def test_a_model_that_returns_a_dictionary_is_recorded():
     student.eval()
     found = []
     for model, prefix in ((student, ""), (Named(student), "model.")):
-        procedure = rim.recorder([prefix + layer for layer in LAYERS])
+        procedure = plugin.recorder([prefix + layer for layer in LAYERS])
         parts = io(model, procedure, images), io(model, procedure, images.flip(3))
-        found.append(rim.RecordedLoss("LRPSemanticCosineLoss")(*parts, targets))
+        found.append(plugin.RecordedLoss("LRPSemanticCosineLoss")(*parts, targets))
     assert torch.equal(*found)
 
 
@@ -36,6 +36,6 @@ def test_a_model_that_returns_a_dictionary_is_recorded():
 def test_multi_label_targets_are_refused(targets):
     _, student = models()
     images, _ = batch()
-    parts = [io(student, rim.recorder(LAYERS), images) for _ in range(2)]
+    parts = [io(student, plugin.recorder(LAYERS), images) for _ in range(2)]
     with pytest.raises(ValueError, match=r"expected probabilities that sum to one.*multi-label"):
-        rim.RecordedLoss("LRPSemanticCosineLoss")(*parts, targets)
+        plugin.RecordedLoss("LRPSemanticCosineLoss")(*parts, targets)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from recorded_batch import LAYERS, batch, io, method_for, models
+from recorded_batch import LAYERS, batch, get_method, io, models
 from torch import nn
 from torch.utils.data import RandomSampler, SequentialSampler
 from torchdistill.core.distillation import get_distillation_box
@@ -31,14 +31,14 @@ def test_every_key_is_registered():
 def test_a_mid_level_loss_is_the_mean_of_its_distance_over_the_layers(key):
     teacher, student = models()
     images, targets = batch()
-    procedure = plugin.recorder(LAYERS, method_for(key))
+    procedure = plugin.recorder(LAYERS, get_method(key))
     value = MIDDLE_LEVEL_LOSS_DICT[key]()(
         io(student, procedure, images), io(teacher, procedure, images), targets
     )
     comparison = plugin.COMPARISONS[key]
     recorded = []
     for model in (student, teacher.eval()):
-        with record(model, LAYERS, method_for(key)) as recording:
+        with record(model, LAYERS, get_method(key)) as recording:
             logits = model(images)
         if comparison.methods is None:
             recorded.append(recording.activations)

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from recorded_batch import LAYERS, batch, io, method_for, models
+from recorded_batch import LAYERS, batch, get_method, io, models
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset
 from torchdistill.common import yaml_util
@@ -42,7 +42,7 @@ def io_dict(method: str = "lrp_zplus") -> tuple[dict, Tensor]:
 class TestEvery:
     @pytest.mark.parametrize("key", COMPARISONS)
     def test_the_first_of_n_batches_is_compared_and_the_others_count_as_zero(self, key):
-        parts = recorded(method_for(key))
+        parts = recorded(get_method(key))
         loss = MIDDLE_LEVEL_LOSS_DICT[key](every=3)
         full = float(plugin.RecordedLoss(key)(*parts).detach())
         values, computed = [], []
@@ -392,7 +392,7 @@ class TestMixup:
             iter(DataLoader(data, batch_size=4, collate_fn=get_collate_func(mixup(4))))
         )
         for key in COMPARISONS:
-            procedure = plugin.recorder(LAYERS, method_for(key))
+            procedure = plugin.recorder(LAYERS, get_method(key))
             parts = {"student": io(student, procedure, images)}
             parts["teacher"] = io(teacher, procedure, images)
             role = "relation" if key.startswith("Relation") else "semantic"
@@ -433,7 +433,7 @@ class TestMixup:
 def test_under_autocast_maps_and_distances_are_float32(key):
     teacher, student = models()
     images, targets = batch()
-    procedure = plugin.recorder(LAYERS, method_for(key))
+    procedure = plugin.recorder(LAYERS, get_method(key))
     loss = plugin.RecordedLoss(key)
     with torch.autocast("cpu", torch.bfloat16):
         parts = io(student, procedure, images), io(teacher, procedure, images), targets
@@ -461,11 +461,13 @@ def test_under_autocast_the_sum_is_float32_with_and_without_a_recording():
     assert {value.dtype for value in loss.terms.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("key", [key for key, c in COMPARISONS.items() if c.kind != "relevance"])
+@pytest.mark.parametrize(
+    "key", [k for k in COMPARISONS if plugin.COMPARISONS[k].kind != "relevance"]
+)
 def test_each_process_relates_the_samples_of_its_own_part_of_the_batch(key):
     teacher, student = (model.eval() for model in models())  # so that images do not mix
     images, targets = batch()
-    procedure = plugin.recorder(LAYERS, method_for(key))
+    procedure = plugin.recorder(LAYERS, get_method(key))
 
     def value(part: slice) -> Tensor:
         parts = io(student, procedure, images[part]), io(teacher, procedure, images[part])
