@@ -426,3 +426,17 @@ class TestCorruptImages:
         assert problems.count("1 of brain_mri/train that cannot be read") == 1
         assert problems.count("1 of brain_mri/val that cannot be read") == 1
         assert "set skip_corrupt: True to leave them out" in problems
+
+
+def test_a_student_with_auxiliary_heads_is_counted_by_its_logits():
+    model = "{key: googlenet, kwargs: {num_classes: 4, init_weights: False}}"
+    overrides = [*SMALL, f"models.model={model}", "image_size=64"]
+    overrides.append("train.criterion.kwargs.sub_terms={}")
+    report = check(resolve_config(BASELINE, overrides), CPU)
+    assert not [problem for problem in report.problems if "isfinite" in problem]
+
+
+def test_a_key_of_the_test_that_nothing_reads_is_a_warning():
+    report = check(resolve_config(BASELINE, [*SMALL, "+test.colour=blue"]), CPU)
+    assert report.problems == []
+    assert report.warnings == ["--set +test.colour=blue  test.colour: nothing reads it"]
