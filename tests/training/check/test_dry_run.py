@@ -429,11 +429,10 @@ class TestCorruptImages:
 
 
 def test_a_student_with_auxiliary_heads_is_counted_by_its_logits():
-    model = "{key: googlenet, kwargs: {num_classes: 4, init_weights: False}}"
-    overrides = [*SMALL, f"models.model={model}", "image_size=64"]
-    overrides.append("train.criterion.kwargs.sub_terms={}")
-    report = check(resolve_config(BASELINE, overrides), CPU)
-    assert not [problem for problem in report.problems if "isfinite" in problem]
+    googlenet = "{key: googlenet, kwargs: {num_classes: 4, init_weights: False}}"
+    layers = "train.teacher.forward_proc.init.kwargs.layers=auto"
+    overrides = [*SMALL, *NO_TEACHER, f"models.student_model={googlenet}", "image_size=64", layers]
+    assert check(resolve_config(LRP, overrides), CPU).problems == []
 
 
 def test_a_key_of_the_test_that_nothing_reads_is_a_warning():
