@@ -1,6 +1,11 @@
 """The core leaves torchdistill alone; all other arrows are in pyproject's import contract."""
 
+from pathlib import Path
+
 import preloaded
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 CORE = (
     "utils",
@@ -29,3 +34,10 @@ assert not [m for m in sys.modules if m.split(".")[0] == "torchdistill"]
 """)
     ran = preloaded.run(script)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_every_package_is_installed():
+    tomllib = pytest.importorskip("tomllib")
+    found = {file.parent.relative_to(ROOT) for file in ROOT.glob("kd_lrp_plugin/**/__init__.py")}
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert named == sorted({*(".".join(p.parts) for p in found), "kd_lrp_plugin.configs"})

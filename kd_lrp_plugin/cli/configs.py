@@ -19,7 +19,7 @@ def find_configs() -> dict[str, Path]:
     A wheel holds them inside the package; a checkout, an editable install too, beside it.
 
     Raises:
-        FileNotFoundError: if they are at neither place.
+        FileNotFoundError: if they are in neither folder.
     """
     package = Path(__file__).resolve().parents[1]
     folders = [package / "configs", package.parent / "torchdistill_configs"]

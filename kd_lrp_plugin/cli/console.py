@@ -101,7 +101,15 @@ def errors_in_words(stopped: str = "") -> Iterator[None]:
         say(f"Error{process}:", "red", errors, end=" ")
         words = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         if isinstance(error, ImportError):
-            words = explain_missing(error) or words
+            missing = explain_missing(error)
+            words = missing or words
+            if (
+                not missing
+                and isinstance(error, ModuleNotFoundError)
+                and str(error).startswith("No module named")
+            ):
+                fix = "Give the command with PYTHONPATH=FOLDER, where FOLDER holds it."
+                words = message(f"module {error.name}", "one that can be imported", "none", fix)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             got = error.strerror[0].lower() + error.strerror[1:]
             words = message(str(error.filename), "a path that can be used", got, "Check it.")

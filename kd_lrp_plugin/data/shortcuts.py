@@ -117,7 +117,7 @@ class Marked(Dataset):
             raise ValueError(message("marked: classes", f"indices below {len(known)}", wrong, fix))
         self.images, self.kind, self.size, self.strength = images, kind, size, strength
         self.classes, self.variants, self.after = images.classes, names, transform
-        self._black, self._white = _range_of(images)
+        self._black, self._white = _get_range(images)
         carriers = set(known if classes is None else classes)
         self.shown: list[int | None] = []
         for variant in names:
@@ -272,7 +272,7 @@ def _told(
     return any_class
 
 
-def _range_of(images: Any) -> tuple[float, float]:
+def _get_range(images: Any) -> tuple[float, float]:
     """What black and white are in the items: by the last normalisation of the transform."""
     steps = getattr(getattr(images, "transform", None), "transforms", [])
     for step in reversed(steps):

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+import typer
 from hostile_names import KNOWN, hostile_names
 from PIL import Image
 from rich.console import Console
@@ -120,3 +121,30 @@ def test_check_data_prints_classes_and_files_by_their_names(tmp_path):
     assert "[left]/broken [left].png" in result.output
     assert "$a$ $_$" in result.output
     assert f"written to {tmp_path}/out [/left] $" in result.output
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (NotADirectoryError(20, "Not a directory", "a/b"), "a/b: expected a path that can be used"),
+        (ModuleNotFoundError("No module named 'm.n'", name="m.n"), "module m.n: expected one"),
+    ],
+)
+def test_errors_of_the_system_are_words(raised, said, capsys):
+    with pytest.raises(typer.Exit), console.errors_in_words():
+        raise raised
+    assert said in capsys.readouterr().err
+
+
+def test_a_name_that_a_module_lacks_is_said_and_other_attributes_are_not(capsys):
+    with pytest.raises(typer.Exit), console.errors_in_words():
+        csv.raeder  # noqa: B018
+    assert "got 'raeder'. Did you mean 'reader'" in capsys.readouterr().err
+    with pytest.raises(AttributeError), console.errors_in_words():
+        "".raeder  # noqa: B018
+
+
+def test_a_device_that_nobody_knows_is_refused():
+    result = CliRunner().invoke(app, ["distill", str(BASELINE), "--device", "toaster"])
+    assert result.exit_code == 1
+    assert "device: expected one that PyTorch knows, got 'toaster'" in result.output

@@ -13,6 +13,7 @@ from kd_lrp_plugin.data.folder import FolderImages, identify_images
 from kd_lrp_plugin.data.layout import read_layout
 from kd_lrp_plugin.data.leakage.check import check_data
 from kd_lrp_plugin.data.leakage.images import list_images
+from kd_lrp_plugin.data.validation import unreadable_images
 
 
 def make(root: Path, *files: str) -> Path:
@@ -220,3 +221,41 @@ def test_random_trees_are_read_alike_by_training_and_the_check_of_data(tmp_path)
         elif not layout.empty:
             read += bool(seen(root))
     assert read >= 15
+
+
+def test_a_link_to_itself_is_one_unreadable_file(root):
+    (root / "Training/cat/self.png").symlink_to("self.png")
+    (root / "Training/.self").symlink_to(".self")
+    dataset = FolderImages(str(root), image_size=9)
+    (why,) = unreadable_images(dataset).values()
+    assert "symbolic links" in why
+    found = check_data(root, root.parent / "out")
+    assert list(found["unreadable"]) == ["Training/cat/self.png"]
+
+
+@pytest.mark.parametrize("ending", ["gif", "jp2", "tga", "GIF"])
+def test_images_of_other_endings_are_named(root, ending, caplog):
+    (root / f"Training/cat/1.{ending}").write_bytes(b"")
+    assert len(FolderImages(str(root), image_size=9)) == 4
+    assert f"cat/1.{ending} (an image ({ending.upper()})" in caplog.text
+
+
+def test_an_empty_class_may_have_any_name(root):
+    os.mkdir(os.fsencode(root / "Training") + b"/b\xff")
+    found = check_data(root, root.parent / "out")
+    assert found["ignored"] == {"Training/'b\\udcff'": "a class folder without images"}
+    with pytest.raises(ValueError, match="one or more in each class folder"):
+        FolderImages(str(root), image_size=9)
+
+
+@pytest.mark.parametrize("name", ["labels", "cat_labels", "contours"])
+def test_folders_of_labels_are_masks(root, name):
+    make(root, *(f"Training/{name}/{n}.png" for n in (1, 2)))
+    assert FolderImages(str(root), image_size=9).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("flag", ["augment", "skip_corrupt"])
+@pytest.mark.parametrize("value", ["no", 1, 0.0, None])
+def test_a_switch_is_true_or_false(root, flag, value):
+    with pytest.raises(ValueError, match=f"{flag}: expected True or False, got {value!r}"):
+        FolderImages(str(root), image_size=9, **{flag: value})

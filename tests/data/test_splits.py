@@ -220,3 +220,17 @@ def test_damaged_tables_are_read_alike_or_refused_by_name(root):
             assert ": expected " in str(error)  # noqa: PT017
             refused += 1
     assert refused > 50
+
+
+def test_a_group_in_two_splits_is_said(root, tmp_path, caplog):
+    rows = [[*row[:3], "p", row[4]] for row in ROWS]
+    rows[0][1] = "Testing"
+    (tmp_path / "m.csv").write_text(write(rows))
+    read_kept(str(tmp_path / "m.csv"), root, "Training")
+    assert "1 groups are in more than one split, such as 'p' in Testing and Training" in caplog.text
+
+
+def test_a_table_that_keeps_nothing_is_refused(root, tmp_path):
+    (tmp_path / "m.csv").write_text(write([[*row[:4], 0] for row in ROWS]))
+    with pytest.raises(ValueError, match="expected rows that are kept, got none"):
+        read_kept(str(tmp_path / "m.csv"), root, "Training")

@@ -477,3 +477,13 @@ class TestTheCommand:
         result = CliRunner().invoke(app, ["explain", "runs", "--method", "grad_cam"])
         assert result.exit_code == 1
         assert "a finished run, got none at runs" in result.output
+
+
+@pytest.mark.parametrize("name", ["maps.png", "explanations.csv"])
+def test_what_is_not_of_explain_is_not_overwritten(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match="expected none of these files"):
+        explaining.explain([tmp_path], explain_inputs.ExplainOptions(out=tmp_path))
+    with pytest.raises(FileExistsError, match="expected a folder"):
+        explaining.explain([tmp_path], explain_inputs.ExplainOptions(out=tmp_path / name))
+    assert (tmp_path / name).read_text() == "mine"

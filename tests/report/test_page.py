@@ -487,3 +487,11 @@ def test_a_browser_has_nothing_to_complain_of_on_a_phone(whole, tmp_path):
     ran = subprocess.run([*command, address], capture_output=True, text=True, timeout=120)
     assert "<title>too wide by 0, broken 0</title>" in ran.stdout
     assert "CONSOLE" not in ran.stderr
+
+
+@pytest.mark.parametrize("text", ["null", "{}", "[]", '{"measures": 3}', '{"measures": []}', "3"])
+def test_a_study_of_another_shape_is_named(text, tmp_path):
+    (tmp_path / "study.json").write_text(text)
+    with pytest.raises(ValueError, match=r"study\.json: expected what kd-lrp has written"):
+        page.write([tmp_path], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

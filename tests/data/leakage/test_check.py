@@ -573,3 +573,18 @@ class TestRealImages:
         assert found["images"] == 262
         assert found["leaks"]["Testing"]["exact"] == 0
         assert found["leaks"]["Testing"]["duplicate"] == 3  # the same slice, treated otherwise
+
+
+@pytest.mark.parametrize("name", ["clean_split.csv", "pairs.csv"])
+def test_a_table_that_has_changed_is_no_answer(name, tmp_path):
+    root = draw_set(tmp_path / "set", {f"cat/{n}.png": n for n in range(6)})
+    check_data(root, tmp_path / "out")
+    file = tmp_path / "out" / name
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-3])
+    with pytest.raises(ValueError, match=f"{name}: expected the table .* other bytes"):
+        check_data(root, tmp_path / "out")
+    assert file.read_bytes() == intact[:-3]
+    file.unlink()
+    check_data(root, tmp_path / "out")
+    assert file.read_bytes() == intact

@@ -426,3 +426,16 @@ class TestCorruptImages:
         assert problems.count("1 of brain_mri/train that cannot be read") == 1
         assert problems.count("1 of brain_mri/val that cannot be read") == 1
         assert "set skip_corrupt: True to leave them out" in problems
+
+
+def test_a_student_with_auxiliary_heads_is_counted_by_its_logits():
+    googlenet = "{key: googlenet, kwargs: {num_classes: 4, init_weights: False}}"
+    layers = "train.teacher.forward_proc.init.kwargs.layers=auto"
+    overrides = [*SMALL, *NO_TEACHER, f"models.student_model={googlenet}", "image_size=64", layers]
+    assert check(resolve_config(LRP, overrides), CPU).problems == []
+
+
+def test_a_key_of_the_test_that_nothing_reads_is_a_warning():
+    report = check(resolve_config(BASELINE, [*SMALL, "+test.colour=blue"]), CPU)
+    assert report.problems == []
+    assert report.warnings == ["--set +test.colour=blue  test.colour: nothing reads it"]
