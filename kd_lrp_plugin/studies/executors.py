@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -160,7 +159,6 @@ def run_job() -> None:
     command = ["distill", str(job.config), *sets, "--seed", str(job.seed), "--out", str(job.folder)]
     sys.argv = ["kd-lrp", *command]  # what would do the same, for the run's record
     logging.basicConfig(level=logging.INFO)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & switch it off
     end_with_parent(interrupt=True)  # every file of a run is intact at any time
     try:
         distill(job)

@@ -1,9 +1,9 @@
 """Worker processes that end with their parent."""
 
-import _thread
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -53,9 +53,11 @@ def end_with_parent(interrupt: bool = False) -> None:
     which its parent must hold open as a pipe: the system closes it when the parent ends.
 
     Args:
-        interrupt: raise KeyboardInterrupt in the main thread first, so that work can be put away;
-            after that, or without, the process exits at once.
+        interrupt: raise KeyboardInterrupt in the main thread, which must call this, so that work
+            can be put away; after that, or without, the process exits at once.
     """
+    if interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup and & switch it off
     threading.Thread(target=_watch_parent, args=(interrupt,), daemon=True).start()
 
 
@@ -67,7 +69,8 @@ def _watch_parent(interrupt: bool) -> None:
         while os.read(0, 1):  # not sys.stdin, whose lock a forked child would inherit
             pass
     for _ in range(INTERRUPTS if interrupt else 0):
-        _thread.interrupt_main()  # one alone is lost where it meets a destructor
+        # A real signal, which ends a sleep or a wait too. One is lost where it meets a destructor.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         time.sleep(PAUSE)
     os._exit(130)  # the main thread may wait for work that nobody sends any more
 
