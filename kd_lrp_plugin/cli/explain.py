@@ -35,7 +35,7 @@ def explain(
     ] = None,
     images: Annotated[
         list[Path] | None,
-        typer.Option(help="An image file to picture, without figures; repeatable."),
+        typer.Option(help="An image file to picture, without metrics; repeatable."),
     ] = None,
     n: Annotated[
         int, typer.Option("--n", help="Test images to picture, of all classes, with errors.", min=1)
@@ -43,7 +43,7 @@ def explain(
     samples: Annotated[
         int | None,
         typer.Option(
-            help="Test images for every figure, a half or a quarter of them for the random "
+            help="Test images for every metric, a half or a quarter of them for the random "
             "networks. Default: all with a mask for quick methods, 32 for what takes long.",
             min=1,
         ),
@@ -58,7 +58,7 @@ def explain(
     """Where do teacher and student look? Relevance maps side by side, and how good they are.
 
     Writes explanations.png and explanations.json into each run folder, and with --out all runs
-    side by side. The figures are of the true class: relevance inside the tumour's mask beside
+    side by side. The metrics are of the true class: relevance inside the tumour's mask beside
     its chance level, agreement of student and teacher, insertion and deletion, and the likeness
     to the maps of a network with random weights, which should be near 0. What is computed is
     kept, so a command that was stopped resumes. Runs the code that the config.yaml of each run
