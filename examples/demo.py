@@ -69,6 +69,7 @@ def main() -> None:
     (args.out / "table.md").write_text(f"{text}\n\n{note}\n", encoding="utf-8")
     print(f"\n{text}\n{note}")
     print(f"\nwhere they look: {args.out}/shortcut.png; everything: {args.out}/report.html")
+    print(f"the table: {args.out}/table.md")
     print(f"{time.monotonic() - started:.0f} s")
 
 

@@ -42,7 +42,7 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
     "benchmarks/benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
     "demo.py": (
         ["--short", "--out", "demo"],
-        ["demo/table.md", "demo/maps.png", "demo/report.html"],
+        ["demo/table.md", "demo/shortcut.png", "demo/report.html"],
     ),
     "benchmarks/kill_and_resume.py": (
         [

@@ -21,7 +21,7 @@ from kd_lrp_plugin.data.leakage.images import fingerprint
 from kd_lrp_plugin.data.transforms import make_transforms, preparation, preprocessing
 from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.evaluation import evaluate, explain_inputs
-from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.runs.record import RunRecord
 
 SHAPE = (9, 13)
 RNG = np.random.default_rng(0)
@@ -186,7 +186,7 @@ def test_predict_and_explain_see_what_training_sees(name, ending, tmp_path, monk
         image.save(tmp_path / "Training" / label / f"1.{ending}", **options)
     data = FolderImages(str(tmp_path), image_size=9)
     summary = {"preprocessing": preprocessing(data), "classes": ["cat", "dog"]}
-    monkeypatch.setattr(RunFolder, "summary", lambda _: {**summary, "image_shape": [3, 9, 9]})
+    monkeypatch.setattr(RunRecord, "summary", lambda _: {**summary, "image_shape": [3, 9, 9]})
     given = []
 
     def model(images: torch.Tensor) -> torch.Tensor:
