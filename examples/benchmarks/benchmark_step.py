@@ -4,7 +4,7 @@
     python examples/benchmarks/benchmark_step.py --device cuda --batch-size 32 --image-size 224
 
 Plain KD step: teacher's forward without gradients, student's forward, cross entropy + KL, backward,
-Adam. Every other case adds one loss to it, at the last of the taps or at all of them. Teacher
+Adam. Every other case adds one loss to it, at the last of the layers or at all of them. Teacher
 (frozen, eval mode) and student (train mode) are of one architecture, images and labels are noise,
 all in the channels-last memory format, in which the driver trains; the last rows repeat two cases
 in PyTorch's own.
@@ -263,7 +263,7 @@ def main() -> None:
     # More threads only in the forked processes and after them: forking does not copy threads.
     torch.set_num_threads(1)
     setting = Setting(args, torch.channels_last)
-    taps = {1: args.taps[-1:], len(args.taps): args.taps}
+    taps = {1: args.layers[-1:], len(args.layers): args.layers}
     runs = {(PLAIN, 0): partial(run_step, setting, plain, [])}
     for name, case in CASES.items():
         runs |= {(name, n): partial(run_step, setting, case, taps[n]) for n in taps}
@@ -281,7 +281,7 @@ def main() -> None:
         row: dict = {"step": name}
         for what, ratios in (("time", times), ("memory", memory)):
             for n in taps:
-                row[f"{what}, {n} tap{'s' * (n > 1)}"] = ratios.get((name, n), 1.0)
+                row[f"{what}, {n} layer{'s' * (n > 1)}"] = ratios.get((name, n), 1.0)
         records.append(row)
     print(table(records, digits=2))
     if args.out:
@@ -299,7 +299,7 @@ def parse() -> argparse.Namespace:
     add = partial(parser.add_argument, help="default: %(default)s")
     add("--rounds", type=int, default=15)
     add("--model", default="mobilenetv2_100")
-    add("--taps", nargs="+", default=["blocks.2", "blocks.4", "blocks.6"])
+    add("--layers", nargs="+", default=["blocks.2", "blocks.4", "blocks.6"])
     add("--image-size", type=int, default=128)
     add("--batch-size", type=int, default=16)
     add("--threads", type=int, default=1)

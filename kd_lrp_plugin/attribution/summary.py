@@ -75,10 +75,10 @@ def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for name in names:
                 line[name] = metrics.get(name, {}).get("mean")
                 if name in FAITHFUL:
-                    line[f"{name} by chance"] = metrics[name]["chance"]
+                    line[f"{name} chance level"] = metrics[name]["chance"]
             first = metrics.get(names[0], {})
             if names == INSIDE:
-                line["inside by chance"] = first.get("chance")
+                line["inside, chance level"] = first.get("chance")
             line[f"n ({names[0]})"] = first.get("n")
             line[f"no relevance ({names[0]})"] = first.get("undefined")
         table.append(line)

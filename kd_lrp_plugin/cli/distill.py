@@ -31,7 +31,7 @@ def distill(
     """Train the student of a config, with its teacher if it has one, and test it.
 
     A config without a teacher trains that model alone: this is how teachers and baselines are
-    made. A run that was stopped or killed resumes when the same command is given again. Examples:
+    made. A run that was stopped or killed resumes when the same command is run again. Examples:
 
         kd-lrp distill torchdistill_configs/phantom/ce/resnet10t.yaml
 

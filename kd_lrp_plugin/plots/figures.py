@@ -200,7 +200,7 @@ def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> F
     """Score over parameters, a point per candidate, with its deviation; the Pareto front in red.
 
     Args:
-        records: with "candidate", "score" (None is left out), "spread", "parameters", "front".
+        records: with "candidate", "score" (None is left out), "std", "parameters", "front".
         title: above the figure.
 
     Returns:
@@ -212,8 +212,8 @@ def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> F
     for front, colour, label in ((False, "#5b8db8", None), (True, "#c01818", "Pareto front")):
         part = [record for record in scored if bool(record["front"]) == front]
         x, y = ([record[name] for record in part] for name in ("parameters", "score"))
-        spread = [record["spread"] for record in part]
-        axes.errorbar(x, y, spread, fmt="o", color=colour, markersize=4, capsize=2, label=label)
+        deviations = [record["std"] for record in part]
+        axes.errorbar(x, y, deviations, fmt="o", color=colour, markersize=4, capsize=2, label=label)
     if len(scored) <= 24:
         for record in scored:
             position = (record["parameters"], record["score"])

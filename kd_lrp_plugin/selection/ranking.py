@@ -179,7 +179,7 @@ def rank_candidates(
     best first.
 
     Returns:
-        Records with the candidate's name, the score's mean and standard deviation ("spread"), each
+        Records with the candidate's name, the score's mean and standard deviation ("std"), each
         cost, the rank by score and by each cost, and whether the candidate is on the Pareto front
         of low score and few parameters and macs ("front"). A candidate without the score comes
         last, with the problem.
@@ -198,9 +198,9 @@ def rank_candidates(
     front = dict(zip(known, pareto_front(points), strict=True))
     records = []
     for i, name in enumerate(names):
-        record: dict[str, Any] = {"candidate": name, "score": means[i], "spread": None}
+        record: dict[str, Any] = {"candidate": name, "score": means[i], "std": None}
         if summary[name][score]:
-            record["spread"] = summary[name][score][1]
+            record["std"] = summary[name][score][1]
         record |= costs[name]
         record["rank by score"] = by_score[i]
         record |= {f"rank by {kind}": order[i] for kind, order in by_cost.items()}
@@ -230,7 +230,7 @@ def summarise_ranking(records: Sequence[Mapping[str, Any]]) -> str:
     sizes = [record["parameters"] for record in scored]
     if len(set(scores)) == 1:
         return "The score is the same for all: it says nothing."
-    spread = float(np.median([record["spread"] for record in scored]))
+    deviation = float(np.median([record["std"] for record in scored]))
     steps = np.diff(sorted(scores))
     words = []
     tau = kendalltau(scores, sizes).statistic  # nan for equal sizes
@@ -246,10 +246,10 @@ def summarise_ranking(records: Sequence[Mapping[str, Any]]) -> str:
         words.append(
             f"The score is no mere parameter count here (Kendall {tau:.2f} with the parameters)."
         )
-    if spread > float(np.median(steps)):
+    if deviation > float(np.median(steps)):
         words.append(
             f"Neighbours in the ranking do not differ: the standard deviation over initialisations "
-            f"and batches is {spread:.3g}, a step of the ranking {float(np.median(steps)):.3g}."
+            f"and batches is {deviation:.3g}, a step of the ranking {float(np.median(steps)):.3g}."
         )
     words.append("Whether it finds accurate students, only trained ones can tell.")
     return " ".join(words)

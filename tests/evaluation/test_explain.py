@@ -150,7 +150,7 @@ class TestFigures:
             for layer in ("layer2", "layer3"):
                 metrics = find(rows, method=line["method"], layer=layer)["metrics"]
                 assert line[layer] == metrics["relevance_mass_accuracy"]["mean"]
-        assert {"inside by chance", "insertion by chance"} <= records(rows)[0].keys()
+        assert {"inside, chance level", "insertion chance level"} <= records(rows)[0].keys()
 
     def test_a_small_mask_is_brought_to_the_size_of_the_models_images(self):
         mask = np.zeros((80, 120), bool)
@@ -465,7 +465,7 @@ class TestTheCommand:
         monkeypatch.setattr(sys, "argv", ["/usr/bin/kd-lrp", *words])
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
-        assert "inside by chance" in result.output
+        assert "inside, chance level" in result.output
         assert "| layer2 | layer3 |" in result.output
         made = {path.name for path in Path("out").iterdir()}
         assert made == {"maps.png", "maps.json", "explanations.csv"}

@@ -95,7 +95,7 @@ def test_the_curves_name_every_term():
 
 def test_the_selection_names_every_candidate():
     records = [
-        {"candidate": n, "score": k, "spread": 0.1, "parameters": 10.0**k, "front": k > 2}
+        {"candidate": n, "score": k, "std": 0.1, "parameters": 10.0**k, "front": k > 2}
         for k, n in enumerate(NAMES)
     ]
     assert set(PLAIN_NAMES) <= set(drawn(selection_figure(records[:20], NAMES[3]))) | set(

@@ -146,7 +146,7 @@ def check(tmp_path_factory) -> Path:
 def choice(tmp_path_factory) -> Path:
     ranked = [
         {
-            **{"candidate": name, "score": place, "spread": 0.1, "parameters": 10.0**place},
+            **{"candidate": name, "score": place, "std": 0.1, "parameters": 10.0**place},
             **{"macs": 5.0, "rank by score": place, "front": place == 1, "problem": None},
         }
         for place, name in enumerate(("small", "middle", INJECTION), start=1)
@@ -278,7 +278,7 @@ assert "hostile_module" not in sys.modules
         (kd / "explanations.json").write_text(json.dumps({"rows": [row]}))
         found = written([kd], tmp_path / "page.html")
         assert "0.123" in found.text
-        assert "inside by chance" in found.text
+        assert "inside, chance level" in found.text
         assert sum("relevance maps" in image["alt"] for image in found.images) == 1
         assert "No metrics of maps were computed" not in found.text
 

@@ -87,7 +87,7 @@ class TestRanking:
     )
     def test_says_what_the_score_adds(self, sizes, words):
         records = [
-            {"score": score, "spread": 0.0, "parameters": size}
+            {"score": score, "std": 0.0, "parameters": size}
             for score, size in zip([0.1, 0.2, 0.3, 0.4], sizes, strict=True)
         ]
         found = ranking.summarise_ranking(records)
