@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.evaluation import evaluate, explain_inputs
 from kd_lrp_plugin.runs.record import RunRecord
 
+PILLOW = int(PIL.__version__.partition(".")[0])
 SHAPE = (9, 13)
 RNG = np.random.default_rng(0)
 
@@ -148,7 +150,7 @@ CASES: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "RGB, one colour transparent": (case_rgb_with_a_transparent_colour, ("png",)),
     "RGBA": (case_rgba, ("png", "tif")),
     "CMYK": (case_cmyk, ("tif",)),
-    "YCbCr": (case_ycbcr, ("tif",)),
+    "YCbCr": (case_ycbcr, ("tif",) if PILLOW >= 13 else ()),  # older ones cannot read their own
     "I;16": (case_16_bits, ("png", "tif", "ppm")),
 }
 SPACE = [(name, ending) for name, (_, endings) in CASES.items() for ending in endings]
