@@ -44,7 +44,11 @@ def build(name: str, size: int) -> nn.Module:
     """A randomly initialised timm model with four classes."""
     torch.manual_seed(1)
     extra = {"img_size": size} if name == "visformer_small" else {}
-    return timm.create_model(name, num_classes=4, **SETTINGS[name], **extra)
+    model = timm.create_model(name, num_classes=4, **SETTINGS[name], **extra)
+    if not hasattr(model, "feature_info"):  # timm before 1.0.31 does not tell those of Visformer
+        stages = {"stage1": 8, "stage2": 16, "stage3": 32}
+        model.feature_info = [{"module": name, "reduction": side} for name, side in stages.items()]
+    return model
 
 
 def batch(size: int, n: int = 2) -> tuple[Tensor, Tensor]:

@@ -458,6 +458,16 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("pretending")
+def job_that_fails(monkeypatch, distill) -> int:
+    """Exit status of a study's job whose training is this function."""
+    monkeypatch.setattr(executors, "distill", distill)
+    monkeypatch.setattr(executors, "end_with_parent", lambda interrupt: None)
+    monkeypatch.setattr(sys, "argv", ["-c", json.dumps({"config": "my.yaml", "out": "nowhere"})])
+    with pytest.raises(SystemExit) as stopped:
+        executors.run_job()
+    return stopped.value.code
+
+
 class TestRunning:
     def test_results_are_one_row_per_run_and_paired_by_seed(self, written, tmp_path, monkeypatch):
         monkeypatch.setattr(results, "study_figure", study_figure)
@@ -615,14 +625,7 @@ class TestRunning:
         def no_fork(_):
             raise BlockingIOError(11, "Resource temporarily unavailable")
 
-        monkeypatch.setattr(executors, "distill", no_fork)
-        monkeypatch.setattr(executors, "end_with_parent", lambda interrupt: None)
-        monkeypatch.setattr(
-            sys, "argv", ["-c", json.dumps({"config": "my.yaml", "out": "nowhere"})]
-        )
-        with pytest.raises(SystemExit) as stopped:
-            executors.run_job()
-        assert stopped.value.code == 1
+        assert job_that_fails(monkeypatch, no_fork) == 1
 
     def test_a_run_of_other_weights_is_not_taken_over(self, written):
         file = written(seeds=1)
@@ -765,14 +768,7 @@ class TestRealRuns:
         def broken(_):
             raise ValueError("loss: expected a finite loss, got nan.")
 
-        monkeypatch.setattr(executors, "distill", broken)
-        monkeypatch.setattr(executors, "end_with_parent", lambda interrupt: None)
-        monkeypatch.setattr(
-            sys, "argv", ["-c", json.dumps({"config": "my.yaml", "out": "nowhere"})]
-        )
-        with pytest.raises(SystemExit) as stopped:
-            executors.run_job()
-        assert stopped.value.code == 1
+        assert job_that_fails(monkeypatch, broken) == 1
         assert capfd.readouterr().err.endswith("failed: loss: expected a finite loss, got nan.\n")
 
 
