@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, SMALL
 from typer.testing import CliRunner
 
@@ -48,6 +50,25 @@ def build_run(config: Path) -> trainer.Trainer:
     folder = RunFolder("out")
     folder.path.mkdir()
     return trainer.Trainer(experiment, folder, 0)
+
+
+MARKED = sorted((CONFIGS / "brain_mri_marked").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", MARKED, ids=lambda file: file.parent.name)
+def test_the_configs_of_marked_mri_fit_a_folder_of_its_layout(config, tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(256, size=(40, 32, 32), dtype=np.uint8)
+    for label in ("glioma", "meningioma", "notumor", "pituitary"):
+        for split in ("Training", "Testing"):
+            where = tmp_path / "brain_mri" / split / label
+            where.mkdir(parents=True)
+            for k, values in enumerate(pixels):
+                Image.fromarray(values).save(where / f"{k}.png")
+    monkeypatch.setenv("KD_LRP_DATA", str(tmp_path))
+    untrained = ["models.teacher_model.src_ckpt=null", "models.student_model.kwargs.weights=null"]
+    small = ["image_size=64", "num_workers=0", "batch_size=4", *untrained]
+    report = check(resolve_config(config, small), CPU)
+    assert (report.problems, report.warnings) == ([], [])
 
 
 class TestConfig:
