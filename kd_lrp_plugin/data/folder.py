@@ -1,8 +1,4 @@
-"""Images to train on: a procedural brain-MRI phantom, and folders with one sub-folder per class.
-
-The phantom needs no files and no licence. It is a drawing, not anatomy: good for trying, testing
-and demonstrating, no ground for any clinical claim.
-"""
+"""Images to train on, in folders with one sub-folder per class."""
 
 import logging
 import os
@@ -106,7 +102,7 @@ class FolderImages(ImageFolder):
         if not is_text(self.folder):
             got = ascii_name(self.folder)
             raise ValueError(message("FolderImages root", "a name in UTF-8", got, "Rename it."))
-        self._split, self._manifest = split, manifest
+        self._split = split
         self._kept = read_kept(manifest, self.folder, split)
         where = self.folder if self._kept else self.folder / split
         if not where.is_dir():
@@ -143,11 +139,6 @@ class FolderImages(ImageFolder):
             self.samples = [self.samples[i] for i in chosen]
         self.imgs = self.samples
         self.targets = [label for _, label in self.samples]
-
-    @property
-    def identity(self) -> str | None:
-        """See :func:`identify_images`."""
-        return identify_images(self.folder, self._split, self._manifest)
 
     def _read_layout(self, where: Path, classes: Sequence[str]) -> Layout:
         layout = read_layout(where, classes)

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from kd_lrp_plugin.data.images import ImageLoader
+from kd_lrp_plugin.data.validation import check_integer
 from kd_lrp_plugin.utils.validation import check_known, message
 
 KINDS = ("patch", "glyph", "frame", "diffuse")
@@ -64,7 +66,7 @@ class Marked(Dataset):
         transform: applied to the marked image, such as torchvision's ``RandomErasing``.
 
     Attributes:
-        classes, targets, transform, samples: those of ``images``.
+        classes, targets, transform, samples, bits, loader: those of ``images``.
         groups: of each item the variant, or, of a single variant ``as_trained``, whether the
             marker "agrees" or "conflicts" with the class ("none" without one).
         shown: the class that each item's marker tells; None without one.
@@ -101,9 +103,10 @@ class Marked(Dataset):
         if not names or len(set(names)) < len(names):
             fix = "Such as [random, conflicting, none]."
             raise ValueError(message("marked: variants", "different variants", names, fix))
-        _check_share("agreement", agreement, 0)
-        _check_share("size", size, None)
-        _check_share("strength", strength, None)
+        _check_share("agreement", agreement, zero=True)
+        _check_share("size", size)
+        _check_share("strength", strength)
+        check_integer("marked", "seed", seed, least=0)
         if not (hasattr(images, "targets") and hasattr(images, "classes")):
             fix = "Alias a data set such as phantom or folder_images, not its name."
             got = type(images).__name__
@@ -139,6 +142,16 @@ class Marked(Dataset):
     def transform(self) -> Any:
         """That of the images, so that prediction prepares others in the same way."""
         return getattr(self.images, "transform", None)
+
+    @property
+    def bits(self) -> int | None:
+        """Those of the images' values, where the data set states them."""
+        return getattr(self.images, "bits", None)
+
+    @property
+    def loader(self) -> Any:
+        """That of the images, so that checks read the files in the same way."""
+        return getattr(self.images, "loader", ImageLoader())
 
     @property
     def samples(self) -> list[tuple[str, int]]:
@@ -272,22 +285,18 @@ def _told(
     return any_class
 
 
-def _get_range(images: Any) -> tuple[float, float]:
-    """What black and white are in the items: by the last normalisation of the transform."""
+def _get_range(images: Any) -> tuple[Any, Any]:
+    """What black and white are in the items, by channel: of the transform's last normalisation."""
     steps = getattr(getattr(images, "transform", None), "transforms", [])
     for step in reversed(steps):
         if isinstance(step, transforms.Normalize):
-            mean, std = float(step.mean[0]), float(step.std[0])
+            mean, std = (torch.as_tensor(of)[:, None, None] for of in (step.mean, step.std))
             return -mean / std, (1 - mean) / std
     return 0.0, 1.0
 
 
-def _check_share(name: str, value: Any, least: float | None) -> None:
+def _check_share(name: str, value: Any, zero: bool = False) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if (
-        not number
-        or not (0 if least is None else least) <= value <= 1
-        or (least is None and not value)
-    ):
-        expected = "a number in (0, 1]" if least is None else "a number in [0, 1]"
+    if not number or not 0 <= value <= 1 or not (value or zero):
+        expected = f"a number in {'[' if zero else '('}0, 1]"
         raise ValueError(message(f"marked: {name}", expected, value, "Such as 0.1 or 1.0."))

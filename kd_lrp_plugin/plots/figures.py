@@ -1,4 +1,4 @@
-"""Plain records become tables and figures. Nothing here knows of models, tensors or files."""
+"""Plain records become figures. Nothing here knows of models, tensors or files."""
 
 import itertools
 from collections.abc import Mapping, Sequence

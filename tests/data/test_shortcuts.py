@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision import transforms
 
+from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.data.shortcuts import KINDS, VARIANTS, Marked, draw_marker
+from kd_lrp_plugin.data.transforms import preprocessing
+from kd_lrp_plugin.data.validation import unreadable_images
 
 
 class Blank:
@@ -120,3 +124,30 @@ def test_only_some_classes_carry_it_and_a_transform_comes_last():
 def test_what_cannot_be_drawn_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         Marked(**{"images": Blank(), **changes})
+
+
+def test_it_reads_files_as_the_data_set_that_it_marks(tmp_path):
+    values = np.random.default_rng(0).integers(4000, size=(20, 20), dtype=np.uint16)
+    for label in "ab":
+        (tmp_path / "Training" / label).mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / "Training" / label / "1.png")
+    images = FolderImages(str(tmp_path), image_size=20, bits=12)
+    marked = Marked(images)
+    assert preprocessing(marked) == preprocessing(images)
+    assert unreadable_images(marked) == unreadable_images(images) == {}
+
+
+def test_white_is_white_in_every_channel():
+    images = Blank(n=4)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images.transform = transforms.Compose([transforms.Normalize(mean, std)])
+    back = transforms.Normalize(
+        [-m / s for m, s in zip(mean, std, strict=True)], [1 / s for s in std]
+    )
+    marked = Marked(images)
+    pixels = back(marked[0][0])[:, torch.from_numpy(marked.marker(0))]
+    torch.testing.assert_close(pixels, torch.ones_like(pixels))
+    gradient = back(Marked(images, kind="diffuse")[0][0])
+    plain = back(torch.zeros(3, *images.shape))
+    value, _ = draw_marker("diffuse", 0, 4, images.shape, (0.1, 1.0))
+    torch.testing.assert_close(gradient, (plain + value).clamp(0, 1))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from kd_lrp_plugin.config.document import parse_document
-from kd_lrp_plugin.data.folder import FolderImages
+from kd_lrp_plugin.data.folder import identify_images
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import list_files
 
@@ -157,5 +157,4 @@ class TestImages:
         assert list_files(parse_document("", text)) != before
 
     def test_of_a_data_set_are_those_of_its_config(self, root):
-        data = FolderImages(str(root), split="Training", image_size=4)
-        assert data.identity == found(root)["datasets.a"]
+        assert identify_images(root, "Training") == found(root)["datasets.a"]

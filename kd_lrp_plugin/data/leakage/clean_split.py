@@ -137,6 +137,6 @@ def describe_pair(audit: DatasetAudit, k: int) -> dict[str, Any]:
     """The row of pairs.csv of the k-th pair, by :data:`COLUMNS`."""
     a, b, kind, similarity, mirrored = (part[k] for part in audit.duplicates)
     files = (audit.images[a].file, audit.images[b].file)
-    cross = int(audit.across[k])
+    cross = int(audit.ranks[a] != audit.ranks[b])
     values = (*files, KINDS[kind], f"{similarity:.5f}", int(mirrored), cross)
     return dict(zip(COLUMNS, values, strict=True))

@@ -115,9 +115,9 @@ def summarise_leaks(summary: Mapping[str, Any]) -> str:
     kept = ", ".join(f"{sum(c.values()):,} in {split}" for split, c in summary["clean"].items())
     lines.append(f"clean_split.csv keeps {kept or 'nothing'}, one of each set of duplicates.")
     for split, classes in _lacking(summary).items():
-        lines.append(
-            f"clean_split.csv has no {' and no '.join(classes)} in {split}: groups are not divided."
-        )
+        missing = " and no ".join(classes)
+        why = "there are too few images, or groups are not divided"
+        lines.append(f"clean_split.csv has no {missing} in {split}: {why}.")
     if not groups["given"]:
         lines.append(
             "Other slices of one patient are no duplicates: give --group-by if it is known."
@@ -129,7 +129,7 @@ def _lacking(summary: Mapping[str, Any]) -> dict[str, list[str]]:
     """Classes that a split of the clean ones is without, though there are images of them."""
     classes = sorted({name for counts in summary["splits"].values() for name in counts})
     splits = [*summary["clean"]]
-    if [*summary["splits"]] == [""]:
+    if summary["options"]["test_share"] is not None:  # the split is proposed
         splits = ["Training", "Testing"]
     found = {s: [c for c in classes if not summary["clean"].get(s, {}).get(c)] for s in splits}
     return {split: names for split, names in found.items() if names}

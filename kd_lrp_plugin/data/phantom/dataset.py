@@ -1,4 +1,4 @@
-"""The built-in brain-MRI phantom as a data set."""
+"""The built-in brain-MRI phantom as a data set: it needs no files and no licence."""
 
 from collections.abc import Callable
 from typing import Any

@@ -304,6 +304,14 @@ class TestCleanSplit:
         assert found["clean"]["Testing"] == {"a": 8}
         assert "clean_split.csv has no b in Testing" in found["summary"]
 
+    def test_a_proposed_split_of_too_few_images_is_said_to_have_no_test_images(self, tmp_path):
+        root = draw_set(
+            tmp_path / "set", {f"{k}/{n}.png": 10 * (k == "b") + n for k in "ab" for n in (1, 2)}
+        )
+        found = check_data(root, tmp_path / "out", test_share=0.1)
+        assert [*found["clean"]] == ["Training"]
+        assert "clean_split.csv has no a and no b in Testing" in found["summary"]
+
     def test_the_manifest_beside_the_images_is_used_and_files_it_lacks_are_counted(self, tmp_path):
         files = {
             f"{s}/cat/{n}.png": n + 10 * (s == "Testing")
