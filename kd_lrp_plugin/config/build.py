@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from torch import nn
 from torchdistill.common import main_util, yaml_util
@@ -18,7 +17,7 @@ from torchdistill.models.official import get_image_classification_model
 from torchdistill.models.registry import MODEL_DICT, get_model
 
 from kd_lrp_plugin.config.document import Document
-from kd_lrp_plugin.models.weights import load_weights
+from kd_lrp_plugin.models.weights import fill, read_weights
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
@@ -221,12 +220,9 @@ def build_filled_model(entry: Mapping[str, Any], where: str) -> BuiltModel:
         made_by = entry.get("_made_by")
         fix = f"Make it with: {made_by}" if made_by else "Train it, or correct src_ckpt."
         raise FileNotFoundError(message(where, "a checkpoint", f"none at {file}", fix))
-    load_weights(model, file, where, strict=True)
-    found = {}
-    if file.suffix != ".safetensors":
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    names = found.get("classes") if isinstance(found, dict) else None
-    return BuiltModel(model, tuple(names or ()))
+    state, classes = read_weights(file, where)
+    fill(model, state, file, where, strict=True)
+    return BuiltModel(model, classes)
 
 
 def check_classes(

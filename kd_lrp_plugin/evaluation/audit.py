@@ -210,7 +210,9 @@ def replace_region(
 def _blur(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
     shorter = min(images.shape[-2:])
     width = min(2 * (3 * shorter // 8) + 1, 2 * shorter - 1)  # odd, and the padding has to fit
-    return gaussian_blur(images, [width, width], [shorter / 8, shorter / 8])
+    sigma = [shorter / 8, shorter / 8]
+    rows = gaussian_blur(images, [width, 1], sigma)  # along one side at a time: the kernel is wide
+    return gaussian_blur(rows, [1, width], sigma)
 
 
 _REPLACEMENTS: dict[str, Callable[[Tensor], Tensor]] = {

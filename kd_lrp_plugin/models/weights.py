@@ -49,10 +49,14 @@ def load_weights(
         ...     load_weights(build_model("mobilenetv2_035", 4), path)
         ['classifier.weight', 'classifier.bias']
     """
-    file = Path(path)
-    if not file.is_file():  # one that is there may have a dollar sign in its own name
-        file = Path(os.path.expandvars(path)).expanduser()
-    state = _read(where, file)
+    state, _ = read_weights(path, where)
+    return fill(model, state, path, where, strict)
+
+
+def fill(
+    model: nn.Module, state: Mapping[str, Tensor], path: str | Path, where: str, strict: bool
+) -> list[str]:
+    """What :func:`load_weights` does with a state that has been read from ``path``."""
     own = model.state_dict()
     head = classifier_path(model)
 
@@ -85,25 +89,35 @@ def load_weights(
     return left
 
 
-def _read(where: str, path: Path) -> dict[str, Tensor]:
+def read_weights(
+    path: str | Path, where: str = "read_weights"
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """A state dict, and the names of the classes that our own checkpoints keep beside it.
+
+    Args and errors are those of :func:`load_weights`.
+    """
+    given, path = path, Path(path)
+    if not path.is_file():  # one that is there may have a dollar sign in its own name
+        path = Path(os.path.expandvars(given)).expanduser()
     if not path.is_file():
         fix = "Give the path of a local file; nothing is downloaded."
         raise FileNotFoundError(message(where, "a weights file", repr(str(path)), fix))
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load_file(path), ()
         # A checkpoint of torchdistill's scripts carries their arguments, a harmless Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         fix = "Save model.state_dict(), as .safetensors or with torch.save."
         got = f"{str(path)!r} ({type(error).__name__})"  # its text advises unsafe loading
         raise ValueError(message(where, "a file of plain tensors", got, fix)) from error
-    state = state.get("model", state) if isinstance(state, Mapping) else state
+    container = content if isinstance(content, Mapping) else {}
+    state = container.get("model", content)
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         fix = "Save model.state_dict(), bare or under the key 'model'."
         raise ValueError(message(where, "a state dict", f"other content in {str(path)!r}", fix))
-    return dict(state)
+    return dict(state), tuple(container.get("classes") or ())
 
 
 def _difference(key: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

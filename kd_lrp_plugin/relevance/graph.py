@@ -16,9 +16,9 @@ LINEAR_OPERATIONS = frozenset({
     "Add", "Sub", "Neg", "Sum", "Mean", "Cat", "Stack", "Split", "SplitWithSizes", "Unbind",
     "Select", "Slice", "Index", "Gather", "View", "UnsafeView", "ReshapeAlias", "AsStrided",
     "Permute", "Transpose", "T", "Expand", "Squeeze", "Unsqueeze", "Repeat", "Roll", "Flip",
-    "Clone", "Alias", "ToCopy", "ConstantPadNd", "CopySlices", "AvgPool2D", "AdaptiveAvgPool2D",
-    "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices", "AdaptiveMaxPool2D", "NativeDropout",
-    "UpsampleNearest2D", "UpsampleBilinear2D", "_DDPSink",
+    "Clone", "Alias", "Copy", "ToCopy", "ConstantPadNd", "CopySlices", "AvgPool2D",
+    "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices", "AdaptiveMaxPool2D",
+    "NativeDropout", "UpsampleNearest2D", "UpsampleBilinear2D", "_DDPSink",
 })
 """Autograd operations at which the gradient hands relevance back as it should be."""
 # fmt: on
@@ -184,7 +184,7 @@ def _check_operation(node: Any, carried: list[bool], method: str, is_gradient: b
         )
     if is_gradient and not getattr(node, "_saved_training", False):
         return  # the gradient is right everywhere but through the statistics of a batch
-    kind = operation.removesuffix("Backward")
+    kind = _get_kind(node)
     if _is_someone_s_own(node):
         operation += " of a function of its own"
     elif kind in LINEAR_OPERATIONS or (
@@ -229,7 +229,7 @@ def _check_change_of_view(node: Any, carriers: dict[Any, bool], method: str) -> 
         if inner in carriers:
             is_linear = not carriers[inner]  # a factor, such as a gate, or what is features again
         else:
-            is_linear = _get_kind(inner) in LINEAR_OPERATIONS | PRODUCTS | {"Copy"}
+            is_linear = _get_kind(inner) in LINEAR_OPERATIONS | PRODUCTS
             stack.extend(following for following, _ in inner.next_functions)
         if not is_linear:
             got = "a change in place of a part of a tensor, CopySlices, that is not linear"

@@ -31,7 +31,8 @@ class _CrossEntropy(nn.Module):
         self.register_buffer("weights", found, persistent=False)
 
     def forward(self, student_io_dict: Mapping, _: Mapping, targets: Tensor) -> Tensor:
-        logits = _full(get_logits("DisWOTPlusLoss", "student", student_io_dict))
+        logits = get_logits("DisWOTPlusLoss", "student", student_io_dict)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's are half
         check_targets("DisWOTPlusLoss", targets, logits)
         weights = None if self.weights is None else self.weights.to(logits)
         if weights is not None and len(weights) != logits.shape[1]:
@@ -48,14 +49,9 @@ class _KLDivergence(nn.Module):
         self.temperature = temperature
 
     def forward(self, student_io_dict: Mapping, teacher_io_dict: Mapping, _: Tensor) -> Tensor:
-        student = _full(get_logits("DisWOTPlusLoss", "student", student_io_dict))
-        teacher = _full(get_logits("DisWOTPlusLoss", "teacher", teacher_io_dict))
+        student = get_logits("DisWOTPlusLoss", "student", student_io_dict)
+        teacher = get_logits("DisWOTPlusLoss", "teacher", teacher_io_dict)
         return losses.kl_divergence(student, teacher, self.temperature)
-
-
-def _full(logits: Tensor) -> Tensor:
-    """Logits that autocast has left in half precision, in float32."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class DisWOTPlusLoss(AbstractLoss):

@@ -86,7 +86,8 @@ class RecordedLoss(nn.Module):
             for a loss that compares features.
 
     Raises:
-        ValueError: for an unknown target, ``every`` below 1, or ``signed`` where it says nothing.
+        ValueError: for an unknown target, ``every`` below 1, or ``target`` or ``signed`` where it
+            says nothing.
     """
 
     def __init__(
@@ -95,6 +96,9 @@ class RecordedLoss(nn.Module):
         super().__init__()
         check_known("mid-level loss", key, COMPARISONS)
         check_known(f"{key}: target", target, TARGETS)
+        if target != "label" and COMPARISONS[key].kind == "features":
+            expected = "no target, which is a choice for maps"
+            raise ValueError(message(key, expected, target, "Leave it out."))
         if type(every) is not int or every < 1:
             fix = "Use 1 to compare every batch."
             raise ValueError(message(f"{key}: every", "an integer of 1 or more", every, fix))
@@ -110,7 +114,6 @@ class RecordedLoss(nn.Module):
             raise ValueError(message(key, expected, signed, "Leave it out."))
         self.computed = False
         self.zero_maps: Tensor | int | None = None
-        self._batches = 0
         self.reset()
 
     def reset(self) -> None:
@@ -134,7 +137,7 @@ class RecordedLoss(nn.Module):
         if self.comparison.kind == "features":
             pairs = zip(student.activations, teacher.activations, strict=True)
         else:
-            if self.target != "teacher":
+            if self.target == "label":
                 check_targets(self.key, targets, student_logits)
             classes = targets if self.target != "teacher" else teacher_logits.argmax(1)
             create_graph = torch.is_grad_enabled()
@@ -148,11 +151,11 @@ class RecordedLoss(nn.Module):
             return torch.stack([self._distance(one, other) for one, other in pairs]).mean()
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if self.comparison.kind != "features":
+        if self.zero_maps is not None:
             pixels = teacher.shape[-2] * teacher.shape[-1]
             teacher = losses.resize_maps(teacher, (student.shape[-2], student.shape[-1]))
             zeros = losses.zero_maps(student).sum() + losses.zero_maps(teacher).sum()
-            self.zero_maps = zeros + (self.zero_maps or 0)
+            self.zero_maps = self.zero_maps + zeros
             if self.comparison.has_size:
                 teacher = teacher * (pixels / (student.shape[-2] * student.shape[-1]))
         return self.comparison.distance(student, teacher)
@@ -190,6 +193,14 @@ def _contrast(where: str, targets: Tensor, logits: Tensor) -> Tensor:
 def make_mid_level(key: str) -> Callable[..., RecordedLoss]:
     """What torchdistill calls for ``key``: a :class:`RecordedLoss` that refuses other keywords."""
     comparison = COMPARISONS[key]
+    if comparison.kind == "features":
+
+        @strict(key)
+        def make_features(every: int = 1) -> RecordedLoss:
+            return RecordedLoss(key, every=every)
+
+        return make_features
+
     if comparison.kind != "relevance":
 
         @strict(key)

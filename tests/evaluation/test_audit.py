@@ -9,6 +9,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.evaluation import audit
 from kd_lrp_plugin.evaluation.audit import (
     find_regions,
     measure_relevance,
@@ -100,8 +101,12 @@ def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkey
     assert set(found["relevance"]) == {"student", "teacher"}
     assert {"border", "corners", "background", "marker"} <= set(found["relevance"]["student"])
     assert (tmp_path / "run/audit.png").stat().st_size > 5000
-    strict = CliRunner().invoke(app, ["audit", "run", "--samples", "8", "--fail-over", "0"])
-    assert strict.exit_code == (1 if found["most_flips"] > 0 else 0)
+    monkeypatch.setattr(audit, "audit", lambda *_: found | {"most_flips": 0.25})
+    for limit, status in {"0": 1, "0.24": 1, "0.25": 0, "1": 0}.items():
+        strict = CliRunner().invoke(app, ["audit", "run", "--fail-over", limit])
+        assert strict.exit_code == status, strict.output
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     missing = CliRunner().invoke(app, ["audit", "nowhere"])
     assert missing.exit_code == 1
     assert "a finished run" in missing.output

@@ -160,6 +160,13 @@ def test_an_adapter_beside_a_layer_is_served():
     net.conv = Adapted(net.conv)
     net = randomize(net, 31).eval()
     assert_right_or_refused(net, "conv", net)
+    with torch.no_grad():
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            if name.endswith(("bias", "running_mean")):
+                tensor.zero_()
+    score = net(IMAGES).gather(1, TARGETS[:, None]).squeeze(1).detach()
+    for method in ("lrp_epsilon", "lrp_gamma"):  # of a net without biases they sum to the logit
+        torch.testing.assert_close(get_maps(net, method).sum((1, 2)), score, rtol=1e-4, atol=0)
 
 
 # --- hooks of the user ----------------------------------------------------------------------------

@@ -156,6 +156,13 @@ class TestOptionsOfRelevance:
         with pytest.raises(ValueError, match=f"{key}: expected no signed"):
             plugin.RecordedLoss(key, signed=True)
 
+    @pytest.mark.parametrize("key", ["RelationCosineLoss", "RelationL2Loss"])
+    def test_a_target_says_nothing_of_features_and_is_refused(self, key):
+        with pytest.raises(ValueError, match=f"{key}: keyword: expected .*'target'"):
+            MIDDLE_LEVEL_LOSS_DICT[key](target="contrast")
+        with pytest.raises(ValueError, match=f"{key}: expected no target"):
+            plugin.RecordedLoss(key, target="teacher")
+
     @pytest.mark.parametrize("signed", [1, "True", 0.0])
     def test_signed_is_true_or_false(self, signed):
         with pytest.raises(ValueError, match="signed: expected True or False"):

@@ -59,7 +59,7 @@ class TestOwnLoss:
     def test_it_is_the_mean_of_its_distance_over_the_layers(self, kind, method):
         plugin.register_recorded_loss("ManhattanLoss", manhattan, kind)
         student, teacher, targets = parts(method)
-        value = MIDDLE_LEVEL_LOSS_DICT["ManhattanLoss"](target="label")(student, teacher, targets)
+        value = MIDDLE_LEVEL_LOSS_DICT["ManhattanLoss"]()(student, teacher, targets)
         sides = []
         for role in ("student", "teacher"):
             logits, recording = plugin.recorded(

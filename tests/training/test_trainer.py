@@ -1,5 +1,6 @@
 """The trainer: configs and overrides, run folders, checks before work, the command line."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, SMALL
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
-from kd_lrp_plugin.config.build import assemble
+from kd_lrp_plugin.config.build import assemble, build_filled_model
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.models import factory
@@ -258,6 +259,16 @@ class TestRun:
         torch.save(record | {"classes": ["a", "b", "c", "d"]}, teacher)
         with pytest.raises(ValueError, match="trained on these classes"):
             trainer.distill(RunSpec(KD, SMALL, "out"))
+
+    def test_a_teacher_from_torchdistills_scripts_is_read(self, teacher):
+        record = torch.load(teacher, weights_only=True)
+        state = record["model"]
+        torch.save({"model": state, "args": argparse.Namespace(lr=1)}, teacher)
+        entry = {"key": "timm_model", "kwargs": {"name": "resnet10t", "num_classes": 4}}
+        built = build_filled_model(entry | {"src_ckpt": str(teacher)}, "models.teacher_model")
+        found = built.module.state_dict()
+        assert built.classes == ()
+        assert all(torch.equal(found[key], value) for key, value in state.items())
 
     def test_class_folders_that_disagree_are_refused(self, workplace):
         from PIL import Image
