@@ -1,12 +1,12 @@
 """Metrics of maps: what they are, summed up over images, and as tables."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
+
+from kd_lrp_plugin.utils.files import to_csv
 
 INSIDE = ("relevance_mass_accuracy", "rank_accuracy", "pointing_game")
 FAITHFUL = ("insertion", "deletion")
@@ -101,13 +101,11 @@ def by_layer(rows: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, A
 
 def flat(rows: Sequence[Mapping[str, Any]]) -> str:
     """A CSV with a line per run, model, method, layer and metric."""
-    text = io.StringIO()
     columns = ("run", "model", "method", "layer", "samples")
     of_metric = ("mean", "std", "n", "undefined", "chance")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*columns, "metric", *of_metric])
-    for row in rows:
-        for name, metric in row["metrics"].items():
-            values = [metric.get(key) for key in of_metric]
-            writer.writerow([*(row[column] for column in columns), name, *values])
-    return text.getvalue()
+    lines = (
+        [*(row[column] for column in columns), name, *map(metric.get, of_metric)]
+        for row in rows
+        for name, metric in row["metrics"].items()
+    )
+    return to_csv([*columns, "metric", *of_metric], lines)

@@ -3,6 +3,7 @@
 Nothing here downloads. timm's ``pretrained`` is refused; :func:`load_weights` reads a file.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from kd_lrp_plugin.models.heads import HEADS, is_plain_head, place_head
+from kd_lrp_plugin.models.heads import HEADS, place_head
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -87,11 +88,19 @@ def build_model(
     arguments["drop_rate"] = dropout
     # A plain attribute, so that it is neither saved nor moved.
     model.__dict__["timm_arguments"] = (
-        arguments if head == "linear" and is_plain_head(arguments) else None
+        arguments if head == "linear" and _is_json(arguments) else None
     )
     if weights is not None:
         load_weights(model, weights, where)
     return model
+
+
+def _is_json(arguments: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def timm_arguments(model: nn.Module) -> dict[str, Any] | None:

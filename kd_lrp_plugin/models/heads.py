@@ -1,7 +1,6 @@
 """The heads that a network may end in."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,14 +41,6 @@ def place_head(
     elif head == "flatten_mlp":
         width = _unpooled_width(where, model, name, (1, *image_shape))
         _replace_head(where, model, name, width, hidden, num_classes)
-
-
-def is_plain_head(arguments: Mapping[str, Any]) -> bool:
-    try:
-        json.dumps(arguments)
-    except TypeError:
-        return False
-    return True
 
 
 class _Flatten(nn.Module):

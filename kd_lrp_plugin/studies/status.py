@@ -1,4 +1,4 @@
-"""How far the runs of a plan are, and what they say together."""
+"""How far the runs of a plan are, and whose results a folder holds."""
 
 from pathlib import Path
 from typing import Any

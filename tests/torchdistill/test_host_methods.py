@@ -297,6 +297,8 @@ def test_a_method_of_torchdistills_trains_and_validates(name, tmp_path):
             validates = parts["wrapper"] is None
             assert (f"val_{term_name}" in epoch) == validates
             assert not validates or math.isfinite(epoch[f"val_{term_name}"])
-        assert 0 <= epoch["val_accuracy"] <= 1
+        right = 9 * epoch["val_accuracy"]  # a share of all nine images
+        assert right == pytest.approx(round(right), abs=1e-6)
+        assert 0 <= right <= 9
     assert len((tmp_path / "run/predictions.csv").read_text().splitlines()) == 1 + 9
     assert 0 <= summary["test_accuracy"] <= 1
