@@ -184,7 +184,7 @@ def _within(inner: yaml.Node, outer: yaml.Node) -> bool:
 
 def get_stages(train: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The stages of a ``train`` section by their key path, in order; itself if it has none."""
-    names = [key for key in train if re.fullmatch(r"stage\d+", key)]
+    names = [key for key in train if re.fullmatch(r"stage\d+", str(key))]
     names.sort(key=lambda name: int(name.removeprefix("stage")))
     # The section itself, no copy: what is set in a stage must be seen by torchdistill's box.
     return {f"train.{name}": train[name] for name in names} or {"train": cast(dict, train)}

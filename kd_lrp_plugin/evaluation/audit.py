@@ -105,18 +105,24 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
     regions = find_regions(sample.images)
     if markers := _find_markers(run, indices):
         regions["marker"] = torch.stack(markers)
+    answers: dict[str, Answers] = {}
+    maps: dict[str, Float[Tensor, "n h2 w2"]] = {}
     found: dict[str, Any] = {"images": len(sample.labels), "command": get_command()}
+    others = {how: make(sample.images) for how, make in _REPLACEMENTS.items()}
     parts: dict[str, dict[str, Any]] = {"relevance": {}, "replaced": {}, "object_removed": {}}
     for role in current_progress().track(list(run.models), "auditing", len(run.models)):
-        model = run.models[role]
-        relevance = _attribute(run, role, sample)
-        parts["relevance"][role] = measure_relevance(relevance, regions)
-        parts["replaced"][role] = measure_replacements(model, sample, regions)
-        parts["object_removed"][role] = _remove_object(model, sample)
+        model, layer = run.models[role], run.layers[role][0]
+        answers[role] = ask(model, sample.images, regions, others)
+        # Of what the model predicts, for what it looks at is the question.
+        predicted = answers[role].before.argmax(1)
+        maps[role] = attribute(model, sample.images, predicted, METHOD, layer)
+        parts["relevance"][role] = measure_relevance(maps[role], regions)
+        parts["replaced"][role] = measure_replacements(answers[role], sample.labels, regions)
+        parts["object_removed"][role] = _remove_object(model, sample, answers[role])
     found |= parts
     flips = [r["flips"] for of in found["replaced"]["student"].values() for r in of.values()]
     found["most_flips"] = max(flips)
-    figure = _draw(run, sample, regions)
+    figure = _draw(run, sample, regions, maps["student"], answers["student"])
     put(run.folder / "audit.png", lambda file: figure.savefig(file, format="png"))
     write_json(run.folder / "audit.json", found)
     return found
@@ -204,7 +210,11 @@ def replace_region(
         >>> replace_region(images, region, "swap")[:, 0, :2, 0].tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
-    return torch.where(region[:, None].to(images.device), _REPLACEMENTS[how](images), images)
+    return _put(images, region, _REPLACEMENTS[how](images))
+
+
+def _put(images: Tensor, region: Region, other: Tensor) -> Float[Tensor, "n c h w"]:
+    return torch.where(region[:, None].to(images.device), other, images)
 
 
 def _blur(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
@@ -222,107 +232,115 @@ _REPLACEMENTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model says of images, as probabilities (n, outputs) on the CPU.
+
+    Attributes:
+        before: of the images as they are.
+        after: of the images with a region replaced, by region and replacement; none of a region
+            that no image has.
+    """
+
+    before: Float[Tensor, "n outputs"]
+    after: dict[tuple[str, str], Float[Tensor, "n outputs"]]
+
+
+def ask(
+    model: nn.Module,
+    images: Float[Tensor, "n c h w"],
+    regions: Mapping[str, Region],
+    others: Mapping[str, Float[Tensor, "n c h w"]] | None = None,
+) -> Answers:
+    """What the model says of the images, and of them with each region replaced in each way.
+
+    Args:
+        model: in evaluation mode.
+        images: as the model takes them.
+        regions: pixels to replace, by name.
+        others: what stands in the place of the images, by replacement; made here if None.
+    """
+    if others is None:
+        others = {how: make(images) for how, make in _REPLACEMENTS.items()}
+    after = {
+        (name, how): _predict(model, _put(images, region, other))
+        for name, region in regions.items()
+        if region.any()
+        for how, other in others.items()
+    }
+    return Answers(_predict(model, images), after)
+
+
 def measure_replacements(
-    model: nn.Module, sample: Sample, regions: Mapping[str, Region]
+    answers: Answers, labels: Int[Tensor, " n"], regions: Mapping[str, Region]
 ) -> dict[str, dict[str, dict[str, float]]]:
     """By region and replacement: accuracy before and after, and the share of changed predictions.
 
     Images without the region are left out; a region that no image has is, too.
     """
-    before = _predict(model, sample.images)
-    right = before == sample.labels.cpu()
+    before, labels = answers.before.argmax(1), labels.cpu()
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, region in regions.items():
-        has = region.any(2).any(1)
-        if not has.any():
-            continue
-        found[name] = {}
-        for how in _REPLACEMENTS:
-            after = _predict(model, replace_region(sample.images, region, how))
-            found[name][how] = {
-                "accuracy_before": float(right[has].float().mean()),
-                "accuracy": float((after == sample.labels.cpu())[has].float().mean()),
-                "flips": float((after != before)[has].float().mean()),
-            }
+    for (name, how), probabilities in answers.after.items():
+        after, has = probabilities.argmax(1), regions[name].any(2).any(1)
+        found.setdefault(name, {})[how] = {
+            "accuracy_before": float((before == labels)[has].float().mean()),
+            "accuracy": float((after == labels)[has].float().mean()),
+            "flips": float((after != before)[has].float().mean()),
+        }
     return found
 
 
-def _remove_object(model: nn.Module, sample: Sample) -> dict[str, float] | None:
+def _remove_object(model: nn.Module, sample: Sample, answers: Answers) -> dict[str, float] | None:
     """Accuracy with the masked object gone: a model that is still right sees something else."""
     if sample.masks is None:
         return None
     labels = sample.labels.cpu()
     after = _predict(model, replace_region(sample.images, sample.masks, "mean"))
-    before = _predict(model, sample.images)
     return {
-        "accuracy_before": float((before == labels).float().mean()),
-        "accuracy": float((after == labels).float().mean()),
+        "accuracy_before": float((answers.before.argmax(1) == labels).float().mean()),
+        "accuracy": float((after.argmax(1) == labels).float().mean()),
     }
 
 
 @torch.no_grad()
-def _predict(model: nn.Module, images: Tensor) -> Int[Tensor, " n"]:
-    return torch.cat([model(part).argmax(1).cpu() for part in images.split(BATCH)])
-
-
-@torch.no_grad()
-def _predict_probabilities(model: nn.Module, images: Tensor) -> Float[Tensor, "n outputs"]:
+def _predict(model: nn.Module, images: Tensor) -> Float[Tensor, "n outputs"]:
     return torch.cat([model(part).float().softmax(1).cpu() for part in images.split(BATCH)])
 
 
-def _attribute(run: LoadedRun, role: str, sample: Sample) -> Float[Tensor, "n h2 w2"]:
-    """Of what the model predicts, for what it looks at is the question."""
-    model, layer = run.models[role], run.layers[role][0]
-    return attribute(model, sample.images, _predict(model, sample.images), METHOD, layer)
-
-
-def _draw(run: LoadedRun, sample: Sample, regions: Mapping[str, Region]) -> Any:
-    """The images whose predicted class loses most by a replacement, before and after it."""
-    model = run.models["student"]
-    before = _predict_probabilities(model, sample.images)
-    classes = before.argmax(1, keepdim=True)
-    effects: list[tuple[float, int, str, str]] = []
-    for name, region in regions.items():
-        for how in _REPLACEMENTS:
-            after = _predict_probabilities(model, replace_region(sample.images, region, how))
-            lost = (before.gather(1, classes) - after.gather(1, classes)).squeeze(1)
-            effects += [(float(lost[i]), i, name, how) for i in range(len(lost))]
-    chosen: dict[int, tuple[float, int, str, str]] = {}
-    for effect in sorted(effects, reverse=True):
-        chosen.setdefault(effect[1], effect)
-        if len(chosen) == min(SHOWN, len(before)):
-            break
-    maps = _attribute(run, "student", sample)
-    rows = [
-        _make_row(run, sample, regions, maps[index].numpy(), (index, name, how))
-        for _, index, name, how in chosen.values()
-    ]
-    return map_figure(rows, "Where a replaced region changes the prediction most", "region")
-
-
-def _make_row(
+def _draw(
     run: LoadedRun,
     sample: Sample,
     regions: Mapping[str, Region],
-    relevance: Float[np.ndarray, "h w"],
-    effect: tuple[int, str, str],
-) -> MapRow:
-    index, name, how = effect
-    image = sample.images
-    replaced = replace_region(image, regions[name], how)[index : index + 1]
-    shares = _predict_probabilities(
-        run.models["student"], torch.cat([image[index][None], replaced])
-    )
-    said: Sequence[tuple[str, float]] = [
-        (run.class_name(int(row.argmax())), float(row.max())) for row in shares
-    ]
-    picture = image[index].mean(0).cpu()
-    low, high = picture.min(), picture.max()
-    column = "relevance; below, said once the region is replaced"
-    return MapRow(
-        f"{run.class_name(int(sample.labels[index]))}\n{name}: {how}",
-        ((picture - low) / (high - low).clamp(min=1e-12)).numpy(),
-        {column: relevance},
-        {"image": said[0], column: said[1]},
-        regions[name][index].numpy(),
-    )
+    maps: Float[Tensor, "n h2 w2"],
+    answers: Answers,
+) -> Any:
+    """The images whose predicted class loses most by a replacement, before and after it."""
+    classes = answers.before.argmax(1, keepdim=True)
+    effects: list[tuple[float, int, str, str]] = []
+    for (name, how), after in answers.after.items():
+        lost = (answers.before.gather(1, classes) - after.gather(1, classes)).squeeze(1)
+        effects += [(float(lost[i]), i, name, how) for i in range(len(lost))]
+    chosen: dict[int, tuple[float, int, str, str]] = {}
+    for effect in sorted(effects, reverse=True):
+        chosen.setdefault(effect[1], effect)
+        if len(chosen) == SHOWN:
+            break
+    rows = []
+    for _, index, name, how in chosen.values():
+        said = [
+            (run.class_name(int(of[index].argmax())), float(of[index].max()))
+            for of in (answers.before, answers.after[name, how])
+        ]
+        picture = sample.images[index].mean(0).cpu()
+        low, high = picture.min(), picture.max()
+        column = "relevance; below, said once the region is replaced"
+        rows.append(
+            MapRow(
+                f"{run.class_name(int(sample.labels[index]))}\n{name}: {how}",
+                ((picture - low) / (high - low).clamp(min=1e-12)).numpy(),
+                {column: maps[index].numpy()},
+                {"image": said[0], column: said[1]},
+                regions[name][index].numpy(),
+            )
+        )
+    return map_figure(rows, "Where a replaced region changes the prediction most", "region")

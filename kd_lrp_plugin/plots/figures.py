@@ -16,6 +16,19 @@ with imports_of_an_extra():
 CAPTION = "Relevance is laid over the image, each map divided by its own maximum."
 
 
+def list_quantities(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names x of values ``train_x`` and ``val_x``: accuracy, loss, then as they appear.
+
+    Example:
+        >>> list_quantities([{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "val_accuracy": 0.5}])
+        ['accuracy', 'loss']
+    """
+    # A dict, as a set in the order of appearance: a term may join in a later stage.
+    parts = [key.partition("_") for record in records for key in record]
+    names = dict.fromkeys(name for part, _, name in parts if part in ("train", "val"))
+    return sorted(names, key=lambda name: {"accuracy": 0, "loss": 1}.get(name, 2))
+
+
 def curves_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """One panel per quantity over the epochs: training and validation in one panel.
 
@@ -36,13 +49,10 @@ def curves_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figu
         >>> [ax.get_title() for ax in curves_figure(records).get_axes()]
         ['loss']
     """
-    # A dict, as a set in the order of appearance: a term may join in a later stage.
-    parts = [key.partition("_") for record in records for key in record]
-    names = list(dict.fromkeys(name for part, _, name in parts if part in ("train", "val")))
+    names = list_quantities(records)
     if not names:
         fix = "Train for one epoch at least."
         raise ValueError(f"curves_figure: expected values train_x or val_x, got none. {fix}")
-    names.sort(key=lambda name: {"accuracy": 0, "loss": 1}.get(name, 2))
     width = min(4, len(names))
     height = -(-len(names) // width)
     figure = Figure(figsize=(2.9 * width, 2.3 * height), dpi=120, layout="constrained")

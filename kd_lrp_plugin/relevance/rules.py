@@ -76,9 +76,9 @@ def zplus(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tenso
     Source: Bach et al., PLOS ONE 2015, eq. 60 with α = 1; Montavon et al., Pattern Recognition
     65 (2017), for inputs that are never negative.
     """
-    upper, lower = w.clamp(min=0), w.clamp(max=0)
-    positive = _split_apply(x, upper, lower, layer)
-    return _split_transpose(g * (y / stabilize(positive)), x, upper, lower, layer)
+    upper, lower, below = w.clamp(min=0), w.clamp(max=0), _find_negative(x)
+    positive = _split_apply(x, below, upper, lower, layer)
+    return _split_transpose(g * (y / stabilize(positive)), below, upper, lower, layer)
 
 
 @RULES.register
@@ -89,39 +89,42 @@ def gamma(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tenso
     Deviation: a negative output (of a linear bottleneck, or a logit) prefers its negative
     contributions in the same way; with positive ones its denominator could vanish.
     """
-    upper, lower = w.clamp(min=0), w.clamp(max=0)
+    upper, lower, below = w.clamp(min=0), w.clamp(max=0), _find_negative(x)
     is_positive = y >= 0
-    positive = _split_apply(x, upper, lower, layer)
-    negative = _split_apply(x, lower, upper, layer)
+    positive = _split_apply(x, below, upper, lower, layer)
+    negative = _split_apply(x, below, lower, upper, layer)
     ratio = g * (y / stabilize(y + GAMMA * torch.where(is_positive, positive, negative)))
     return (
         layer.transpose(ratio, w)
-        + GAMMA * _split_transpose(ratio * is_positive, x, upper, lower, layer)
-        + GAMMA * _split_transpose(ratio * ~is_positive, x, lower, upper, layer)
+        + GAMMA * _split_transpose(ratio * is_positive, below, upper, lower, layer)
+        + GAMMA * _split_transpose(ratio * ~is_positive, below, lower, upper, layer)
     )
 
 
-def _split_apply(x: Tensor, w_above: Tensor, w_below: Tensor, layer: LinearMap) -> Tensor:
+def _find_negative(x: Tensor) -> Tensor | None:
+    """Where ``x`` is negative; None behind a ReLU, where half of the work falls away."""
+    below = x.detach() < 0
+    return below if bool(below.any()) else None
+
+
+def _split_apply(
+    x: Tensor, below: Tensor | None, w_above: Tensor, w_below: Tensor, layer: LinearMap
+) -> Tensor:
     """Positive inputs through one weight plus negative inputs through another."""
     total = layer.apply(x.clamp(min=0), w_above)
-    if _any_negative(x):
+    if below is not None:
         total = total + layer.apply(x.clamp(max=0), w_below)
     return total
 
 
 def _split_transpose(
-    r: Tensor, x: Tensor, w_above: Tensor, w_below: Tensor, layer: LinearMap
+    r: Tensor, below: Tensor | None, w_above: Tensor, w_below: Tensor, layer: LinearMap
 ) -> Tensor:
     """The transpose of :func:`_split_apply`."""
     back = layer.transpose(r, w_above)
-    if _any_negative(x):
-        back = torch.where(x < 0, layer.transpose(r, w_below), back)
+    if below is not None:
+        back = torch.where(below, layer.transpose(r, w_below), back)
     return back
-
-
-def _any_negative(x: Tensor) -> bool:
-    """Behind a ReLU nothing is, and half of the work falls away."""
-    return bool((x.detach() < 0).any())
 
 
 def activation(g: Tensor, x: Tensor, y: Tensor) -> Tensor:

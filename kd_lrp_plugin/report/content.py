@@ -9,7 +9,7 @@ from typing import Any
 from kd_lrp_plugin.attribution.summary import METRICS
 from kd_lrp_plugin.config.document import parse_document
 from kd_lrp_plugin.evaluation.explain import read_explanations
-from kd_lrp_plugin.plots.figures import curves_figure
+from kd_lrp_plugin.plots.figures import curves_figure, list_quantities
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.report.sections import (
     get_command,
@@ -196,12 +196,8 @@ def _read_question(config: str | None) -> str | None:
 
 def _draw_curves(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A figure per quantity, so that a phone shows them one below the other."""
-    keys = dict.fromkeys(key for record in records for key in record)
-    names = dict.fromkeys(
-        key.partition("_")[2] for key in keys if key.startswith(("train_", "val_"))
-    )
     panels = []
-    for name in sorted(names, key=lambda name: {"accuracy": 0, "loss": 1}.get(name, 2)):
+    for name in list_quantities(records):
         kept = ("epoch", "stage", f"train_{name}", f"val_{name}")
         part = [{key: record.get(key) for key in kept} for record in records]
         last = {key: value for key, value in part[-1].items() if value is not None}

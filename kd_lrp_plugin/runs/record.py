@@ -98,15 +98,13 @@ class RunRecord:
     def threads(self) -> int | None:
         """How many threads the run began with: their number changes its weights."""
         sessions = self.list_sessions()
-        first = sessions[0] if sessions and isinstance(sessions[0], dict) else {}
-        return first.get("threads")
+        return sessions[0].get("threads") if sessions else None
 
     @property
     def module_folder(self) -> str | None:
         """Where the run's config lay when it ran last: modules of its own may lie beside it."""
         sessions = self.list_sessions()
-        last = sessions[-1] if sessions and isinstance(sessions[-1], dict) else {}
-        folder = last.get("module_folder")
+        folder = sessions[-1].get("module_folder") if sessions else None
         return folder if isinstance(folder, str) else None
 
     def changed(self, about: Mapping[str, Any]) -> list[str]:

@@ -34,6 +34,7 @@ from typing import Any
 
 import yaml
 
+from kd_lrp_plugin.config.build import get_stages
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.studies.plan import COLUMNS, MEASURES, Plan, StudyRun, check_measure
 from kd_lrp_plugin.utils.files import hash_contents
@@ -338,8 +339,8 @@ def _check_files(content: Mapping[str, Any], promised: Sequence[str]) -> None:
 
 
 def _list_stages(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    train = content.get("train") or {}
-    stages = [train[key] for key in train if re.fullmatch(r"stage\d+", str(key))] or [train]
+    train = content.get("train")
+    stages = get_stages(train).values() if isinstance(train, dict) else ()
     return [stage for stage in stages if isinstance(stage, dict)]
 
 

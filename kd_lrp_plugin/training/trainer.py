@@ -108,8 +108,7 @@ def _keep_threads(context: DistributedContext, folder: RunFolder) -> None:
 
     Sums are taken in other orders by another number of them, so the weights would differ.
     """
-    sessions = context.run_on_rank_zero(folder.list_sessions)
-    before = sessions[0].get("threads") if sessions else None
+    before = context.run_on_rank_zero(lambda: folder.threads)
     if before and before != (now := torch.get_num_threads()):
         torch.set_num_threads(before)
         resumed = f"{folder.path}: resumes with {before} threads, as it began, not with {now}"

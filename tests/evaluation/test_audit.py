@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.evaluation import audit
 from kd_lrp_plugin.evaluation.audit import (
+    ask,
     find_regions,
     measure_relevance,
     measure_replacements,
     replace_region,
 )
-from kd_lrp_plugin.evaluation.explain_inputs import Sample
 from kd_lrp_plugin.models.factory import build_model
 
 MARKED = CONFIGS / "phantom_marked/kd/test_resnet_from_resnet10t.yaml"
@@ -67,11 +67,11 @@ def test_only_the_region_is_replaced(how):
 
 def test_a_model_that_looks_at_a_corner_changes_its_mind_and_one_that_does_not_does_not(scene):
     images, labels, mask = scene
-    sample, regions = Sample(images, labels, mask), find_regions(images)
+    regions = find_regions(images)
     corner = torch.zeros(32, 32, dtype=torch.bool)
     corner[:4, :4] = True
-    fell = measure_replacements(LooksAt(corner), sample, regions)
-    sound = measure_replacements(LooksAt(mask[0]), sample, regions)
+    fell = measure_replacements(ask(LooksAt(corner), images, regions), labels, regions)
+    sound = measure_replacements(ask(LooksAt(mask[0]), images, regions), labels, regions)
     assert fell["corners"]["swap"] == {"accuracy_before": 1, "accuracy": 0, "flips": 1}
     assert fell["corners"]["mean"]["accuracy"] == 0.5
     for of_region in (sound["corners"], sound["border"]):
