@@ -457,7 +457,6 @@ def alive(pid: int) -> bool:
     return state.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.usefixtures("pretending")
 def job_that_fails(monkeypatch, distill) -> int:
     """Exit status of a study's job whose training is this function."""
     monkeypatch.setattr(executors, "distill", distill)
@@ -468,6 +467,7 @@ def job_that_fails(monkeypatch, distill) -> int:
     return stopped.value.code
 
 
+@pytest.mark.usefixtures("pretending")
 class TestRunning:
     def test_results_are_one_row_per_run_and_paired_by_seed(self, written, tmp_path, monkeypatch):
         monkeypatch.setattr(results, "study_figure", study_figure)
