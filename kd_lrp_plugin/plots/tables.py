@@ -86,6 +86,36 @@ def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]
     return rows
 
 
+def primary_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The primary comparison of a study, a row for each configuration that it is compared with.
+
+    Args:
+        content: of ``study.json``, with a primary comparison.
+    """
+    primary = content["primary"]
+    return [
+        {
+            f"{primary['configuration']} minus": record["reference"],
+            "difference": _figure(record["mean"], "+") or None,
+            "95 % interval": _interval(record, "+"),
+            "pairs": record["n"],
+            "of": len(primary["seeds"]),
+            "p": record["p"],
+            "p (Holm)": record["p_holm"],
+        }
+        for record in primary["differences"]
+    ]
+
+
+def describe_primary(content: Mapping[str, Any]) -> str:
+    """What was registered, and whether it can be judged, in a sentence or two."""
+    primary = content["primary"]
+    where = "".join(f", {axis} {value}" for axis, value in primary["where"].items())
+    seeds = ", ".join(map(str, primary["seeds"]))
+    state = "All are in." if primary["complete"] else "Not all are in: nothing is to be judged yet."
+    return f"Registered before the study ran: {primary['measure']}{where}; seeds {seeds}. {state}"
+
+
 def _figure(value: float | None, sign: str = "") -> str:
     if value is None:
         return ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from kd_lrp_plugin.attribution.summary import records
 from kd_lrp_plugin.plots.figures import selection_figure
-from kd_lrp_plugin.plots.tables import study_rows
+from kd_lrp_plugin.plots.tables import describe_primary, primary_rows, study_rows
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.selection.ranking import summarise_ranking
 from kd_lrp_plugin.utils import files
@@ -174,6 +174,8 @@ def read_study(path: Path, name: str) -> dict[str, Any]:
             "name": name,
             "folder": shorten_path(path),
             "tables": {m: [row for row in rows if row["n"]] for m, rows in tables.items()},
+            "registered": describe_primary(content) if content.get("primary") else None,
+            "primary_rows": primary_rows(content) if content.get("primary") else [],
             "most": max((record["n"] for record in content["table"]), default=0),
             "picture": file_at(path / "study.png"),
             "command": get_command(content),

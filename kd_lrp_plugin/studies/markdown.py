@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_lrp_plugin.metrics.statistics import detectable
-from kd_lrp_plugin.plots.tables import study_rows, table
+from kd_lrp_plugin.plots.tables import describe_primary, primary_rows, study_rows, table
 from kd_lrp_plugin.plots.text import one_line
 
 
@@ -12,6 +12,11 @@ def study_markdown(content: Mapping[str, Any]) -> str:
     """``study.json`` as Markdown: a table for each measure, and how to read them."""
     parts = [f"# {one_line(content['question'])}", content["state"]]
     parts += [f"- {one_line(f'{label}: {why}')}" for label, why in content["failed"].items()]
+    if content.get("primary"):
+        words = one_line(describe_primary(content))
+        parts.append(
+            f"## Primary comparison\n\n{words}\n\n{table(primary_rows(content), digits=4)}"
+        )
     for measure in content["measures"]:
         rows = study_rows(content, measure)
         if any(row["n"] for row in rows):

@@ -17,9 +17,11 @@
       rate: {key: train.optimizer.kwargs.lr, values: [0.0001, 0.001]}
       schedule: {short: [train.num_epochs=10], long: [train.num_epochs=30]}
     measures: [val_accuracy, test_accuracy, macro_f1]
+    primary: {measure: test_accuracy, configuration: KD, minus: [CE], where: {...}}
 
-Overrides are those of ``--set``; ``{seed}`` in one is the seed of the run. A run is known by what
-it is: a hash of its config as it runs is in the name of its folder. So studies share their runs.
+What ``primary`` says is in :mod:`kd_lrp_plugin.studies.primary`. Overrides are those of ``--set``;
+``{seed}`` in one is the seed of the run. A run is known by what it is: a hash of its config as it
+runs is in the name of its folder. So studies share their runs.
 """
 
 import itertools
@@ -37,10 +39,14 @@ import yaml
 from kd_lrp_plugin.config.build import get_stages
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.studies.plan import COLUMNS, MEASURES, Plan, StudyRun, check_measure
+from kd_lrp_plugin.studies.primary import read_primary, refuse_further_seeds
 from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.validation import check_known, message
 
-KEYS = ("question", "seeds", "set", "prepare", "configurations", "compare_to", "grid", "measures")
+KEYS = (
+    *("question", "seeds", "set", "prepare", "configurations", "compare_to", "grid"),
+    *("measures", "primary"),
+)
 _SEE = "See torchdistill_configs/studies for examples."
 
 
@@ -67,13 +73,16 @@ def read_plan(
     file = Path(file)
     content = _read(file)
     with _errors_at(f"{file}: seeds"):
-        chosen = _list_seeds(content.get("seeds", 3) if seeds is None else seeds)
+        registered = _list_seeds(content.get("seeds", 3))
+        chosen = registered if seeds is None else _list_seeds(seeds)
     measures = _list(f"{file}: measures", content.get("measures", list(MEASURES)))
     axes = _read_axes(file, content.get("grid") or {})
     for axis in axes:
         if axis in (*COLUMNS, *measures):
             got, fix = repr(axis), "Rename it: results have a column of this name."
             raise ValueError(message(f"{file}: grid", "a name of its own for an axis", got, fix))
+    primary = read_primary(file, content, list(map(str, measures)), axes, registered)
+    refuse_further_seeds(file, primary, chosen)
     common = _list_overrides(f"{file}: set", content.get("set"))
     planner = RunPlanner(file, Path(root))
     made = planner.prepared
@@ -131,6 +140,7 @@ def read_plan(
         axes={axis: tuple(kept[axis]) for axis in axes},
         compare_to=compare_to if compare_to in kept["configuration"] else None,
         measures=tuple(dict.fromkeys(map(str, measures))),
+        primary=primary,
         prepared=tuple(prepared),
         runs=tuple(runs),
     )

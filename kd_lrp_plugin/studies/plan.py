@@ -7,6 +7,7 @@ from typing import Any
 
 from kd_lrp_plugin.attribution.summary import METRICS
 from kd_lrp_plugin.config.run_spec import RunSpec
+from kd_lrp_plugin.studies.primary import Primary
 from kd_lrp_plugin.utils.validation import check_known
 
 MEASURES = ("val_accuracy", "test_accuracy", "macro_f1", "calibration_error")
@@ -145,6 +146,7 @@ class Plan:
         axes: of the grid, with their values.
         compare_to: the configuration that others are paired with, or None.
         measures: key paths.
+        primary: the comparison that it was registered for, or None.
         prepared: runs that others need, in an order that works.
         runs: the others: by configuration, point of the grid and seed.
     """
@@ -158,6 +160,7 @@ class Plan:
     axes: Mapping[str, tuple[Any, ...]]
     compare_to: str | None
     measures: tuple[str, ...]
+    primary: Primary | None
     prepared: tuple[StudyRun, ...]
     runs: tuple[StudyRun, ...]
 

@@ -11,6 +11,7 @@ from kd_lrp_plugin.studies.comparison import compare, summarise, value_at
 from kd_lrp_plugin.studies.figure import study_figure
 from kd_lrp_plugin.studies.markdown import study_markdown
 from kd_lrp_plugin.studies.plan import COLUMNS, Plan, StudyRun
+from kd_lrp_plugin.studies.primary import judge_primary
 from kd_lrp_plugin.studies.status import describe_status, is_finished
 from kd_lrp_plugin.utils.files import get_command, put, read_json, to_csv, write_json, write_text
 
@@ -22,7 +23,8 @@ def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dic
         ``file``, ``root``, ``question``, ``overrides``, ``only``, ``seeds``, ``axes``,
         ``compare_to`` and ``measures`` of the plan; ``runs``, a row for each, with its state and
         measures, and ``prepared``, the same; ``table`` of :func:`comparison.summarise` and
-        ``comparisons`` of :func:`comparison.compare`; ``final``, whether all is finished, and
+        ``comparisons`` of :func:`comparison.compare`; ``primary`` of
+        :func:`primary.judge_primary`; ``final``, whether all is finished, and
         ``state``, the same as text; ``failed``, the reasons by label.
     """
     failed = failed or {}
@@ -47,6 +49,7 @@ def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dic
         "axes": {axis: list(values) for axis, values in plan.axes.items()},
         "compare_to": plan.compare_to,
         "measures": list(plan.measures),
+        "primary": judge_primary(plan.primary, rows),
         "prepared": prepared,
         "runs": rows,
         "table": summarise(rows, plan.measures),

@@ -6,6 +6,7 @@ from typing import Any
 from kd_lrp_plugin.evaluation.explain_inputs import REPAIR_STUDY, read_study
 from kd_lrp_plugin.runs.folder import LOCK, RunFolder
 from kd_lrp_plugin.studies.plan import Plan, StudyRun
+from kd_lrp_plugin.studies.primary import KEYS
 from kd_lrp_plugin.utils.files import check_keys, locked
 from kd_lrp_plugin.utils.validation import message
 
@@ -92,7 +93,15 @@ def check_output_folder(folder: Path, plan: Plan) -> None:
         differs.append(f"--only {before['only']}" if before["only"] else "all of the study")
     if more := sorted(set(before["seeds"]) - set(plan.seeds)):
         differs.append(f"further seeds {more}")
+    registered = before.get("primary") or {}
+    now = plan.primary.record() if plan.primary else {}
+    if registered and now != {key: registered.get(key) for key in now or registered}:
+        differs.append(f"another primary comparison, {_describe_primary(registered)}")
     if differs:
         fix = "Choose another --out, or the options of then."
         got = f"{folder}, which holds {' and '.join(differs)}"
         raise FileExistsError(message("study", "a folder for these results", got, fix))
+
+
+def _describe_primary(registered: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {registered.get(key)}" for key in (*KEYS, "seeds"))
