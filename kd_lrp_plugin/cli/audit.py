@@ -1,8 +1,7 @@
 """``kd-lrp audit``."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +18,17 @@ from kd_lrp_plugin.plots import tables
 
 
 def audit(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that kd-lrp distill has finished.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|STUDY...", help="Finished runs, or the results of a study."),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Other images than the run's test set: a folder with one folder per class.",
+        ),
+    ] = None,
     layer: Annotated[
         str | None,
         typer.Option(help="Of the maps. Default: the deepest before the last reduction."),
@@ -42,54 +51,43 @@ def audit(
 
     Where nothing should tell the class: the share of relevance there, beside its chance level and
     the teacher's; accuracy, and the share of predictions that change, once the region is blurred,
-    has the mean colour, or is another image's. With masks also the accuracy with the object gone:
-    a model that is still right sees something else. Writes audit.json and audit.png, the images
-    with the largest effect, into each run folder. Runs the code that a run's config names, as
-    `explain` does. Examples:
+    has the mean colour, or is another image's. With masks also for the most relevant part outside
+    of the object, and the accuracy with the object gone: a model that is still right sees something
+    else. Writes audit.json and audit.png, the images with the largest effect, into each run folder;
+    with --data audit-FOLDER.json and .png. Runs the code that a run's config names, as `explain`
+    does. Examples:
 
         kd-lrp audit runs/phantom/kd/*/0
 
         kd-lrp audit runs/phantom_marked/kd/test_resnet_from_resnet10t/0 --fail-over 0.1
+
+        kd-lrp audit runs/folder/ce/resnet10t/0 --data images/another_hospital
     """
     over = []
     with RichProgress(), errors_in_words():
-        from kd_lrp_plugin.evaluation.audit import AuditOptions, audit
+        from kd_lrp_plugin.evaluation.audit import AuditOptions, audit, name_files
+        from kd_lrp_plugin.evaluation.explain_inputs import list_runs
         from kd_lrp_plugin.runs.trust import check_trusted
         from kd_lrp_plugin.utils.distributed import init_distributed
 
-        check_trusted(runs, trust, safe)
+        folders = [folder for folder, _ in list_runs(runs)]
+        check_trusted(folders, trust, safe)
         with init_distributed(device) as context:
-            options = AuditOptions(layer, samples, context.device, safe)
-            for run in runs:
+            options = AuditOptions(layer, samples, data, context.device, safe)
+            table, picture = name_files(options)
+            for run in folders:
                 found = audit(run, options)
                 say(f"\n{run}, {found['images']} images\n")
-                say(tables.table(_rows(found)))
+                say(tables.table(tables.audit_rows(found)))
                 for role, of in found["object_removed"].items():
                     if of:
                         before, after = of["accuracy_before"], of["accuracy"]
                         words = f"accuracy {after:.3f}, before {before:.3f}"
                         say(f"{role} with the object gone: {words}")
-                say(f"written: {run}/audit.json, audit.png")
+                say(f"written: {run}/{table}, {picture}")
                 if fail_over is not None and found["most_flips"] > fail_over:
                     over.append((run, found["most_flips"]))
     for run, share in over:
         say(f"{run}: {share:.3f} of the predictions change, over {fail_over}", "red", errors)
     if over:
         raise typer.Exit(1)
-
-
-def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each model and region."""
-    rows = []
-    for role, regions in found["relevance"].items():
-        for name, of in regions.items():
-            row = {"model": role, "region": name, "relevance": of["mean"], "chance": of["chance"]}
-            replaced = found["replaced"][role].get(name, {})
-            first: dict[str, float] = next(iter(replaced.values()), {})
-            row["accuracy"] = first.get("accuracy_before")
-            for how, values in replaced.items():
-                row[how] = values["accuracy"]
-                row[f"flips by {how}"] = values["flips"]
-            rows.append(row)
-    columns = dict.fromkeys(key for row in rows for key in row)
-    return [{column: row.get(column) for column in columns} for row in rows]

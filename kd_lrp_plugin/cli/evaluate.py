@@ -45,6 +45,9 @@ def evaluate(
     for run, found in zip(runs, details, strict=True):
         say(f"\n{run}: student by class\n")
         say(tables.table(found["student"]["per_class"]))
+        if groups := tables.group_rows(found):
+            say(f"\n{run}: by group\n")
+            say(tables.table(groups))
         if both := found.get("student_and_teacher"):
             say(f"\nprediction agreement of student and teacher: {both['agreement']:.3f}")
         from kd_lrp_plugin.metrics.counting import explain_counters

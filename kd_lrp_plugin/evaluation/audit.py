@@ -7,7 +7,7 @@ has one that is still right once the object itself is gone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from kd_lrp_plugin.attribution.localisation import area_share, relevance_mass_accuracy
 from kd_lrp_plugin.attribution.methods import BATCH, attribute
+from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.evaluation.explain_inputs import (
     ExplainOptions,
     LoadedRun,
@@ -28,7 +29,9 @@ from kd_lrp_plugin.evaluation.explain_inputs import (
     open_run,
     sample_indices,
 )
+from kd_lrp_plugin.losses import resize_maps
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
+from kd_lrp_plugin.runs.loading import load_transform
 from kd_lrp_plugin.utils.files import get_command, put, write_json
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -37,6 +40,7 @@ MOST = 400  # images, unless asked otherwise
 BORDER = 1 / 8  # of the shorter side: the width of the border, half of a corner's side
 SHOWN = 6  # images in the picture
 METHOD = "gradient_activation"
+FILE = "audit.json"
 Region = Bool[Tensor, "n h w"]
 
 
@@ -46,7 +50,8 @@ class AuditOptions:
 
     Attributes:
         layer: of the maps; None for the deepest before the last reduction.
-        samples: test images at most.
+        samples: images at most.
+        data: a folder with a folder of images per class, instead of the run's test set.
         device: to compute on.
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
 
@@ -56,6 +61,7 @@ class AuditOptions:
 
     layer: str | None = None
     samples: int = MOST
+    data: str | Path | None = None
     device: torch.device | str = "cpu"
     safe: bool = False
 
@@ -67,11 +73,12 @@ class AuditOptions:
 def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, Any]:
     """What the regions where nothing should tell the class are worth to a run's models.
 
-    The regions are border, corners, background and, where the data set puts markers on its images,
-    the marker.
+    The regions are border, corners, background; where the data set puts markers on its images, the
+    marker; and, of images with a mask, what is most relevant outside of it: the same share of each
+    image's pixels as a corner has, another part for each model.
 
     Writes ``audit.json`` and ``audit.png`` into the run folder: the images whose prediction changes
-    most.
+    most. Of other images than the test set, the files have the folder's name too.
 
     Args:
         folder: a finished run.
@@ -88,7 +95,8 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
 
     Raises:
         FileNotFoundError: if there is no finished run.
-        ValueError: for a run that cannot be loaded, or an unknown layer.
+        ValueError: for a run that cannot be loaded, an unknown layer, or images of other classes
+            than the run's.
 
     Reference:
         Geirhos et al., Nature Machine Intelligence 2020 (shortcuts); Ross et al., IJCAI 2017
@@ -100,6 +108,8 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
         methods=[METHOD], layers=layers, device=options.device, safe=options.safe
     )
     run = open_run(folder, "", asked)
+    if options.data is not None:
+        run = show_other_images(run, Path(options.data), options.safe)
     indices = sample_indices(run, options.samples)
     sample = make_sample(run, indices, options.device)
     regions = find_regions(sample.images)
@@ -107,25 +117,67 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
         regions["marker"] = torch.stack(markers)
     answers: dict[str, Answers] = {}
     maps: dict[str, Float[Tensor, "n h2 w2"]] = {}
+    regions_of: dict[str, dict[str, Region]] = {}
     found: dict[str, Any] = {"images": len(sample.labels), "command": get_command()}
     others = {how: make(sample.images) for how, make in _REPLACEMENTS.items()}
     parts: dict[str, dict[str, Any]] = {"relevance": {}, "replaced": {}, "object_removed": {}}
     for role in current_progress().track(list(run.models), "auditing", len(run.models)):
         model, layer = run.models[role], run.layers[role][0]
-        answers[role] = ask(model, sample.images, regions, others)
         # Of what the model predicts, for what it looks at is the question.
-        predicted = answers[role].before.argmax(1)
-        maps[role] = attribute(model, sample.images, predicted, METHOD, layer)
-        parts["relevance"][role] = measure_relevance(maps[role], regions)
-        parts["replaced"][role] = measure_replacements(answers[role], sample.labels, regions)
+        before = _predict(model, sample.images)
+        maps[role] = attribute(model, sample.images, before.argmax(1), METHOD, layer)
+        regions_of[role] = dict(regions)
+        if sample.masks is not None:
+            outside = find_most_relevant(maps[role], ~sample.masks)
+            regions_of[role]["most relevant outside the mask"] = outside
+        answers[role] = ask(model, sample.images, regions_of[role], others, before)
+        parts["relevance"][role] = measure_relevance(maps[role], regions_of[role])
+        parts["replaced"][role] = measure_replacements(
+            answers[role], sample.labels, regions_of[role]
+        )
         parts["object_removed"][role] = _remove_object(model, sample, answers[role])
     found |= parts
     flips = [r["flips"] for of in found["replaced"]["student"].values() for r in of.values()]
     found["most_flips"] = max(flips)
-    figure = _draw(run, sample, regions, maps["student"], answers["student"])
-    put(run.folder / "audit.png", lambda file: figure.savefig(file, format="png"))
-    write_json(run.folder / "audit.json", found)
+    table, picture = name_files(options)
+    figure = _draw(run, sample, regions_of["student"], maps["student"], answers["student"])
+    put(run.folder / picture, lambda file: figure.savefig(file, format="png"))
+    write_json(run.folder / table, found)
     return found
+
+
+def name_files(options: AuditOptions) -> tuple[str, str]:
+    """Table and picture of an audit, in the run folder."""
+    if options.data is None:
+        return FILE, "audit.png"
+    name = Path(options.data).resolve().name
+    return f"audit-{name}.json", f"audit-{name}.png"
+
+
+def show_other_images(run: LoadedRun, folder: Path, safe: bool = False) -> LoadedRun:
+    """A run whose test set is a folder of images, prepared as the run prepares its own.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        ValueError: for other classes than the run's, a run whose classes have no names, or whose
+            preparation of images is not known.
+    """
+    classes = run.summary["classes"]
+    if not classes:
+        fix = "Audit it on its own test set."
+        raise ValueError(message("audit --data", "a run with names of classes", "none", fix))
+    images = FolderImages(
+        str(folder.resolve().parent),
+        folder.resolve().name,
+        classes=classes,
+        transform=load_transform(run.folder.path, safe),
+        bits=(run.summary["preprocessing"] or {}).get("bits"),
+    )
+    number = {
+        name: index for index, name in enumerate(classes)
+    }  # the run's order, not the folder's
+    labels = np.array([number[images.classes[label]] for label in images.targets])
+    return replace(run, test_set=images, labels=labels, probabilities={})
 
 
 def find_regions(images: Float[Tensor, "n c h w"]) -> dict[str, Region]:
@@ -153,6 +205,31 @@ def find_regions(images: Float[Tensor, "n c h w"]) -> dict[str, Region]:
     background = torch.stack([torch.from_numpy(~_find_foreground(image)) for image in grey])
     background[background.all(2).all(1)] = False
     return {"border": border, "corners": corners, "background": background}
+
+
+def find_most_relevant(
+    maps: Float[Tensor, "n h2 w2"], where: Region, share: float = (2 * BORDER) ** 2
+) -> Region:
+    """The most relevant pixels of each image among those that are allowed.
+
+    Args:
+        maps: relevance; its positive part counts.
+        where: pixels to choose from.
+        share: of the image's pixels that are chosen, fewer where fewer are relevant or allowed.
+
+    Example:
+        >>> maps = torch.arange(16.0).reshape(1, 4, 4)
+        >>> where = torch.ones(1, 4, 4, dtype=torch.bool)
+        >>> where[0, 3, 3] = False
+        >>> find_most_relevant(maps, where, share=2 / 16).nonzero()[:, 1:].tolist()
+        [[3, 1], [3, 2]]
+    """
+    _, height, width = where.shape
+    relevance = resize_maps(maps.clamp(min=0).cpu(), (height, width)) * where.cpu()
+    most = max(1, round(share * height * width))
+    chosen = torch.zeros(len(where), height * width, dtype=torch.bool)
+    chosen.scatter_(1, relevance.flatten(1).topk(most, dim=1).indices, True)
+    return chosen.view(where.shape) & (relevance > 0)
 
 
 def _find_markers(run: LoadedRun, indices: Sequence[int]) -> list[Bool[Tensor, "h w"]]:
@@ -251,6 +328,7 @@ def ask(
     images: Float[Tensor, "n c h w"],
     regions: Mapping[str, Region],
     others: Mapping[str, Float[Tensor, "n c h w"]] | None = None,
+    before: Float[Tensor, "n outputs"] | None = None,
 ) -> Answers:
     """What the model says of the images, and of them with each region replaced in each way.
 
@@ -259,6 +337,7 @@ def ask(
         images: as the model takes them.
         regions: pixels to replace, by name.
         others: what stands in the place of the images, by replacement; made here if None.
+        before: what the model says of the images as they are; asked here if None.
     """
     if others is None:
         others = {how: make(images) for how, make in _REPLACEMENTS.items()}
@@ -268,7 +347,7 @@ def ask(
         if region.any()
         for how, other in others.items()
     }
-    return Answers(_predict(model, images), after)
+    return Answers(_predict(model, images) if before is None else before, after)
 
 
 def measure_replacements(

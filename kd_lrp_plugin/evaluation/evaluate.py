@@ -70,9 +70,11 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
 
     Returns:
         By "student", and "teacher" where the run has one: the metrics of
-        :func:`~kd_lrp_plugin.metrics.classification.classification_metrics` and, under "cost",
-        those of :func:`~kd_lrp_plugin.metrics.efficiency.cost`. Under "student_and_teacher" those
-        of :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
+        :func:`~kd_lrp_plugin.metrics.classification.classification_metrics`, under "cost" those of
+        :func:`~kd_lrp_plugin.metrics.efficiency.cost` and, where the test set has groups, under
+        "groups" those of :func:`~kd_lrp_plugin.metrics.groups.group_metrics`. Under
+        "student_and_teacher" those of
+        :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
@@ -92,7 +94,9 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         size = (height, width)
         found[role]["cost"] = cost(build_untrained(role, entries), size, channels)
         if predictions.groups:
-            found[role]["groups"] = group_metrics(values, labels, predictions.groups)
+            teacher = probabilities.get("teacher") if role == "student" else None
+            groups = predictions.groups
+            found[role]["groups"] = group_metrics(values, labels, groups, teacher=teacher)
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(
             probabilities["student"], probabilities["teacher"], labels

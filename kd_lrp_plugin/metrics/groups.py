@@ -15,6 +15,7 @@ def group_metrics(
     labels: Int[np.ndarray, " n"],
     groups: Sequence[str],
     confidence: float = 0.95,
+    teacher: Float[np.ndarray, "n outputs"] | None = None,
 ) -> dict[str, Any]:
     """How often a classifier is right in each group of images, and in the worst of them.
 
@@ -23,11 +24,12 @@ def group_metrics(
         labels: class indices.
         groups: the name of each image's group.
         confidence: of the intervals, in (0, 1).
+        teacher: probabilities of the teacher, for the same images.
 
     Returns:
-        ``by_group``: by name, in the order of appearance, ``n``, ``accuracy`` and
-        ``accuracy_interval`` ([low, high], Wilson's); ``worst_group`` and
-        ``worst_group_accuracy``.
+        ``by_group``: by name, in the order of appearance, ``n``, ``accuracy``,
+        ``accuracy_interval`` ([low, high], Wilson's) and, with a teacher, ``minus_teacher``, the
+        accuracy minus the teacher's; ``worst_group`` and ``worst_group_accuracy``.
 
     Raises:
         ValueError: if there are no images, or not one label and one group for each.
@@ -46,6 +48,7 @@ def group_metrics(
         fix = "Give one of each for every image."
         raise ValueError(message("group_metrics", "as many labels and groups as rows", got, fix))
     right = np.asarray(probabilities).argmax(1) == np.asarray(labels)
+    of_teacher = None if teacher is None else np.asarray(teacher).argmax(1) == np.asarray(labels)
     names = np.asarray(groups)
     found: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(groups):
@@ -56,6 +59,9 @@ def group_metrics(
             "accuracy": float(hits.mean()),
             "accuracy_interval": [float(interval.low), float(interval.high)],
         }
+        if of_teacher is not None:
+            gap = hits.mean() - of_teacher[names == name].mean()
+            found[name]["minus_teacher"] = float(gap)
     worst = min(found, key=lambda name: found[name]["accuracy"])
     return {
         "by_group": found,

@@ -86,6 +86,36 @@ def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]
     return rows
 
 
+def group_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The accuracy of each model in each group of ``evaluation.json``; empty without groups."""
+    rows = []
+    for role in ("student", "teacher"):
+        groups = (evaluation.get(role) or {}).get("groups") or {}
+        for name, of in groups.get("by_group", {}).items():
+            low, high = of["accuracy_interval"]
+            row = {"model": role, "group": name, "n": of["n"], "accuracy": of["accuracy"]}
+            row |= {"95 % interval": f"{low:.3f}-{high:.3f}"}
+            rows.append(row | {"minus teacher": of.get("minus_teacher")})
+    return rows
+
+
+def audit_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The regions of ``audit.json``, a row for each model and region."""
+    rows = []
+    for role, regions in found["relevance"].items():
+        for name, of in regions.items():
+            row = {"model": role, "region": name, "relevance": of["mean"], "chance": of["chance"]}
+            replaced = found["replaced"][role].get(name, {})
+            first: dict[str, float] = next(iter(replaced.values()), {})
+            row["accuracy"] = first.get("accuracy_before")
+            for how, values in replaced.items():
+                row[how] = values["accuracy"]
+                row[f"flips by {how}"] = values["flips"]
+            rows.append(row)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
 def primary_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The primary comparison of a study, a row for each configuration that it is compared with.
 

@@ -13,8 +13,10 @@ from kd_lrp_plugin.plots.figures import curves_figure, list_quantities
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.report.sections import (
     get_command,
+    list_audits,
     list_explain_commands,
     list_explanations,
+    list_groups,
     list_map_sheets,
     quote_command,
     read_data_check,
@@ -50,6 +52,7 @@ def gather(
     tracked = current_progress().track(named, "reading", len(named))
     runs = [_read_run(path, name) for path, name in tracked]
     sheets = list_map_sheets(runs, maps)
+    audits = list_audits(runs)
     models, data = _list_models(runs), _list_data(runs)
     shapes = dict.fromkeys(tuple(run["summary"]["image_shape"][1:]) for run in runs)
     chosen = read_selection(runs, selection)
@@ -70,13 +73,22 @@ def gather(
         "leaks": leaks,
         "selection": chosen,
         "sheets": sheets,
+        "groups": list_groups(runs),
+        "audits": audits,
         "explained": list_explanations(runs),
         "metrics_of_maps": METRICS,
         "unevaluated": [run["folder"] for run in runs if run["evaluation"] is None],
         "unexplained": [run["name"] for run in runs if not run["explanations"]],
         "explain": quote_command("kd-lrp explain", *(run["folder"] for run in runs)),
         "steps": _list_steps(
-            runs, studies, leaks, chosen, list_explain_commands(runs, studies, maps)
+            runs,
+            studies,
+            leaks,
+            chosen,
+            [
+                *list_explain_commands(runs, studies, maps),
+                *(of["command"] for of in audits if of["command"]),
+            ],
         ),
     }
 

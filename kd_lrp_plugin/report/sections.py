@@ -9,7 +9,13 @@ from typing import Any
 
 from kd_lrp_plugin.attribution.summary import records
 from kd_lrp_plugin.plots.figures import selection_figure
-from kd_lrp_plugin.plots.tables import describe_primary, primary_rows, study_rows
+from kd_lrp_plugin.plots.tables import (
+    audit_rows,
+    describe_primary,
+    group_rows,
+    primary_rows,
+    study_rows,
+)
 from kd_lrp_plugin.report.images import vector
 from kd_lrp_plugin.selection.ranking import summarise_ranking
 from kd_lrp_plugin.utils import files
@@ -162,6 +168,39 @@ def list_explanations(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             model = "alone" if alone else row["model"]
             rows.setdefault(key, {"run": run["name"], **row, "model": model})
     return records(list(rows.values()))
+
+
+def list_audits(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What ``kd-lrp audit`` has found of runs, on their test set and on other images."""
+    audits = []
+    files = [
+        (run, file) for run in runs for file in sorted(Path(run["folder"]).glob("audit*.json"))
+    ]
+    for run, file in files:
+        found = _read_mapping(file) or {}
+        images = file.stem.removeprefix("audit").removeprefix("-")
+        with _naming(file):
+            audits.append(
+                {
+                    "name": f"{run['name']} on {images}" if images else run["name"],
+                    "images": found["images"],
+                    "rows": audit_rows(found),
+                    "removed": {role: of for role, of in found["object_removed"].items() if of},
+                    "picture": file_at(file.with_suffix(".png")),
+                    "command": get_command(found),
+                }
+            )
+    return audits
+
+
+def list_groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The accuracy by group of all runs whose test set has groups."""
+    return [
+        {"run": run["name"], **row}
+        for run in runs
+        if run["evaluation"]
+        for row in group_rows(run["evaluation"])
+    ]
 
 
 def read_study(path: Path, name: str) -> dict[str, Any]:

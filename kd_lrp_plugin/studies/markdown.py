@@ -22,7 +22,8 @@ def study_markdown(content: Mapping[str, Any]) -> str:
         if any(row["n"] for row in rows):
             parts.append(f"## {one_line(measure)}\n\n{table(rows, digits=4)}")
         else:
-            reason = "no finished run has it. Metrics of maps come with kd-lrp explain."
+            reason = "no finished run has it. Metrics of maps come with kd-lrp explain, those of "
+            reason += "regions with kd-lrp audit."
             parts.append(f"## {one_line(measure)}\n\nNothing to show: {reason}")
         if best := _best(content, measure):
             parts.append(best)

@@ -53,7 +53,13 @@ def check_measure(where: str, measure: str, terms: Iterable[str]) -> None:
     head, _, rest = measure.partition(".")
     if head in roles and rest.count(".") >= 2 and rest.rpartition(".")[2] in METRICS:
         return  # of the maps: method.layer.metric
-    inner = {"last": (*OF_EPOCH, *of_terms), "student_and_teacher": OF_BOTH, "cost": OF_COST}
+    of_audit = ("relevance", "replaced", "object_removed", "most_flips")
+    inner = {
+        "audit": of_audit,
+        "last": (*OF_EPOCH, *of_terms),
+        "student_and_teacher": OF_BOTH,
+        "cost": OF_COST,
+    }
     inner |= dict.fromkeys(roles, (*OF_MODEL, *METRICS))
     if head not in inner:
         check_known(where, head, (*OF_RUN, *OF_MODEL, *of_terms, *inner))

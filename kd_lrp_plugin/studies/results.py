@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lrp_plugin.evaluation.audit import FILE as AUDIT
 from kd_lrp_plugin.evaluation.explain import FILE as EXPLANATIONS
 from kd_lrp_plugin.evaluation.explain import read_explanations
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -63,8 +64,10 @@ def _row(run: StudyRun, measures: Sequence[str]) -> dict[str, Any]:
         folder, fix = RunFolder(run.folder), "Delete it, and rerun kd-lrp study: it is made again."
         evaluation = read_json(folder / "evaluation.json", fix, student=dict)
         maps = read_explanations(run.folder) if (folder / EXPLANATIONS).exists() else {}
-        last = {"last": folder.read_metrics()[-1]}
-        sources = [folder.summary(), evaluation["student"], evaluation, average_maps(maps), last]
+        others: dict[str, Any] = {"last": folder.read_metrics()[-1]}
+        if (folder / AUDIT).exists():
+            others["audit"] = read_json(folder / AUDIT, "Give kd-lrp audit again.", relevance=dict)
+        sources = [folder.summary(), evaluation["student"], evaluation, average_maps(maps), others]
     values = {}
     for measure in measures:
         candidates = (value_at(source, measure) for source in sources)

@@ -9,14 +9,17 @@ from torch import nn
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import audit
 from kd_lrp_plugin.evaluation.audit import (
     ask,
+    find_most_relevant,
     find_regions,
     measure_relevance,
     measure_replacements,
     replace_region,
 )
+from kd_lrp_plugin.evaluation.evaluate import predict
 from kd_lrp_plugin.models.factory import build_model
 
 MARKED = CONFIGS / "phantom_marked/kd/test_resnet_from_resnet10t.yaml"
@@ -88,6 +91,18 @@ def test_relevance_is_compared_with_chance(scene):
     assert even["border"]["mean"] == pytest.approx(even["border"]["chance"])
 
 
+def test_the_most_relevant_pixels_are_chosen_among_those_that_are_allowed():
+    draw = torch.Generator().manual_seed(0)
+    maps = torch.rand(3, 8, 8, generator=draw) - 0.3
+    where = torch.rand(3, 8, 8, generator=draw) > 0.5
+    chosen = find_most_relevant(maps, where, share=10 / 64)
+    for one, allowed, picked in zip(maps, where, chosen, strict=True):
+        pixels = [(float(one[i, j]), i, j) for i in range(8) for j in range(8) if allowed[i, j]]
+        expected = {(i, j) for value, i, j in sorted(pixels)[-10:] if value > 0}
+        assert {(i, j) for i, j in picked.nonzero().tolist()} == expected
+    assert not find_most_relevant(-torch.ones(1, 4, 4), torch.ones(1, 4, 4) > 0).any()
+
+
 def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": build_model("resnet10t", 4).state_dict()}, "teacher.pt")
@@ -99,8 +114,21 @@ def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkey
     assert shown.exit_code == 0, shown.output
     found = json.loads((tmp_path / "run/audit.json").read_text())
     assert set(found["relevance"]) == {"student", "teacher"}
-    assert {"border", "corners", "background", "marker"} <= set(found["relevance"]["student"])
+    outside = "most relevant outside the mask"
+    named = {"border", "corners", "background", "marker", outside}
+    assert named == set(found["relevance"]["student"])
+    shares = [of["chance"] for role in found["relevance"].values() for of in [role[outside]]]
+    assert all(0 < share <= 1 / 16 for share in shares)
     assert (tmp_path / "run/audit.png").stat().st_size > 5000
+    study = {"runs": [{"configuration": "KD", "point": {}, "seed": 0, "state": "finished"}]}
+    study["runs"][0]["folder"] = "run"
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study/study.json").write_text(json.dumps(study))
+    (tmp_path / "run/audit.json").unlink()
+    shown = CliRunner().invoke(app, ["audit", "study", "--samples", "8"])
+    assert shown.exit_code == 0, shown.output
+    again = json.loads((tmp_path / "run/audit.json").read_text())
+    assert again["replaced"] == found["replaced"]
     monkeypatch.setattr(audit, "audit", lambda *_: found | {"most_flips": 0.25})
     for limit, status in {"0": 1, "0.24": 1, "0.25": 0, "1": 0}.items():
         strict = CliRunner().invoke(app, ["audit", "run", "--fail-over", limit])
@@ -110,3 +138,42 @@ def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkey
     missing = CliRunner().invoke(app, ["audit", "nowhere"])
     assert missing.exit_code == 1
     assert "a finished run" in missing.output
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A run of the phantom, and images of its classes in a folder, in another order of classes."""
+    monkeypatch.chdir(tmp_path)
+    config = CONFIGS / "phantom/ce/test_resnet.yaml"
+    sets = [word for change in SMALL for word in ("--set", change)]
+    run = CliRunner().invoke(app, ["distill", str(config), *sets, "--out", "run"])
+    assert run.exit_code == 0, run.output
+    test = Phantom("test", size=8, image_size=64)
+    for index in range(8):
+        folder = tmp_path / "elsewhere" / test.classes[test.targets[index]]
+        folder.mkdir(parents=True, exist_ok=True)
+        test.image(index).save(folder / f"{index}.png")
+    return tmp_path
+
+
+def test_other_images_are_audited_with_the_classes_of_the_run(finished):
+    shown = CliRunner().invoke(app, ["audit", "run", "--data", "elsewhere"])
+    assert shown.exit_code == 0, shown.output
+    assert not (finished / "run/audit.json").exists()
+    found = json.loads((finished / "run/audit-elsewhere.json").read_text())
+    assert found["images"] == 8
+    assert (finished / "run/audit-elsewhere.png").is_file()
+    predicted = predict("run", sorted((finished / "elsewhere").rglob("*.png")))
+    right = sum(row["class"] == row["file"].split("/")[-2] for row in predicted) / 8
+    before = {of["accuracy_before"] for of in found["replaced"]["student"]["border"].values()}
+    assert before == {right}
+
+
+def test_images_of_other_classes_are_refused(finished):
+    (finished / "elsewhere/glioma").rename(finished / "elsewhere/cat")
+    shown = CliRunner().invoke(app, ["audit", "run", "--data", "elsewhere"])
+    assert shown.exit_code == 1
+    assert "classes" in shown.output
+    absent = CliRunner().invoke(app, ["audit", "run", "--data", "nowhere"])
+    assert absent.exit_code == 1
+    assert "nowhere" in absent.output

@@ -34,3 +34,16 @@ def test_sizes_that_do_not_fit_are_refused(labels, groups):
     values = np.full((len(labels), 2), 0.5)
     with pytest.raises(ValueError, match="as many labels and groups as rows"):
         group_metrics(values, np.array(labels), groups)
+
+
+def test_the_gap_to_the_teacher_is_the_difference_of_counts():
+    draw = np.random.default_rng(1)
+    values, teacher = draw.dirichlet([1, 1], 60), draw.dirichlet([1, 1], 60)
+    labels, groups = draw.integers(2, size=60), ["a"] * 25 + ["b"] * 35
+    found = group_metrics(values, labels, groups, teacher=teacher)["by_group"]
+    for name, rows in {"a": range(25), "b": range(25, 60)}.items():
+        hits = sum(int(values[i].argmax() == labels[i]) for i in rows)
+        of_teacher = sum(int(teacher[i].argmax() == labels[i]) for i in rows)
+        expected = (hits - of_teacher) / len(rows)
+        assert found[name]["minus_teacher"] == pytest.approx(expected, abs=1e-12)
+    assert "minus_teacher" not in group_metrics(values, labels, groups)["by_group"]["a"]

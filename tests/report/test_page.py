@@ -282,6 +282,50 @@ assert "hostile_module" not in sys.modules
         assert sum("relevance maps" in image["alt"] for image in found.images) == 1
         assert "No metrics of maps were computed" not in found.text
 
+    def test_groups_and_audits_are_shown(self, kd, tmp_path):
+        evaluation = json.loads((kd / "evaluation.json").read_text())
+        group = {"n": 40, "accuracy": 0.625, "accuracy_interval": [0.4, 0.8]}
+        by_group = {"random": {**group, "minus_teacher": -0.375}}
+        evaluation["student"]["groups"] = {"by_group": by_group}
+        (kd / "evaluation.json").write_text(json.dumps(evaluation))
+        replaced = {"accuracy_before": 0.9, "accuracy": 0.4321, "flips": 0.5432}
+        audit = {
+            "images": 77,
+            "relevance": {"student": {"corners": {"mean": 0.6789, "chance": 0.25, "n": 77}}},
+            "replaced": {"student": {"corners": {"blur": replaced}}},
+            "object_removed": {"student": {"accuracy_before": 0.9, "accuracy": 0.85}},
+            "most_flips": 0.5432,
+        }
+        (kd / "audit-elsewhere.json").write_text(json.dumps(audit))
+        Image.new("RGB", (90, 60), "navy").save(kd / "audit-elsewhere.png")
+        found = written([kd], tmp_path / "page.html")
+        for figure in ("-0.375", "0.400-0.800", "0.679", "0.543", "85.0 %", "elsewhere, 77 images"):
+            assert figure in found.text
+        assert sum("replaced" in image["alt"] for image in found.images) == 1
+        (kd / "audit-elsewhere.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"audit-elsewhere\.json"):
+            written([kd], tmp_path / "page.html")
+
+    def test_a_primary_comparison_is_shown_with_what_was_registered(self, study, tmp_path):
+        content = json.loads((study / "study.json").read_text())
+        difference = {
+            "reference": "CE",
+            "n": 3,
+            "mean": 0.1234,
+            "std": 0.1,
+            "low": 0.1,
+            "high": 0.2,
+        }
+        primary = {"measure": "test_accuracy", "configuration": "KD", "minus": ["CE"]}
+        primary |= {"where": {}, "seeds": [0, 1, 2], "complete": True}
+        primary["differences"] = [difference | {"p": 0.01, "p_holm": 0.02}]
+        copy = tmp_path / "core"
+        copy.mkdir()
+        (copy / "study.json").write_text(json.dumps(content | {"primary": primary}))
+        found = written([copy], tmp_path / "page.html")
+        assert "Registered before the study ran: test_accuracy; seeds 0, 1, 2." in found.text
+        assert "+0.1234" in found.text
+
     def test_a_study_alone_shows_a_run_of_each_configuration(self, study, tmp_path):
         found = written([study], tmp_path / "page.html")
         assert "KD, seed 0" in found.text

@@ -672,6 +672,20 @@ class TestMeasures:
         paths = ("map.blocks.4.0.mass", "map.n", "map.blocks.5", "map", "nan", "blocks.4")
         assert [value_at(node, p) for p in paths] == [0.25, 3.0, *[None] * 4]
 
+    def test_what_an_audit_has_found_is_a_measure(self, written, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        measure = "audit.replaced.student.corners.blur.flips"
+        file = written(**{**ALONE, "measures": [measure, "test_accuracy"], "seeds": 1})
+        (run,) = read_plan(file).runs
+        run.folder.mkdir(parents=True)
+        finish(run.folder, 0.5, 0.6)
+        assert results.collect_results(read_plan(file))["runs"][0]["measures"][measure] is None
+        found = {"relevance": {}, "replaced": {"student": {"corners": {"blur": {"flips": 0.25}}}}}
+        (run.folder / "audit.json").write_text(json.dumps(found))
+        assert results.collect_results(read_plan(file))["runs"][0]["measures"][measure] == 0.25
+        with pytest.raises(ValueError, match=r"measures: audit\..*Did you mean 'replaced'"):
+            read_plan(written(**{**ALONE, "measures": ["audit.replace.x"]}))
+
     def test_figures_of_maps_are_found_by_model_method_and_layer(self):
         rows = [
             {"model": "student", "method": "grad_cam", "layer": "blocks.6", "samples": samples}
