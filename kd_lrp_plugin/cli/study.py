@@ -21,7 +21,9 @@ def study(
     file: Annotated[Path, typer.Argument(help="A study, such as torchdistill_configs/studies/*.")],
     seeds: Annotated[
         str | None,
-        typer.Option(help="How many, as 5, or which, as 0,1,2 or 7,; default: those of the study."),
+        typer.Option(
+            help="How many, as 5 (the study's first), or which, as 0,1,2 or 7,; default: all of it."
+        ),
     ] = None,
     overrides: Overrides = None,
     only: Annotated[

@@ -62,7 +62,7 @@ def read_plan(
     Args:
         file: YAML, as above.
         overrides: further ones for every run, after all others.
-        seeds: how many, from 0, or which; those of the file if None.
+        seeds: how many, the file's first, or which; those of the file if None.
         root: folder of the runs.
         only: ``axis=value`` or ``configuration=name``, what to keep; all of an axis not named.
 
@@ -74,7 +74,7 @@ def read_plan(
     content = _read(file)
     with _errors_at(f"{file}: seeds"):
         registered = _list_seeds(content.get("seeds", 3))
-        chosen = registered if seeds is None else _list_seeds(seeds)
+        chosen = registered if seeds is None else _choose_seeds(seeds, registered)
     measures = _list(f"{file}: measures", content.get("measures", list(MEASURES)))
     axes = _read_axes(file, content.get("grid") or {})
     for axis in axes:
@@ -203,6 +203,14 @@ def _list_seeds(given: Any) -> tuple[int, ...]:
     if any(type(seed) is not int or seed < 0 for seed in seeds):
         raise ValueError(message("seeds", "integers of 0 or more", list(seeds), fix))
     return tuple(dict.fromkeys(seeds))
+
+
+def _choose_seeds(given: int | Sequence[int], of_file: tuple[int, ...]) -> tuple[int, ...]:
+    """Those given; of a number as many: the file's first, then the lowest that it lacks."""
+    if type(given) is not int or given < 1:
+        return _list_seeds(given)
+    lacking = (seed for seed in itertools.count() if seed not in of_file)
+    return tuple(itertools.islice(itertools.chain(of_file, lacking), given))
 
 
 def _list(where: str, given: Any) -> list[Any]:

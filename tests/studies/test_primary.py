@@ -66,6 +66,7 @@ PRIMARY = Primary("test_accuracy", "KD", ("CE", "other"), {"rate": 0.1}, (5, 6, 
 def test_it_is_read_with_the_seeds_of_the_file(write):
     assert read_plan(write()).primary == PRIMARY
     assert read_plan(write(), seeds=[6]).primary == PRIMARY
+    assert read_plan(write(), seeds=2).seeds == (5, 6)
     assert read_plan(write(primary=None)).primary is None
 
 

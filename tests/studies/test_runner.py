@@ -252,6 +252,11 @@ class TestPlan:
         with pytest.raises(ValueError, match="--seeds: expected numbers, got 'a'"):
             parse_seeds("a")
 
+    def test_a_number_of_seeds_begins_with_those_of_the_file(self, written):
+        file = written(**{**ALONE, "seeds": [7, 1]})
+        found = {n: read_plan(file, seeds=n).seeds for n in (1, 2, 4)}
+        assert found == {1: (7,), 2: (7, 1), 4: (7, 1, 0, 2)}
+
     @pytest.mark.parametrize("file", sorted((CONFIGS / "studies").glob("*.yaml")), ids=str)
     def test_every_study_of_the_repository_can_be_planned(self, file):
         if (
