@@ -129,7 +129,7 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
         regions_of[role] = dict(regions)
         if sample.masks is not None:
             outside = find_most_relevant(maps[role], ~sample.masks)
-            regions_of[role]["most relevant outside the mask"] = outside
+            regions_of[role]["most relevant outside"] = outside
         answers[role] = ask(model, sample.images, regions_of[role], others, before)
         parts["relevance"][role] = measure_relevance(maps[role], regions_of[role])
         parts["replaced"][role] = measure_replacements(
@@ -415,7 +415,7 @@ def _draw(
         column = "relevance; below, said once the region is replaced"
         rows.append(
             MapRow(
-                f"{run.class_name(int(sample.labels[index]))}\n{name}: {how}",
+                f"{run.class_name(int(sample.labels[index]))}\n{name}\n{how}",
                 ((picture - low) / (high - low).clamp(min=1e-12)).numpy(),
                 {column: maps[index].numpy()},
                 {"image": said[0], column: said[1]},

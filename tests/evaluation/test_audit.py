@@ -114,7 +114,7 @@ def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkey
     assert shown.exit_code == 0, shown.output
     found = json.loads((tmp_path / "run/audit.json").read_text())
     assert set(found["relevance"]) == {"student", "teacher"}
-    outside = "most relevant outside the mask"
+    outside = "most relevant outside"
     named = {"border", "corners", "background", "marker", outside}
     assert named == set(found["relevance"]["student"])
     shares = [of["chance"] for role in found["relevance"].values() for of in [role[outside]]]
