@@ -131,8 +131,16 @@ class TestGroupDRO:
         assert "got 'random'" in problem
 
 
-def test_an_unknown_wrapper_is_a_problem():
-    (problem,) = problems(
-        KD, f"+train.train_data_loader.{WRAPPER.replace('nions', 'nion') % 'mask'}"
-    )
+@pytest.mark.parametrize(
+    ("wrapper", "words"),
+    [
+        ("{key: companion, kwargs: {mask: True}}", "dataset_wrapper.key: expected one of"),
+        ("companions", "dataset_wrapper: expected a mapping, got 'companions'"),
+        ("{key: companions, kwargs: {masc: True}}", "Did you mean 'mask'"),
+        ("{key: companions, kwargs: {}}", "expected clean, mask or group"),
+    ],
+)
+def test_a_wrapper_that_is_none_is_a_problem(wrapper, words):
+    (problem,) = problems(KD, f"+train.train_data_loader.dataset_wrapper={wrapper}")
     assert "train.train_data_loader" in problem
+    assert words in problem
