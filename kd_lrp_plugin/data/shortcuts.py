@@ -120,7 +120,7 @@ class Marked(Dataset):
             raise ValueError(message("marked: classes", f"indices below {len(known)}", wrong, fix))
         self.images, self.kind, self.size, self.strength = images, kind, size, strength
         self.classes, self.variants, self.after = images.classes, names, transform
-        self._black, self._white = _get_range(images)
+        self._black, self._white = get_range(images)
         carriers = set(known if classes is None else classes)
         self.shown: list[int | None] = []
         for variant in names:
@@ -165,7 +165,15 @@ class Marked(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(message("marked", f"an index below {len(self)}", index, ""))
         image, label = self.images[index % len(self.images)]
-        shown = self.shown[index]
+        return self._finish(image, self.shown[index]), label
+
+    def clean(self, index: int) -> Tensor:
+        """The image of an item without its marker; its random augmentation is drawn anew."""
+        inner = self.images
+        item = inner.clean if isinstance(inner, Marked) else lambda at: inner[at][0]
+        return self._finish(item(index % len(inner)), None)
+
+    def _finish(self, image: Tensor, shown: int | None) -> Tensor:
         if shown is not None:
             value, alpha = self._drawn(shown, tuple(image.shape))
             low, high = self._black, self._white
@@ -173,7 +181,7 @@ class Marked(Dataset):
                 image = (image + value * (high - low)).clamp(low, high)
             else:
                 image = (1 - alpha) * image + alpha * (low + value * (high - low))
-        return (self.after(image) if self.after else image), label
+        return self.after(image) if self.after else image
 
     def mask(self, index: int) -> Bool[np.ndarray, "h w"] | None:
         """The object's pixels in the untransformed image, where the data set knows them."""
@@ -285,7 +293,7 @@ def _told(
     return any_class
 
 
-def _get_range(images: Any) -> tuple[Any, Any]:
+def get_range(images: Any) -> tuple[Any, Any]:
     """What black and white are in the items, by channel: of the transform's last normalisation."""
     steps = getattr(getattr(images, "transform", None), "transforms", [])
     for step in reversed(steps):

@@ -3,11 +3,13 @@
 =====================  ==========================================================================
 where in YAML          names
 =====================  ==========================================================================
-forward procedures     by ``!import_call`` of :func:`recorder`
+forward procedures     by ``!import_call`` of :func:`recorder`; ``forward_with_companions``
 mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``LRPRelativeL2Loss``
                        (``target: label | teacher | contrast``, ``signed``, ``every``);
                        ``GradCAML2Loss``, ``GradCAMCosineLoss`` (``target``, ``every``);
-                       ``RelationCosineLoss``, ``RelationL2Loss`` (``every``)
+                       ``RelationCosineLoss``, ``RelationL2Loss`` (``every``);
+                       ``RightReasonsLoss`` (``target``, ``every``), of the student alone;
+                       ``GroupDROLoss`` (``dataset``, ``step_size``)
 high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_call`` of
                        :func:`class_weights`
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
@@ -15,6 +17,7 @@ collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
 datasets               ``phantom``, ``folder_images``, and ``marked``, which puts markers on either;
                        in ``datasets`` by ``!import_call`` of :func:`phantom` and so on
+data set wrappers      ``companions`` (``clean``, ``mask``, ``group``), which add to each image
 =====================  ==========================================================================
 
 The mid-level losses stand beside torchdistill's own in one ``WeightedSumLoss``: the recorder takes
@@ -37,17 +40,25 @@ the place of ``forward_batch_only``, and ``forward_hook`` serves the others as e
             weight: 0.97
 
 A module of your own, named in ``dependencies``, adds to this: :func:`register_recorded_loss` makes
-a mid-level loss of a distance, :func:`recorded` gives any loss the recording, and a method that is
-registered in :data:`kd_lrp_plugin.relevance.methods.METHODS` is one for the recorder and the
-losses. ``examples/extension`` shows all of it.
+a mid-level loss of a distance, :func:`recorded` gives any loss the recording and :func:`companion`
+what ``companions`` adds, and a method that is registered in
+:data:`kd_lrp_plugin.relevance.methods.METHODS` is one for the recorder and the losses.
+``examples/extension`` shows all of it but companions.
 
 Everything here is a thin shell around the core, and takes exactly the keywords that it lists:
 torchdistill itself would drop a misspelled one without a word.
 """
 
 from kd_lrp_plugin.torchdistill.collate import mixup
-from kd_lrp_plugin.torchdistill.datasets import class_weights, folder_images, marked, phantom
-from kd_lrp_plugin.torchdistill.forward_proc import recorded, recorder
+from kd_lrp_plugin.torchdistill.datasets import (
+    class_weights,
+    companions,
+    folder_images,
+    marked,
+    phantom,
+)
+from kd_lrp_plugin.torchdistill.forward_proc import companion, recorded, recorder
+from kd_lrp_plugin.torchdistill.group_dro import GroupDROLoss
 from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss, check_finite
 from kd_lrp_plugin.torchdistill.mid_level import (
     COMPARISONS,
@@ -57,14 +68,19 @@ from kd_lrp_plugin.torchdistill.mid_level import (
 )
 from kd_lrp_plugin.torchdistill.models import diswot_student, timm_mobilenetv2, timm_model
 from kd_lrp_plugin.torchdistill.pre_epoch_proc import weight_schedule
+from kd_lrp_plugin.torchdistill.right_reasons import RightReasonsLoss
 
 __all__ = [
     "COMPARISONS",
     "Comparison",
     "DisWOTPlusLoss",
+    "GroupDROLoss",
     "RecordedLoss",
+    "RightReasonsLoss",
     "check_finite",
     "class_weights",
+    "companion",
+    "companions",
     "diswot_student",
     "folder_images",
     "marked",

@@ -1,5 +1,6 @@
 """Collate functions."""
 
+from collections.abc import Mapping
 from functools import partial
 
 from timm.data import Mixup
@@ -40,7 +41,7 @@ def mixup(
 
     Raises:
         ValueError: if both alphas are 0 or one is negative; from the loader, for a batch of odd
-            size, or labels outside of ``num_classes``.
+            size, labels outside of ``num_classes``, or images with ``companions``.
 
     Example:
         .. code-block:: yaml
@@ -64,6 +65,10 @@ def mixup(
 
 def _mixed(mix: Mixup, batch: list[tuple]) -> tuple:
     images, targets, *rest = default_collate(batch)
+    supplement = rest[0] if rest and isinstance(rest[0], Mapping) else {}
+    if named := sorted({"clean", "mask", "group"} & set(supplement)):
+        fix = "Leave mixup out, or the companions: they would be those of other images."
+        raise ValueError(message("mixup", "images without companions", named, fix))
     if len(images) % 2:
         fix = "Use an even batch_size, and drop_last: True."
         raise ValueError(message("mixup", "a batch of even size", len(images), fix))

@@ -1,17 +1,19 @@
-"""Data sets by name, and the class weights that make up for their imbalance."""
+"""Data sets and what wraps them by name, and the class weights that make up for imbalance."""
 
 from typing import Any
 
 import numpy as np
-from torchdistill.datasets.registry import register_dataset
+from torchdistill.datasets.registry import register_dataset, register_dataset_wrapper
 
 from kd_lrp_plugin.data import folder, shortcuts
+from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.phantom import dataset
 from kd_lrp_plugin.utils.validation import message, strict
 
 phantom = register_dataset(strict("phantom")(dataset.Phantom), key="phantom")
 marked = register_dataset(strict("marked")(shortcuts.Marked), key="marked")
 folder_images = register_dataset(strict("folder_images")(folder.FolderImages), key="folder_images")
+companions = register_dataset_wrapper(strict("companions")(Companions), key="companions")
 
 
 @strict("class_weights")

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchdistill.losses.high_level import AbstractLoss
-from torchdistill.losses.registry import register_high_level_loss
+from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_high_level_loss
 
 from kd_lrp_plugin import losses
+from kd_lrp_plugin.torchdistill import right_reasons
 from kd_lrp_plugin.torchdistill.forward_proc import get_logits
-from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS, make_mid_level
+from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS
 from kd_lrp_plugin.utils.validation import check_known, check_targets, message, strict
 
 
@@ -67,7 +68,8 @@ class DisWOTPlusLoss(AbstractLoss):
         gamma: weight of the semantic term.
         delta: weight of the relation term.
         temperature: of the KL divergence.
-        semantic: mid-level loss of the semantic term, as ``{key: ..., kwargs: ...}``.
+        semantic: mid-level loss of the semantic term, as ``{key: ..., kwargs: ...}``;
+            ``RightReasonsLoss`` needs no teacher.
         relation: mid-level loss of the relation term, likewise.
         label_smoothing: share of the cross entropy's target that is spread over all classes.
         class_weights: of the cross entropy, one positive weight per class, such as those of
@@ -144,8 +146,8 @@ def _term(name: str, config: Mapping[str, Any] | None, default: str) -> nn.Modul
     for key in config:
         check_known(f"DisWOTPlusLoss: {name}: keyword", key, ("key", "kwargs"))
     key = config.get("key", default)
-    check_known(f"DisWOTPlusLoss: {name}: key", key, COMPARISONS)
-    return make_mid_level(key)(**(config.get("kwargs") or {}))
+    check_known(f"DisWOTPlusLoss: {name}: key", key, [*COMPARISONS, right_reasons.KEY])
+    return MIDDLE_LEVEL_LOSS_DICT[key](**(config.get("kwargs") or {}))
 
 
 def check_finite(total: Tensor, terms: Mapping[str, Tensor]) -> None:

@@ -99,9 +99,7 @@ class RecordedLoss(nn.Module):
         if target != "label" and COMPARISONS[key].kind == "features":
             expected = "no target, which is a choice for maps"
             raise ValueError(message(key, expected, target, "Leave it out."))
-        if type(every) is not int or every < 1:
-            fix = "Use 1 to compare every batch."
-            raise ValueError(message(f"{key}: every", "an integer of 1 or more", every, fix))
+        check_every(key, every)
         self.key = key
         self.comparison = COMPARISONS[key]
         self.target = target
@@ -169,14 +167,20 @@ class RecordedLoss(nn.Module):
             expected = f"the {role} recorded with one of {methods}"
             raise ValueError(message(self.key, expected, repr(recording.method), fix))
         if self.target == "contrast":
-            classes = _contrast(self.key, classes, logits)
+            classes = contrast(self.key, classes, logits)
         return recording.maps(logits, classes, create_graph, self.signed)
 
     def extra_repr(self) -> str:
         return f"{self.key}, target={self.target}, every={self.every}, signed={self.signed}"
 
 
-def _contrast(where: str, targets: Tensor, logits: Tensor) -> Tensor:
+def check_every(key: str, every: int) -> None:
+    if type(every) is not int or every < 1:
+        fix = "Use 1 to compare every batch."
+        raise ValueError(message(f"{key}: every", "an integer of 1 or more", every, fix))
+
+
+def contrast(where: str, targets: Tensor, logits: Tensor) -> Tensor:
     """Weights of the logits (n, classes) for the label minus the mean of the other classes."""
     if logits.ndim != 2 or logits.shape[1] < 2:
         fix = "Use target: label."

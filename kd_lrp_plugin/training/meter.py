@@ -9,6 +9,7 @@ from torchdistill.losses import mid_level
 
 from kd_lrp_plugin.relevance.recording import find_logits
 from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
+from kd_lrp_plugin.torchdistill.right_reasons import RightReasonsLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_targets, message
 
@@ -22,6 +23,8 @@ COMPARING = (
     mid_level.SPKDLoss,
 )
 """Losses that set the samples of a batch in relation, and say nothing of one alone."""
+
+_COUNTING = (RecordedLoss, RightReasonsLoss)  # batches, and maps without relevance
 
 
 class Meter:
@@ -71,7 +74,7 @@ class Meter:
         self._handles = [self._criterion.register_forward_pre_hook(read_outputs)]
         for name, term in self._terms.items():
             self._handles.append(term.register_forward_hook(read_term(name)))
-            if isinstance(term, RecordedLoss):
+            if isinstance(term, _COUNTING):
                 term.reset()
         return self
 
@@ -137,7 +140,7 @@ class Meter:
         for name, term in self._terms.items():
             if name not in names:  # its weight is zero for now
                 continue
-            if isinstance(term, RecordedLoss) and term.zero_maps is not None:
+            if isinstance(term, _COUNTING) and term.zero_maps is not None:
                 means[f"{prefix}_{name}_zero_maps"] = sum(context.gather(float(term.zero_maps)))
         return means
 

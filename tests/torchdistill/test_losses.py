@@ -21,7 +21,8 @@ SEMANTIC = (*LRP, "GradCAML2Loss", "GradCAMCosineLoss")
 
 
 def test_every_key_is_registered():
-    assert set(plugin.COMPARISONS) <= set(MIDDLE_LEVEL_LOSS_DICT)
+    of_the_student = {"RightReasonsLoss", "GroupDROLoss"}
+    assert set(plugin.COMPARISONS) | of_the_student <= set(MIDDLE_LEVEL_LOSS_DICT)
     assert "DisWOTPlusLoss" in HIGH_LEVEL_LOSS_DICT
     assert "timm_model" in MODEL_DICT
     assert {"phantom", "folder_images"} <= set(DATASET_DICT)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -37,8 +37,8 @@ class Phantom(Dataset):
         seed: of the random stream.
         transform: applied to the PIL image; without it, :func:`make_transforms` with ``augment``.
         augment: see :func:`make_transforms`; refused together with ``transform``.
-        cache: keep drawn images (uint8) in memory; for training over several epochs. Each worker
-            process of a loader has its own cache.
+        cache: keep drawn images and masks (a byte for a pixel of each) in memory; for training over
+            several epochs. Each worker process of a loader has its own cache.
 
     Items are ``(transformed image, label)``.
 
@@ -72,7 +72,7 @@ class Phantom(Dataset):
         check_flags("Phantom", augment=augment, cache=cache)
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
         self.transform = choose_transform("Phantom", transform, image_size, augment)
-        self._cache: dict[int, np.ndarray] | None = {} if cache else None
+        self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
         self.targets = [self._label(index) for index in range(size)]
 
     def __len__(self) -> int:
@@ -85,17 +85,20 @@ class Phantom(Dataset):
 
     def image(self, index: int) -> Image.Image:
         """The untransformed image, in mode RGB."""
-        index = self._check_index(index)
-        grey = self._cache.get(index) if self._cache is not None else None
-        if grey is None:
-            grey = self.scene(index).image
-            if self._cache is not None:
-                self._cache[index] = grey
-        return Image.fromarray(grey).convert("RGB")
+        return Image.fromarray(self._draw(index)[0]).convert("RGB")
 
     def mask(self, index: int) -> Bool[np.ndarray, "h w"]:
         """The tumour's pixels in the untransformed image; none in class notumor."""
-        return self.scene(index).tumour
+        return self._draw(index)[1]
+
+    def _draw(self, index: int) -> tuple[UInt8[np.ndarray, "h w"], Bool[np.ndarray, "h w"]]:
+        index = self._check_index(index)
+        if self._cache is not None and index in self._cache:
+            return self._cache[index]
+        scene = self.scene(index)
+        if self._cache is not None:
+            self._cache[index] = scene.image, scene.tumour
+        return scene.image, scene.tumour
 
     def scene(self, index: int) -> Scene:
         """The untransformed image with masks and landmarks."""

@@ -6,7 +6,11 @@ from copy import copy
 from typing import Any
 
 from torch.utils.data import DataLoader
-from torchdistill.datasets.registry import BATCH_SAMPLER_DICT, COLLATE_FUNC_DICT
+from torchdistill.datasets.registry import (
+    BATCH_SAMPLER_DICT,
+    COLLATE_FUNC_DICT,
+    DATASET_WRAPPER_DICT,
+)
 from torchdistill.datasets.util import build_data_loader
 
 from kd_lrp_plugin.training.check.problems import (
@@ -42,6 +46,9 @@ def check_loader(
     if name is not None and name not in COLLATE_FUNC_DICT:
         fix = "!import_call of kd_lrp_plugin.torchdistill.mixup makes one."
         raise ValueError(f"{unknown_name('collate_fn', name, COLLATE_FUNC_DICT)} {fix}")
+    if (wrapper := loader.get("dataset_wrapper")) is not None:
+        check_mapping("dataset_wrapper", wrapper, "Give key and kwargs.")
+        check_known("dataset_wrapper.key", wrapper.get("key"), DATASET_WRAPPER_DICT)
     if (batches := loader.get("batch_sampler")) is not None:
         check_mapping("batch_sampler", batches, "Give key and kwargs.")
         check_known("batch_sampler.key", batches.get("key"), BATCH_SAMPLER_DICT)

@@ -62,8 +62,8 @@ WRONG = {
         "key: LRPSemanticCosinLoss",
         "64  train.criterion: DisWOTPlusLoss: semantic: key: expected one of ['GradCAMCosineLoss', "
         "'GradCAML2Loss', 'LRPRelativeL2Loss', 'LRPSemanticCosineLoss', 'LRPSemanticL2Loss', "
-        "'RelationCosineLoss', 'RelationL2Loss'], got 'LRPSemanticCosinLoss'. Did you mean "
-        "'LRPSemanticCosineLoss' or "
+        "'RelationCosineLoss', 'RelationL2Loss', 'RightReasonsLoss'], got "
+        "'LRPSemanticCosinLoss'. Did you mean 'LRPSemanticCosineLoss' or "
         "'LRPSemanticL2Loss' or 'RelationCosineLoss'?",
     ),
     "weights of another sum": (
