@@ -13,8 +13,9 @@ high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_ca
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
-datasets               ``phantom``, ``folder_images``, and ``marked``, which puts markers on either;
-                       in ``datasets`` by ``!import_call`` of :func:`phantom` and so on
+datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``, and ``marked``,
+                       which puts markers on any of them; in ``datasets`` by ``!import_call`` of
+                       :func:`phantom` and so on
 =====================  ==========================================================================
 
 The mid-level losses stand beside torchdistill's own in one ``WeightedSumLoss``: the recorder takes
@@ -46,7 +47,14 @@ torchdistill itself would drop a misspelled one without a word.
 """
 
 from kd_lrp_plugin.torchdistill.collate import mixup
-from kd_lrp_plugin.torchdistill.datasets import class_weights, folder_images, marked, phantom
+from kd_lrp_plugin.torchdistill.datasets import (
+    class_weights,
+    csv_images,
+    folder_images,
+    marked,
+    mnist,
+    phantom,
+)
 from kd_lrp_plugin.torchdistill.forward_proc import recorded, recorder
 from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss, check_finite
 from kd_lrp_plugin.torchdistill.mid_level import (
@@ -65,10 +73,12 @@ __all__ = [
     "RecordedLoss",
     "check_finite",
     "class_weights",
+    "csv_images",
     "diswot_student",
     "folder_images",
     "marked",
     "mixup",
+    "mnist",
     "phantom",
     "recorded",
     "recorder",
