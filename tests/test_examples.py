@@ -51,6 +51,10 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["proof/whole", "proof/killed"],
     ),
+    "make_mhist_lookalike.py": (
+        ["synthetic", "--share", "0.004", "--image-size", "32"],
+        ["synthetic/annotations.csv", "synthetic/SYNTHETIC.txt"],
+    ),
     "own_method.py": (
         ["--out", "own"],
         ["own/student.safetensors", "own/explanations.json", "runs/extension/student.json"],

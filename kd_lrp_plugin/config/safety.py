@@ -16,6 +16,8 @@ HARMLESS = {
         "recorder",
         "phantom",
         "folder_images",
+        "csv_images",
+        "mnist",
         "marked",
         "weight_schedule",
         "class_weights",

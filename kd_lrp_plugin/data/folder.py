@@ -13,19 +13,31 @@ from torchvision.datasets import ImageFolder
 
 from kd_lrp_plugin.data.images import ImageLoader, ascii_name, is_text, read_mask
 from kd_lrp_plugin.data.layout import Layout, is_image, read_layout, walk
-from kd_lrp_plugin.data.splits import held_out, read_groups, read_kept, read_table
-from kd_lrp_plugin.data.transforms import make_transforms
-from kd_lrp_plugin.data.validation import check_flags, check_integer, unreadable_images
+from kd_lrp_plugin.data.samples import (
+    PARTS,
+    find_folder,
+    take_part,
+    take_per_class,
+    take_readable,
+)
+from kd_lrp_plugin.data.splits import (
+    check_spelling,
+    find_column,
+    read_groups,
+    read_kept,
+    read_table,
+)
+from kd_lrp_plugin.data.transforms import choose_transform
+from kd_lrp_plugin.data.validation import check_flags, check_integer
 from kd_lrp_plugin.utils.files import hash_contents, hash_file
 from kd_lrp_plugin.utils.validation import check_known, message
 
 logger = logging.getLogger(__name__)
-_PARTS = ("all", "train", "validation")
 _SHOWN = 5  # files or folders named in a message
 
 
 class FolderImages(ImageFolder):
-    """Images in ``<root>/<split>/<class>/``, as RGB; classes are the folders' sorted names.
+    """Images in ``<root>/<split>/<class>/``, RGB or grey; classes are the folders' sorted names.
 
     Where the data lie: ``root``, or with ``root`` empty ``$KD_LRP_DATA/<name>``. What counts as an
     image of a class, :mod:`kd_lrp_plugin.data.layout` says; what is left out is named in the log.
@@ -61,15 +73,22 @@ class FolderImages(ImageFolder):
         seed: of ``per_class``.
         bits: how many the values of 16-bit and integer images have, such as 12; None for all of
             the mode.
+        channels: 3, or 1 for a model of grey images.
+        groups: a column of ``manifest``, or without it of ``<root>/manifest.csv``, that tells the
+            natural groups of the images, such as their hospital or scanner, by which ``evaluate``
+            reports the accuracy. A cut may divide these: what it must not, such as a patient, is
+            in column ``group``, whatever this says.
 
     Attributes:
         bits: as given.
         folder: root of the data set.
+        groups: the group of each image; only where the argument is given.
 
     Raises:
         FileNotFoundError: if the folder, the manifest, or an image that it keeps is not there.
         ValueError: for an unknown part, folders that are no class folders, other classes than
-            asked for, a class too small to cut, or a manifest without these columns or this split.
+            asked for, a class too small to cut, a manifest without these columns or this split, or
+            an image without one of the natural ``groups``.
     """
 
     samples: list[tuple[str, int]]
@@ -90,8 +109,10 @@ class FolderImages(ImageFolder):
         per_class: int | None = None,
         seed: int = 0,
         bits: int | None = None,
+        channels: int = 3,
+        groups: str | None = None,
     ) -> None:
-        check_known("FolderImages part", part, _PARTS)
+        check_known("FolderImages part", part, PARTS)
         check_integer("FolderImages", "image_size", image_size)
         check_integer("FolderImages", "seed", seed, least=0)
         check_flags("FolderImages", augment=augment, skip_corrupt=skip_corrupt)
@@ -117,28 +138,24 @@ class FolderImages(ImageFolder):
             )
         super().__init__(
             str(where),
-            choose_transform("FolderImages", transform, image_size, augment),
+            choose_transform("FolderImages", transform, image_size, augment, channels),
             loader=ImageLoader(bits),
         )
         if part != "all":
-            held = self._held_out(holdout)
-            self.samples = [s for s in self.samples if (s[0] in held) == (part == "validation")]
-        if skip_corrupt and (broken := unreadable_images(self)):
-            shown = "; ".join(f"{file} ({why})" for file, why in broken.items())
-            logger.warning("%d of %d images left out: %s", len(broken), len(self), shown)
-            self.samples = [s for s in self.samples if s[0] not in broken]
+            together = self._read_undivided()
+            self.samples = take_part(
+                "FolderImages", self.samples, self.classes, together, part, holdout
+            )
+        if skip_corrupt:
+            self.samples = take_readable(self)
         if per_class is not None:
-            check_integer("FolderImages", "per_class", per_class)
-            order = np.random.default_rng(seed).permutation(len(self.samples))
-            labels = range(len(self.classes))
-            of_class = [[i for i in order if self.samples[i][1] == label] for label in labels]
-            if (least := min(map(len, of_class))) < per_class:
-                got, fix = f"a class of {least}", "Lower it."
-                raise ValueError(message("FolderImages", f"{per_class} per_class", got, fix))
-            chosen = sorted(i for indices in of_class for i in indices[:per_class])
-            self.samples = [self.samples[i] for i in chosen]
+            self.samples = take_per_class(
+                "FolderImages", self.samples, len(self.classes), per_class, seed
+            )
         self.imgs = self.samples
         self.targets = [label for _, label in self.samples]
+        if groups is not None:
+            self.groups = self._read_groups(manifest, groups)
 
     def _read_layout(self, where: Path, classes: Sequence[str]) -> Layout:
         layout = read_layout(where, classes)
@@ -180,9 +197,8 @@ class FolderImages(ImageFolder):
         file = self.folder / "masks" / path.relative_to(self.folder).with_suffix(".png")
         return read_mask(file, path) if file.is_file() else None
 
-    def _held_out(self, holdout: float) -> set[str]:
-        if not 0 < holdout < 1:
-            raise ValueError(message("FolderImages", "holdout in (0, 1)", holdout, "Use 0.15."))
+    def _read_undivided(self) -> dict[str, str]:
+        """By file, the group that a cut must not divide, of column ``group``."""
         files = {Path(path).relative_to(self.folder).as_posix(): path for path, _ in self.samples}
         groups = {row["file"]: row["group"] for row in self._kept if row["group"]}
         if not self._kept:
@@ -191,31 +207,23 @@ class FolderImages(ImageFolder):
             if table.is_file() and len(groups) < len(files) and "group" in read_table(table)[0]:
                 missing = len(files) - len(groups)
                 logger.warning("%s: no group of %d of %d images", table, missing, len(files))
-        paths: dict[str, list[str]] = {name: [] for name in self.classes}
-        for path, label in self.samples:
-            paths[self.classes[label]].append(path)
-        held = held_out(paths, {files[f]: g for f, g in groups.items() if f in files}, holdout)
-        for name, members in paths.items():
-            if not 0 < (out := len(held.intersection(members))) < len(members):
-                fix = f"Give more images than {len(members)} (or more groups), or part: all."
-                got = f"{out} of {len(members)} of class {name!r}"
-                raise ValueError(message("FolderImages", "some images held out", got, fix))
-        return held
+        return {files[file]: group for file, group in groups.items() if file in files}
 
-
-def find_folder(root: str | None, name: str) -> Path:
-    """Where the images of :class:`FolderImages` lie.
-
-    Raises:
-        FileNotFoundError: if neither ``root`` nor KD_LRP_DATA says so.
-    """
-    if root:
-        return Path(root).expanduser()
-    if not os.environ.get("KD_LRP_DATA"):
-        fix = "Set root in YAML, or KD_LRP_DATA in the environment, to where the data lie."
-        got = f"root {root!r} and no KD_LRP_DATA (looking for {name!r})"
-        raise FileNotFoundError(message("FolderImages", "a folder of images", got, fix))
-    return Path(os.environ["KD_LRP_DATA"]).expanduser() / name
+    def _read_groups(self, manifest: str | None, column: str) -> list[str]:
+        """The natural group of each image."""
+        table = Path(os.path.expandvars(manifest or self.folder / "manifest.csv")).expanduser()
+        if not table.is_file():
+            got, fix = f"none at {table}", f"Write one, with columns file and {column}."
+            raise FileNotFoundError(message("FolderImages groups", "a table", got, fix))
+        column = find_column("FolderImages groups", table, column, read_table(table)[0])
+        files = [Path(path).relative_to(self.folder).as_posix() for path, _ in self.samples]
+        found = read_groups(table, files, column)
+        if lacking := [file for file in files if file not in found]:
+            got = f"none of {len(lacking)} of {len(files)}, such as {lacking[0]!r}"
+            expected, fix = f"a {column} of every image", "Fill them in, or leave groups out."
+            raise ValueError(message(f"FolderImages groups: {table}", expected, got, fix))
+        check_spelling(f"FolderImages groups: {table}", "groups", set(found.values()))
+        return [found[file] for file in files]
 
 
 def identify_images(folder: Path, split: str, manifest: str | None = None) -> str | None:
@@ -240,14 +248,3 @@ def identify_images(folder: Path, split: str, manifest: str | None = None) -> st
     )
     table = Path(os.path.expandvars(manifest or folder / "manifest.csv")).expanduser()
     return hash_contents([sizes, hash_file(table) if table.is_file() else None])
-
-
-def choose_transform(
-    where: str, transform: Callable[[Image.Image], Any] | None, image_size: int, augment: bool
-) -> Callable[[Image.Image], Any]:
-    if transform is None:
-        return make_transforms(image_size, augment)
-    if augment:
-        fix = "Put the augmentation into the transform, or leave transform out."
-        raise ValueError(message(where, "transform or augment", "both", fix))
-    return transform

@@ -134,13 +134,8 @@ def read_kept(manifest: str | None, root: Path, split: str) -> list[dict[str, st
         for column in ("file", "split", "class") if _truth(at, row["kept"]) else ("file",):
             if not row[column]:
                 raise ValueError(message(at, f"a {column}", "an empty cell", "Fill it in."))
-        if not (root / row["file"]).is_file():
-            row["file"] = "/".join(split_path(row["file"]))
-        if Path(row["file"]).is_absolute() or ".." in Path(row["file"]).parts:
-            got, fix = repr(row["file"]), "Give paths below the root of the data set."
-            raise ValueError(message(at, f"a path below {root}", got, fix))
-        row["file"] = "/".join(split_path(row["file"], backslashes=False))
-        _check_first(where, lines, row["file"], line, row["file"])
+        row["file"] = plain_path(root, row["file"], at)
+        check_first(where, lines, row["file"], line, row["file"])
         if _truth(at, row["kept"]):
             kept[line] = row
     if not kept:
@@ -153,10 +148,8 @@ def read_kept(manifest: str | None, root: Path, split: str) -> list[dict[str, st
     known: dict[tuple[int, int], int] = {}
     for line, row in kept.items():
         about = (root / row["file"]).stat()  # links, and names that differ in case, may be one file
-        _check_first(where, known, (about.st_dev, about.st_ino), line, row["file"])
-    if alike := find_alike({row["class"] for row in kept.values()}):
-        fix = "Spell it in one way."
-        raise ValueError(message(where, "classes that differ in more than case", alike[0], fix))
+        check_first(where, known, (about.st_dev, about.st_ino), line, row["file"])
+    check_spelling(where, "classes", {row["class"] for row in kept.values()})
     _tell_divided_groups(where, kept.values())
     return list(kept.values())
 
@@ -172,7 +165,7 @@ def _tell_divided_groups(where: str, rows: Iterable[Mapping[str, str]]) -> None:
         logger.warning("%s: %s%s", where, some, " and ".join(sorted(splits[divided[0]])))
 
 
-def _check_first(where: str, lines: dict[Any, int], key: object, line: int, file: str) -> None:
+def check_first(where: str, lines: dict[Any, int], key: object, line: int, file: str) -> None:
     """Remember the line of a file; refuse a second one."""
     if key in lines:
         got, fix = f"{file!r} in lines {lines[key]} and {line}", "Leave one of them out."
@@ -188,6 +181,31 @@ def _truth(where: str, cell: str) -> bool:
     return known[cell.lower()]
 
 
+def check_spelling(where: str, what: str, names: Iterable[str]) -> None:
+    """Raise ``ValueError`` for names that are alike up to case and blanks."""
+    if alike := find_alike(list(names)):
+        fix = "Spell it in one way."
+        raise ValueError(message(where, f"{what} that differ in more than case", alike[0], fix))
+
+
+def plain_path(root: Path, text: str, where: str) -> str:
+    """The one spelling of a path that a table gives.
+
+    Args:
+        root: folder that it counts from.
+        text: backslashes separate, unless a file has them in its name.
+        where: the line, for messages.
+
+    Raises:
+        ValueError: if it leads out of the folder.
+    """
+    parts = split_path(text, backslashes=not (root / text).is_file())
+    if parts[:1] == ("/",) or ".." in parts:
+        fix = "Give paths below the root of the data set."
+        raise ValueError(message(where, f"a path below {root}", repr(text), fix))
+    return "/".join(parts)
+
+
 def split_path(text: str, backslashes: bool = True) -> tuple[str, ...]:
     """The parts of a path as tables spell it; an absolute one begins with ``/``.
 
@@ -201,13 +219,34 @@ def split_path(text: str, backslashes: bool = True) -> tuple[str, ...]:
     return ("/", *parts) if text.startswith("/") else parts
 
 
-def read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def find_column(where: str, table: Path, column: str, columns: Iterable[str]) -> str:
+    """How :func:`read_table` spells a column that a config names.
+
+    Raises:
+        ValueError: if the table does not have it; lists those that it has.
+    """
+    known = list(columns)
+    spelt = column.strip() if isinstance(column, str) else column
+    if spelt not in known and str(spelt).lower() in _COLUMNS:
+        spelt = spelt.lower()
+    if spelt not in known:
+        raise ValueError(message(f"{where}: {table}", f"a column {column!r}", known, "Name one."))
+    return spelt
+
+
+def read_table(
+    file: Path, words: Iterable[str] = ("split", "class")
+) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """A CSV: its columns, and its rows with the number of their last line.
 
     Values are separated by commas or, as the first line tells, by semicolons or tabs. Blanks around
     values are dropped, and values that stand for none (``nan``, ``NaN``, ``NA``, ``None``, ...)
     are empty. Names of columns are taken in lower case where only so they are among those that
     the package knows.
+
+    Args:
+        file: the table.
+        words: columns in which only ``nan`` stands for none, for a class may be called none.
 
     Raises:
         ValueError: if it is not in UTF-8 (with a byte order mark, UTF-16), or its rows do not have
@@ -246,8 +285,8 @@ def read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
             got, fix = f"{len(values)} in line {line}", "Put values with commas in quotes."
             raise ValueError(message(where, f"{len(columns)} values in each line", got, fix))
         row = dict(zip(columns, values, strict=True))
-        for name, value in row.items():  # a class may be called none
-            if value.lower() in (_NONE[:1] if name in ("split", "class") else _NONE):
+        for name, value in row.items():
+            if value.lower() in (_NONE[:1] if name in words else _NONE):
                 row[name] = ""
         rows.append((line, row))
     return columns, rows

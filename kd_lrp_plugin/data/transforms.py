@@ -11,22 +11,33 @@ from kd_lrp_plugin.utils.validation import message
 
 
 def make_transforms(
-    image_size: int, augment: bool = False, mean: float = 0.5, std: float = 0.5
+    image_size: int,
+    augment: bool = False,
+    mean: float = 0.5,
+    std: float = 0.5,
+    channels: int = 3,
 ) -> Callable[[Image.Image], Any]:
-    """PIL image -> normalised tensor of shape (3, ``image_size``, ``image_size``).
+    """PIL image -> normalised tensor of shape (``channels``, ``image_size``, ``image_size``).
 
+    Of one channel, colours become their luma (ITU-R 601); grey images keep their values.
     With ``augment``: left-right flips, rotation up to 10 degrees, shift up to 5 %, zoom 0.9 to 1.1.
     ``mean`` and ``std`` apply to all channels; 0.5 and 0.5 map [0, 1] to [-1, 1], which is what the
     MobileNetV2 weights of TensorFlow's origin expect.
 
     Raises:
-        ValueError: if ``image_size`` is not a positive integer or ``std`` not positive.
+        ValueError: if ``image_size`` is not a positive integer, ``std`` not positive, or
+            ``channels`` neither 1 nor 3.
     """
     check_integer("make_transforms", "image_size", image_size)
+    check_integer("make_transforms", "channels", channels)
+    if channels not in (1, 3):
+        fix = "Use 1 for grey images, 3 for colours."
+        raise ValueError(message("make_transforms", "1 or 3 channels", channels, fix))
     if std <= 0:
         raise ValueError(message("make_transforms", "std above 0", std, "Use 0.5."))
     bilinear = transforms.InterpolationMode.BILINEAR
-    steps: list[Any] = [transforms.Resize((image_size, image_size), antialias=True)]
+    steps: list[Any] = [transforms.Grayscale()] if channels == 1 else []
+    steps.append(transforms.Resize((image_size, image_size), antialias=True))
     if augment:
         steps += [
             transforms.RandomHorizontalFlip(),
@@ -34,7 +45,7 @@ def make_transforms(
                 10, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=bilinear
             ),
         ]
-    steps += [transforms.ToTensor(), transforms.Normalize([mean] * 3, [std] * 3)]
+    steps += [transforms.ToTensor(), transforms.Normalize([mean] * channels, [std] * channels)]
     return transforms.Compose(steps)
 
 
@@ -43,9 +54,12 @@ def preprocessing(dataset: Any) -> dict[str, Any] | None:
 
     That is, the arguments of :func:`make_transforms` and, where the data set states them, ``bits``
     of its images. None if its transform is anything but a bilinear resize to a square and a
-    normalisation that is the same for all channels.
+    normalisation that is the same for all channels, perhaps of an image made grey before.
     """
     steps = getattr(getattr(dataset, "transform", None), "transforms", [])
+    grey = bool(steps) and isinstance(steps[0], transforms.Grayscale)
+    channels = steps[0].num_output_channels if grey else 3
+    steps = steps[grey:]
     kinds = (transforms.Resize, transforms.ToTensor, transforms.Normalize)
     if len(steps) != 3 or not all(isinstance(s, k) for s, k in zip(steps, kinds, strict=True)):
         return None
@@ -56,7 +70,11 @@ def preprocessing(dataset: Any) -> dict[str, Any] | None:
     means, stds = set(map(float, normalize.mean)), set(map(float, normalize.std))
     if len(set(sides)) > 1 or len(means) > 1 or len(stds) > 1:
         return None
+    if len(normalize.mean) != channels or (grey and channels != 1):
+        return None  # grey in three channels, or of as many channels as the images happen to have
     found = {"image_size": sides[0], "mean": means.pop(), "std": stds.pop()}
+    if channels != 3:
+        found["channels"] = channels
     bits = getattr(dataset, "bits", None)
     return found if bits is None else {**found, "bits": bits}
 
@@ -76,3 +94,26 @@ def preparation(
     """
     arguments = dict(preprocessing)
     return arguments.pop("bits", None), make_transforms(**arguments)
+
+
+def choose_transform(
+    where: str,
+    transform: Callable[[Image.Image], Any] | None,
+    image_size: int,
+    augment: bool,
+    channels: int = 3,
+) -> Callable[[Image.Image], Any]:
+    """The transform that is given, or :func:`make_transforms`.
+
+    Raises:
+        ValueError: if a transform is given together with what only ours takes.
+    """
+    if transform is None:
+        return make_transforms(image_size, augment, channels=channels)
+    if augment:
+        fix = "Put the augmentation into the transform, or leave transform out."
+        raise ValueError(message(where, "transform or augment", "both", fix))
+    if channels != 3:
+        fix = "Put torchvision's Grayscale into the transform, or leave transform out."
+        raise ValueError(message(where, "transform or channels", "both", fix))
+    return transform

@@ -75,7 +75,11 @@ class MobileNetV2:
         return "-".join([*words, *([f"drop{self.dropout:g}"] if self.dropout else [])])
 
     def build(
-        self, num_classes: int, image_size: int = 224, hidden: Sequence[int] = (256, 128)
+        self,
+        num_classes: int,
+        image_size: int = 224,
+        hidden: Sequence[int] = (256, 128),
+        in_chans: int = 3,
     ) -> nn.Module:
         """The network, untrained, in training mode.
 
@@ -83,6 +87,7 @@ class MobileNetV2:
             num_classes: outputs.
             image_size: side of the images in pixels; read by the head "flatten_mlp" alone.
             hidden: widths of the hidden layers of the two mlp heads.
+            in_chans: channels of the images.
 
         Example:
             >>> model = MobileNetV2(width=0.35).build(num_classes=4)
@@ -94,6 +99,7 @@ class MobileNetV2:
             block_args=decode_arch_def(self._blocks(), depth_multiplier=self.depth),
             num_classes=num_classes,
             num_features=max(1280, channels(1280)),
+            in_chans=in_chans,
             stem_size=32,
             round_chs_fn=channels,
             norm_layer=nn.BatchNorm2d,
@@ -101,7 +107,7 @@ class MobileNetV2:
             global_pool=self.pooling,
             drop_rate=self.dropout,
         )
-        shape = (3, image_size, image_size)
+        shape = (in_chans, image_size, image_size)
         place_head(model, str(self), num_classes, self.head, hidden, shape)
         return model
 
@@ -121,7 +127,11 @@ class MobileNetV2:
 
 
 def mobilenetv2(
-    num_classes: int, image_size: int = 224, hidden: Sequence[int] = (256, 128), **choices: Any
+    num_classes: int,
+    image_size: int = 224,
+    hidden: Sequence[int] = (256, 128),
+    in_chans: int = 3,
+    **choices: Any,
 ) -> nn.Module:
     """:meth:`MobileNetV2.build` of the architecture that ``choices`` describe.
 
@@ -130,4 +140,4 @@ def mobilenetv2(
     """
     for key in choices:
         check_known("mobilenetv2: keyword", key, [field.name for field in fields(MobileNetV2)])
-    return MobileNetV2(**choices).build(num_classes, image_size, hidden)
+    return MobileNetV2(**choices).build(num_classes, image_size, hidden, in_chans)

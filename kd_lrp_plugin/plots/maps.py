@@ -25,7 +25,8 @@ class MapRow(NamedTuple):
 
     Attributes:
         label: the image's class; further lines may follow.
-        image: grey or RGB; integers in [0, 255] or fractions in [0, 1].
+        image: grey, perhaps with a last axis of one, or RGB; integers in [0, 255] or fractions
+            in [0, 1].
         maps: from a column's heading to its relevance map, of any size. Relevance below zero is
             not shown.
         predictions: from a column's heading, or "image", to the class and the confidence, in
@@ -111,7 +112,8 @@ _OUTLINE = "#3ce0ff"
 def _rgb(image: Any) -> Float[np.ndarray, "h w 3"]:
     image = np.asarray(image)
     values = image / 255 if np.issubdtype(image.dtype, np.integer) else image.clip(0, 1)
-    return np.repeat(values[..., None], 3, axis=2) if values.ndim == 2 else values
+    values = values[..., None] if values.ndim == 2 else values
+    return np.repeat(values, 3, axis=2) if values.shape[2] == 1 else values
 
 
 def _blend(base: Any, heat: Any) -> Any:

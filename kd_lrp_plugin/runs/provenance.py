@@ -1,20 +1,23 @@
 """What tells the files that a config names from others, wherever they lie."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kd_lrp_plugin.config.document import Document
-from kd_lrp_plugin.data.folder import find_folder, identify_images
+from kd_lrp_plugin.data.csv_images import identify_csv_images
+from kd_lrp_plugin.data.folder import identify_images
+from kd_lrp_plugin.data.mnist import identify_digits
+from kd_lrp_plugin.data.samples import find_folder
 from kd_lrp_plugin.runs.record import OUTPUTS, RunRecord
 from kd_lrp_plugin.utils.files import hash_file
 
 
 def list_files(config: Document) -> dict[str, str | None]:
-    """A hash for each image folder, checkpoint and file of weights that a config names.
+    """A hash for each set of image files, checkpoint and file of weights that a config names.
 
-    Images count by name and size, weights and tables by their bytes.
+    Images count by name and size; weights, tables and MNIST's digits by their bytes.
 
     Args:
         config: nothing in it is called, and nothing need be right.
@@ -34,9 +37,13 @@ def list_files(config: Document) -> dict[str, str | None]:
     content = config.values
     found: dict[str, str | None] = {}
     for name, entry in _mapping(content.get("datasets")).items():
-        if str(_mapping(entry).get("key")).endswith("folder_images"):
+        key = str(_mapping(entry).get("key")).rpartition(".")[2]
+        if key in _IDENTIFIERS:
             kwargs = _mapping(_mapping(entry.get("init")).get("kwargs"))
-            found[f"datasets.{name}"] = _hash_images(kwargs)
+            try:
+                found[f"datasets.{name}"] = _IDENTIFIERS[key](kwargs)
+            except (KeyError, OSError, TypeError, ValueError):
+                found[f"datasets.{name}"] = None
     for role, entry in _mapping(content.get("models")).items():
         weights = _mapping(_mapping(entry).get("kwargs")).get("weights")
         for key, file in (("src_ckpt", _mapping(entry).get("src_ckpt")), ("weights", weights)):
@@ -58,13 +65,27 @@ def _mapping(value: Any) -> dict[Any, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _hash_images(kwargs: Mapping[str, Any]) -> str | None:
+def _identify_folder(kwargs: Mapping[str, Any]) -> str | None:
     split, manifest = kwargs.get("split", "Training"), kwargs.get("manifest")
-    try:
-        folder = find_folder(kwargs.get("root"), str(kwargs.get("name", "")))
-        return identify_images(folder, str(split), str(manifest) if manifest else None)
-    except (OSError, TypeError, ValueError):
-        return None
+    folder = find_folder(kwargs.get("root"), str(kwargs.get("name", "")))
+    return identify_images(folder, str(split), str(manifest) if manifest else None)
+
+
+def _identify_table(kwargs: Mapping[str, Any]) -> str:
+    root = find_folder(kwargs.get("root"), str(kwargs.get("name", "")))
+    return identify_csv_images(root, kwargs["csv"], kwargs["file"], str(kwargs.get("folder", "")))
+
+
+def _identify_mnist(kwargs: Mapping[str, Any]) -> str:
+    folder = find_folder(kwargs.get("root"), str(kwargs.get("name", "mnist")))
+    return identify_digits(folder, str(kwargs.get("split", "train")))
+
+
+_IDENTIFIERS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+    "folder_images": _identify_folder,
+    "csv_images": _identify_table,
+    "mnist": _identify_mnist,
+}
 
 
 def _hash_file(name: str) -> str | None:

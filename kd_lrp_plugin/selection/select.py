@@ -99,7 +99,7 @@ class Selection:
         setup = self.setup
         setup.teacher.build()
         if self.spec.search and self.spec.space:
-            return make_entry(next(iter(self.spec.space)), self.spec.num_classes)
+            return self._make_entry(next(iter(self.spec.space)))
         candidates, _, _ = self._measure()
         return self.spec.entries()[candidates[0].name]
 
@@ -118,6 +118,11 @@ class Selection:
         entry = {"key": given["key"], "kwargs": dict(given.get("kwargs") or {})}
         layers = _as_tuple(self.spec.teacher_layers)
         return Teacher(self.builder(entry, checkpoint), bool(checkpoint), layers, entry)
+
+    @property
+    def _make_entry(self) -> Callable[[MobileNetV2], Entry]:
+        spec = self.spec
+        return partial(make_entry, num_classes=spec.num_classes, channels=spec.channels)
 
     def _measure(self, latency: bool = False) -> tuple[list[Candidate], Costs, dict[str, str]]:
         """The candidates that keep the budget, what all cost, and why some cannot be built."""
@@ -139,9 +144,11 @@ class Selection:
         # Optuna takes a second to import, and few selections search.
         from kd_lrp_plugin.selection.search import SearchTask, search
 
-        classes, layers = self.spec.num_classes, _as_tuple(self.spec.layers)
         make_candidate = partial(
-            _make_candidate, builder=self.builder, num_classes=classes, layers=layers
+            _make_candidate,
+            builder=self.builder,
+            make=self._make_entry,
+            layers=_as_tuple(self.spec.layers),
         )
         task = SearchTask(space, make_candidate, self.setup, self.spec.search, self.budget)
         found = search(task, self.spec.file.with_suffix(".search"), jobs)
@@ -156,9 +163,7 @@ class Selection:
                 for name, cost in costs.items()
             }
             records = self._rank(found.rows, costs, found.problems)
-        return [
-            {**r, "entry": make_entry(found.students[r["candidate"]], classes)} for r in records
-        ]
+        return [{**r, "entry": self._make_entry(found.students[r["candidate"]])} for r in records]
 
     def _rank(
         self, rows: Sequence[Mapping[str, Any]], costs: Costs, problems: Mapping[str, str]
@@ -240,9 +245,12 @@ def read_choice(file: Path) -> dict[str, Any]:
 
 
 def _make_candidate(
-    student: MobileNetV2, builder: Builder, num_classes: int, layers: tuple[str, ...] | None
+    student: MobileNetV2,
+    builder: Builder,
+    make: Callable[[MobileNetV2], Entry],
+    layers: tuple[str, ...] | None,
 ) -> Candidate:
-    entry = make_entry(student, num_classes)
+    entry = make(student)
     return Candidate(str(student), builder(entry), layers, entry)
 
 

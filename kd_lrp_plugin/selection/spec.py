@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,14 @@ class SelectionSpec:
             return SPACES[given]
         return Space(given) if isinstance(given, Mapping) else None
 
+    @cached_property
+    def channels(self) -> int:
+        """Of the images, and so of the candidates that are named alone; 3 without data."""
+        if self.data is None:
+            return 3
+        with _same_draws():
+            return _check_one_shape([self.data[0][0]])[0]
+
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> "SelectionSpec":
         """What is asked by some keywords, as they stand in YAML.
@@ -157,7 +166,7 @@ class SelectionSpec:
         teacher = {k: self.teacher.get(k) for k in ("key", "kwargs", "src_ckpt")}
         facts = {
             "num_classes": self.num_classes,
-            "candidates": self.space.axes() if self.space else self.entries(),
+            "candidates": self.space.axes() if self.space else self._list_entries(3),
             "search": self.search,
             "teacher": teacher,
             "score": self.score,
@@ -174,11 +183,14 @@ class SelectionSpec:
         return json.loads(json.dumps(facts, default=str))
 
     def entries(self) -> dict[str, Entry]:
-        """The candidates as entries of ``models``, by name.
+        """The candidates as entries of ``models``, by name, for images of the data's channels.
 
         Raises:
             ValueError: for too many to score, or two of one name.
         """
+        return self._list_entries(self.channels)
+
+    def _list_entries(self, channels: int) -> dict[str, Entry]:
         space = self.space
         if space and len(space) > MANY:
             got, fix = f"{len(space):,}", "Search it, as by search: 500."
@@ -186,18 +198,20 @@ class SelectionSpec:
         given: Any = space or self.candidates
         entries: dict[str, Entry] = {}
         for item in given:
-            name, entry = self._name_entry(item)
+            name, entry = self._name_entry(item, channels)
             if name in entries:
                 fix = "Name each candidate once."
                 raise ValueError(message(WHERE, "different candidates", name, fix))
             entries[name] = entry
         return entries
 
-    def _name_entry(self, item: Any) -> tuple[str, Entry]:
+    def _name_entry(self, item: Any, channels: int) -> tuple[str, Entry]:
         if isinstance(item, MobileNetV2):
-            return str(item), make_entry(item, self.num_classes)
+            return str(item), make_entry(item, self.num_classes, channels)
         if isinstance(item, str):
-            kwargs = {"name": item, "num_classes": self.num_classes}
+            kwargs: dict[str, Any] = {"name": item, "num_classes": self.num_classes}
+            if channels != 3:
+                kwargs["timm_kwargs"] = {"in_chans": channels}
             return item, {"key": "timm_model", "kwargs": kwargs}
         kwargs = dict(item.get("kwargs") or {})
         words = [f"{k}={v}" for k, v in kwargs.items() if k != "num_classes"]
@@ -221,9 +235,12 @@ class SelectionSpec:
         return list(zip(*(part.split(self.batch_size) for part in stacked), strict=True))
 
 
-def make_entry(student: MobileNetV2, num_classes: int) -> Entry:
+def make_entry(student: MobileNetV2, num_classes: int, channels: int = 3) -> Entry:
     """A student of a space as an entry of ``models``."""
-    return {"key": "timm_mobilenetv2", "kwargs": {**asdict(student), "num_classes": num_classes}}
+    kwargs = {**asdict(student), "num_classes": num_classes}
+    if channels != 3:
+        kwargs["in_chans"] = channels
+    return {"key": "timm_mobilenetv2", "kwargs": kwargs}
 
 
 def _lists(given: object, kind: type) -> bool:

@@ -15,8 +15,9 @@ high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_ca
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
-datasets               ``phantom``, ``folder_images``, and ``marked``, which puts markers on either;
-                       in ``datasets`` by ``!import_call`` of :func:`phantom` and so on
+datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``, and ``marked``,
+                       which puts markers on any of them; in ``datasets`` by ``!import_call`` of
+                       :func:`phantom` and so on
 data set wrappers      ``companions`` (``clean``, ``mask``, ``group``), which add to each image
 =====================  ==========================================================================
 
@@ -53,8 +54,10 @@ from kd_lrp_plugin.torchdistill.collate import mixup
 from kd_lrp_plugin.torchdistill.datasets import (
     class_weights,
     companions,
+    csv_images,
     folder_images,
     marked,
+    mnist,
     phantom,
 )
 from kd_lrp_plugin.torchdistill.forward_proc import companion, recorded, recorder
@@ -81,10 +84,12 @@ __all__ = [
     "class_weights",
     "companion",
     "companions",
+    "csv_images",
     "diswot_student",
     "folder_images",
     "marked",
     "mixup",
+    "mnist",
     "phantom",
     "recorded",
     "recorder",

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 from torchdistill.datasets.registry import register_dataset, register_dataset_wrapper
 
+from kd_lrp_plugin.data import csv_images as tables
 from kd_lrp_plugin.data import folder, shortcuts
+from kd_lrp_plugin.data import mnist as digits
 from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.phantom import dataset
 from kd_lrp_plugin.utils.validation import message, strict
@@ -14,6 +16,8 @@ phantom = register_dataset(strict("phantom")(dataset.Phantom), key="phantom")
 marked = register_dataset(strict("marked")(shortcuts.Marked), key="marked")
 folder_images = register_dataset(strict("folder_images")(folder.FolderImages), key="folder_images")
 companions = register_dataset_wrapper(strict("companions")(Companions), key="companions")
+csv_images = register_dataset(strict("csv_images")(tables.CsvImages), key="csv_images")
+mnist = register_dataset(strict("mnist")(digits.Mnist), key="mnist")
 
 
 @strict("class_weights")

@@ -46,12 +46,23 @@ class Datasets(dict[str, Any]):
 
 
 def check_head(role: str, model: nn.Module, dataset: Any, classes: Sequence[str]) -> None:
-    """Raise ValueError for a model with fewer outputs than the data set has classes."""
+    """Raise ValueError for a model of other channels, or fewer outputs than there are classes."""
     image = dataset[0][0]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
-    with torch.no_grad():
-        outputs = model.eval()(image[None].to(device)).shape[-1]
+    try:
+        with torch.no_grad():
+            outputs = model.eval()(image[None].to(device)).shape[-1]
+    except RuntimeError as error:
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        if first is None or first.in_channels == len(image):
+            raise
+        fix = (
+            f"Set channels: {first.in_channels} of the data sets, or timm_kwargs: "
+            f"{{in_chans: {len(image)}}} of models.{role}.kwargs."
+        )
+        expected = f"images of {first.in_channels} channels"
+        raise ValueError(message(f"models.{role}", expected, len(image), fix)) from error
     model.train(was_training)
     needed = len(classes) or max(getattr(dataset, "targets", [0])) + 1
     if outputs < needed:

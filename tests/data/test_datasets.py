@@ -20,7 +20,7 @@ from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.data.phantom.drawing import CLASSES, Scene
 from kd_lrp_plugin.data.splits import held_out, read_groups
-from kd_lrp_plugin.data.transforms import make_transforms, preprocessing
+from kd_lrp_plugin.data.transforms import make_transforms, preparation, preprocessing
 from kd_lrp_plugin.data.validation import check_same_classes
 
 GLIOMA, MENINGIOMA, NOTUMOR, PITUITARY = range(4)
@@ -228,7 +228,10 @@ class TestTransforms:
         assert torch.equal(still(image), still(image))
         assert not torch.equal(moving(image), moving(image))
 
-    @pytest.mark.parametrize("arguments", [{"image_size": 0}, {"image_size": 32, "std": 0}])
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"image_size": 0}, {"image_size": 32, "std": 0}, {"image_size": 32, "channels": 2}],
+    )
     def test_bad_arguments_are_refused(self, arguments):
         with pytest.raises(ValueError, match="make_transforms: expected"):
             make_transforms(**arguments)
@@ -350,6 +353,63 @@ class TestFolderImages:
     def test_more_images_per_class_than_there_are_are_refused(self, folder):
         with pytest.raises(ValueError, match="expected 25 per_class, got a class of 24"):
             FolderImages(str(folder), "Training", per_class=25)
+
+
+class TestNaturalGroups:
+    """A column of the manifest tells them; they are no patients, and a cut may divide them."""
+
+    def write(self, folder: Path, scanners: dict[str, str]) -> Path:
+        rows = [(f"Training/{name[:3]}/{name}", "p1", s) for name, s in scanners.items()]
+        with (folder / "manifest.csv").open("w", newline="") as out:
+            csv.writer(out).writerows([("file", "group", "scanner"), *rows])
+        return folder
+
+    @pytest.fixture
+    def scanners(self, folder) -> dict[str, str]:
+        names = sorted(path.name for path in folder.glob("Training/*/*.png"))
+        return {name: "AB"[n % 2] for n, name in enumerate(names)}
+
+    def test_each_image_has_that_of_its_row(self, folder, scanners):
+        data = FolderImages(str(self.write(folder, scanners)), groups="scanner", per_class=5)
+        assert len(data) == 10
+        assert data.groups == [scanners[name] for name in files(data)]
+        assert not hasattr(FolderImages(str(folder)), "groups")
+
+    def test_a_cut_divides_them_and_no_patient(self, folder, scanners):
+        self.write(folder, scanners)
+        with pytest.raises(ValueError, match="some images held out"):  # all are of one patient
+            FolderImages(str(folder), part="train", groups="scanner")
+        table = folder / "manifest.csv"
+        table.write_text(table.read_text().replace("group", "patient"))
+        parts = [
+            FolderImages(str(folder), part=p, groups="scanner") for p in ("train", "validation")
+        ]
+        assert [set(part.groups) for part in parts] == [{"A", "B"}] * 2
+
+    def test_they_are_read_from_a_clean_split(self, folder):
+        rows = [("Training/cat/cat_003.png", "Training", "cat", 1, 1)]
+        manifest = Path(write_split(folder, rows))
+        header, row = manifest.read_text().splitlines()
+        manifest.write_text(f"{header},Hospital\n{row},X\n")
+        data = FolderImages(str(folder), manifest=str(manifest), groups="Hospital")
+        assert data.groups == ["X"]
+
+    @pytest.mark.parametrize(
+        ("change", "hint"),
+        [
+            ({}, "a column 'hospital', got .*'scanner'"),
+            ({"cat_000.png": "", "dog_001.png": "NA"}, "none of 2 of 64, such as 'Training/cat/c"),
+            ({"cat_000.png": "a"}, "groups that differ in more than case"),
+        ],
+    )
+    def test_an_image_without_one_is_refused(self, folder, scanners, change, hint):
+        self.write(folder, {**scanners, **change})
+        with pytest.raises(ValueError, match=hint):
+            FolderImages(str(folder), groups="scanner" if change else "hospital")
+
+    def test_without_a_table_they_are_refused(self, folder):
+        with pytest.raises(FileNotFoundError, match=r"none at .*manifest.csv\. Write one"):
+            FolderImages(str(folder), groups="scanner")
 
 
 KEPT = ["file", "split", "class", "group", "kept"]
@@ -526,3 +586,26 @@ def test_preprocessing_is_known_only_where_it_is_ours(steps, known):
     )
     found = preprocessing(Phantom(size=2, transform=transform))
     assert found == ({"image_size": 48, "mean": 0.5, "std": 0.25} if known else None)
+
+
+@pytest.mark.parametrize(
+    ("steps", "known"),
+    [
+        ([transforms.Grayscale(), transforms.Resize([48, 48])], True),
+        ([transforms.Grayscale(3), transforms.Resize([48, 48])], False),
+        ([transforms.Resize([48, 48]), transforms.Grayscale()], False),
+        ([transforms.Resize([48, 48])], False),  # one channel or three, as the images are
+    ],
+)
+def test_preprocessing_of_one_channel_is_known_where_it_is_ours(steps, known):
+    last = [transforms.ToTensor(), transforms.Normalize([0.5], [0.25])]
+    phantom = Phantom(size=2, transform=transforms.Compose([*steps, *last]))
+    expected = {"image_size": 48, "mean": 0.5, "std": 0.25, "channels": 1}
+    assert preprocessing(phantom) == (expected if known else None)
+
+
+def test_one_channel_is_the_grey_image_and_prepared_alike_for_prediction():
+    one, three = (Phantom(size=2, image_size=40, channels=c) for c in (1, 3))
+    assert torch.equal(one[1][0], three[1][0][:1])
+    _, prepare = preparation(preprocessing(one))
+    assert torch.equal(prepare(one.image(1)), one[1][0])

@@ -158,3 +158,52 @@ class TestImages:
 
     def test_of_a_data_set_are_those_of_its_config(self, root):
         assert identify_images(root, "Training") == found(root)["datasets.a"]
+
+
+class TestOtherSets:
+    """Tables with their images, and digits, are known by content like class folders."""
+
+    CONFIG = """
+datasets:
+  table: !import_call
+    key: kd_lrp_plugin.torchdistill.csv_images
+    init: {kwargs: {root: ROOT, csv: t.csv, folder: Training, file: name, label: kind}}
+  digits: !import_call
+    key: kd_lrp_plugin.torchdistill.mnist
+    init: {kwargs: {root: ROOT, split: test}}
+"""
+
+    @pytest.fixture
+    def root(self, root) -> Path:
+        (root / "t.csv").write_text("name,kind\na/1.png,a\nb/1.png,b\n")
+        for kind in ("images-idx3", "labels-idx1"):
+            (root / f"t10k-{kind}-ubyte").write_bytes(kind.encode())
+        return root
+
+    def found(self, root: Path) -> dict:
+        return list_files(parse_document("", self.CONFIG.replace("ROOT", str(root))))
+
+    def test_they_are_known_again_elsewhere(self, root, tmp_path):
+        before = self.found(root)
+        assert None not in before.values()
+        assert len(before) == 2
+        assert self.found(root.rename(tmp_path / "moved")) == before
+
+    @pytest.mark.parametrize(
+        ("file", "key_path"),
+        [
+            ("t.csv", "datasets.table"),
+            ("Training/b/1.png", "datasets.table"),
+            ("t10k-labels-idx1-ubyte", "datasets.digits"),
+        ],
+    )
+    def test_another_content_is_another_set(self, root, file, key_path):
+        before = self.found(root)
+        (root / file).write_bytes((root / file).read_bytes() + b"\n")
+        after = self.found(root)
+        assert {key for key in before if before[key] != after[key]} == {key_path}
+
+    def test_what_is_not_there_or_not_right_is_not_known(self, root, tmp_path):
+        assert set(self.found(tmp_path / "nowhere").values()) == {None}
+        text = self.CONFIG.replace("ROOT", str(root)).replace("csv: t.csv, ", "")
+        assert list_files(parse_document("", text))["datasets.table"] is None

@@ -25,7 +25,7 @@ def test_every_key_is_registered():
     assert set(plugin.COMPARISONS) | of_the_student <= set(MIDDLE_LEVEL_LOSS_DICT)
     assert "DisWOTPlusLoss" in HIGH_LEVEL_LOSS_DICT
     assert "timm_model" in MODEL_DICT
-    assert {"phantom", "folder_images"} <= set(DATASET_DICT)
+    assert {"phantom", "folder_images", "csv_images", "mnist", "marked"} <= set(DATASET_DICT)
 
 
 @pytest.mark.parametrize("key", sorted(plugin.COMPARISONS))
@@ -350,6 +350,8 @@ class TestErrors:
             (lambda: MODEL_DICT["timm_model"](nam="resnet18", num_classes=2), "name"),
             (lambda: DATASET_DICT["phantom"](imagesize=32), "image_size"),
             (lambda: DATASET_DICT["folder_images"](rot="x"), "root"),
+            (lambda: DATASET_DICT["csv_images"](scv="x"), "csv"),
+            (lambda: DATASET_DICT["mnist"](sise=3), "size"),
         ],
     )
     def test_a_misspelled_word_is_answered_with_the_near_one(self, call, near):

@@ -8,8 +8,8 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
-from kd_lrp_plugin.data.folder import choose_transform
 from kd_lrp_plugin.data.phantom.drawing import CLASSES, Scene, draw
+from kd_lrp_plugin.data.transforms import choose_transform
 from kd_lrp_plugin.data.validation import check_flags, check_integer
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -39,6 +39,7 @@ class Phantom(Dataset):
         augment: see :func:`make_transforms`; refused together with ``transform``.
         cache: keep drawn images and masks (a byte for a pixel of each) in memory; for training over
             several epochs. Each worker process of a loader has its own cache.
+        channels: 3, or 1 for a model of grey images.
 
     Items are ``(transformed image, label)``.
 
@@ -64,6 +65,7 @@ class Phantom(Dataset):
         transform: Callable[[Image.Image], Any] | None = None,
         augment: bool = False,
         cache: bool = False,
+        channels: int = 3,
     ) -> None:
         check_known("Phantom split", split, _SPLITS)
         check_integer("Phantom", "size", size)
@@ -71,7 +73,7 @@ class Phantom(Dataset):
         check_integer("Phantom", "seed", seed, least=0)
         check_flags("Phantom", augment=augment, cache=cache)
         self.split, self.size, self.image_size, self.seed = split, size, image_size, seed
-        self.transform = choose_transform("Phantom", transform, image_size, augment)
+        self.transform = choose_transform("Phantom", transform, image_size, augment, channels)
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
         self.targets = [self._label(index) for index in range(size)]
 

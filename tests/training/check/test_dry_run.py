@@ -47,8 +47,8 @@ WRONG = {
     "an unknown keyword of a data set": (
         "split: val, size",
         "splt: val, size",
-        "16  phantom: keyword: expected one of ['augment', 'cache', 'image_size', 'seed', 'size', "
-        "'split', 'transform'], got 'splt'. Did you mean 'split'?",
+        "16  phantom: keyword: expected one of ['augment', 'cache', 'channels', 'image_size', "
+        "'seed', 'size', 'split', 'transform'], got 'splt'. Did you mean 'split'?",
     ),
     "a data set that is not there": (
         "dataset_id: *test_set",
