@@ -158,6 +158,12 @@ class Experiment:
         return self.train.get("monitor", MONITOR)
 
     @property
+    def loss_is_measure(self) -> bool:
+        """Whether the losses of different epochs are one measure: of one criterion, unchanged."""
+        balanced = getattr(self.box.criterion, "balance", None) is not None
+        return "stage1" not in self.train and not balanced
+
+    @property
     def pending(self) -> bool:
         """Whether gradients wait for their step, which may reach across epochs."""
         return self.box.stage_grad_count % self.box.grad_accum_step != 0
@@ -232,6 +238,8 @@ class Experiment:
             box.current_epoch = 0
         for loss in self.losses().values():
             loss.to(self.context.device)  # torchdistill leaves the weights of a loss behind
+            if (balance := getattr(loss, "balance", None)) is not None:
+                balance.context = self.context  # a check is alone, whatever torchrun has started
         self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
         self.test_loader = self._loader(self._test_loader, "test_loader")
         if self.context.world_size > 1:
