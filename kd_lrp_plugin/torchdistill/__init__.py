@@ -7,9 +7,11 @@ forward procedures     by ``!import_call`` of :func:`recorder`
 mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``LRPRelativeL2Loss``
                        (``target: label | teacher | contrast``, ``signed``, ``every``);
                        ``GradCAML2Loss``, ``GradCAMCosineLoss`` (``target``, ``every``);
-                       ``RelationCosineLoss``, ``RelationL2Loss`` (``every``)
-high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_call`` of
-                       :func:`class_weights`
+                       ``RelationCosineLoss``, ``RelationL2Loss`` (``every``);
+                       ``ProbeKLLoss`` (``probes``, ``temperature``)
+high-level loss        ``DisWOTPlusLoss``, with ``balance: gradient`` or without; its
+                       ``class_weights`` by ``!import_call`` of :func:`class_weights`
+auxiliary wrapper      ``ModelWithHeads``, for hints (``Conv2d``) and probes (``linear_probe``)
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
@@ -48,6 +50,7 @@ torchdistill itself would drop a misspelled one without a word.
 from kd_lrp_plugin.torchdistill.collate import mixup
 from kd_lrp_plugin.torchdistill.datasets import class_weights, folder_images, marked, phantom
 from kd_lrp_plugin.torchdistill.forward_proc import recorded, recorder
+from kd_lrp_plugin.torchdistill.heads import ModelWithHeads, ProbeKLLoss, linear_probe
 from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss, check_finite
 from kd_lrp_plugin.torchdistill.mid_level import (
     COMPARISONS,
@@ -62,11 +65,14 @@ __all__ = [
     "COMPARISONS",
     "Comparison",
     "DisWOTPlusLoss",
+    "ModelWithHeads",
+    "ProbeKLLoss",
     "RecordedLoss",
     "check_finite",
     "class_weights",
     "diswot_student",
     "folder_images",
+    "linear_probe",
     "marked",
     "mixup",
     "phantom",
