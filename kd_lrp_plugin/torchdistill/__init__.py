@@ -9,9 +9,11 @@ mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``LRPRe
                        ``GradCAML2Loss``, ``GradCAMCosineLoss`` (``target``, ``every``);
                        ``RelationCosineLoss``, ``RelationL2Loss`` (``every``);
                        ``RightReasonsLoss`` (``target``, ``every``), of the student alone;
-                       ``GroupDROLoss`` (``dataset``, ``step_size``)
-high-level loss        ``DisWOTPlusLoss``; its ``class_weights`` by ``!import_call`` of
-                       :func:`class_weights`
+                       ``GroupDROLoss`` (``dataset``, ``step_size``);
+                       ``ProbeKLLoss`` (``probes``, ``temperature``)
+high-level loss        ``DisWOTPlusLoss``, with ``balance: gradient`` or without; its
+                       ``class_weights`` by ``!import_call`` of :func:`class_weights`
+auxiliary wrapper      ``ModelWithHeads``, for hints (``Conv2d``) and probes (``linear_probe``)
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
@@ -62,6 +64,7 @@ from kd_lrp_plugin.torchdistill.datasets import (
 )
 from kd_lrp_plugin.torchdistill.forward_proc import companion, recorded, recorder
 from kd_lrp_plugin.torchdistill.group_dro import GroupDROLoss
+from kd_lrp_plugin.torchdistill.heads import ModelWithHeads, ProbeKLLoss, linear_probe
 from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss, check_finite
 from kd_lrp_plugin.torchdistill.mid_level import (
     COMPARISONS,
@@ -78,6 +81,8 @@ __all__ = [
     "Comparison",
     "DisWOTPlusLoss",
     "GroupDROLoss",
+    "ModelWithHeads",
+    "ProbeKLLoss",
     "RecordedLoss",
     "RightReasonsLoss",
     "check_finite",
@@ -87,6 +92,7 @@ __all__ = [
     "csv_images",
     "diswot_student",
     "folder_images",
+    "linear_probe",
     "marked",
     "mixup",
     "mnist",

@@ -10,7 +10,8 @@ from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_high_l
 
 from kd_lrp_plugin import losses
 from kd_lrp_plugin.torchdistill import right_reasons
-from kd_lrp_plugin.torchdistill.forward_proc import get_logits
+from kd_lrp_plugin.torchdistill.balance import GradientBalance
+from kd_lrp_plugin.torchdistill.forward_proc import get_logits, recorded
 from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS
 from kd_lrp_plugin.utils.validation import check_known, check_targets, message, strict
 
@@ -75,14 +76,22 @@ class DisWOTPlusLoss(AbstractLoss):
         class_weights: of the cross entropy, one positive weight per class, such as those of
             :func:`class_weights`. Of class indices the weighted mean is taken, of soft targets
             the sum over the batch, divided by its size, as PyTorch does.
+        balance: "gradient" takes the weights for shares of the gradient at the student's recorded
+            layers: each step chooses factors by :class:`GradientBalance`, constants for the
+            derivative, with cross entropy and KL divergence as the terms of reference. The scale
+            of a distance no longer matters; the student needs a :func:`recorder` whatever the
+            terms. A weight that a schedule has lowered is a lower share. With gradients disabled,
+            as in validation, the latest factors are used, so that totals of different epochs are
+            no one measure. Each term costs a backward pass down to the first recorded layer.
 
     Attributes:
         terms: value of each term computed, unweighted, of the latest batch, in training and
             validation.
+        factors: what each of the terms was multiplied by.
 
     Raises:
         ValueError: if a weight is negative or the weights do not sum to one, if the class
-            weights do not fit, or if no term is left in an epoch.
+            weights do not fit, if no term is left in an epoch, or if balance finds no recording.
         FloatingPointError: in a step whose loss is not finite, with the terms at fault.
 
     Reference:
@@ -100,6 +109,7 @@ class DisWOTPlusLoss(AbstractLoss):
         relation: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | Tensor | None = None,
+        balance: str | None = None,
     ) -> None:
         super().__init__()
         weights = {"alpha": alpha, "beta": beta, "gamma": gamma, "delta": delta}
@@ -114,7 +124,11 @@ class DisWOTPlusLoss(AbstractLoss):
             "relation": (_term("relation", relation, "RelationCosineLoss"), delta),
         }
         self.term_dict = {name: term for name, term in terms.items() if term[1] > 0}
+        if balance is not None:
+            check_known("DisWOTPlusLoss: balance", balance, ("gradient",))
+        self.balance = GradientBalance(list(self.term_dict), ("ce", "kl")) if balance else None
         self.terms: dict[str, Tensor] = {}
+        self.factors: Mapping[str, Tensor | float] = {}
 
     def forward(self, io_dict: Mapping, model_loss_dict: Mapping, targets: Tensor) -> Tensor:
         parts = {name: part for name, part in self.term_dict.items() if part[1] > 0}
@@ -127,18 +141,34 @@ class DisWOTPlusLoss(AbstractLoss):
                 name: term(io_dict["student"], io_dict["teacher"], targets)
                 for name, (term, _) in parts.items()
             }
-            total = torch.stack([weight * values[name] for name, (_, weight) in parts.items()])
+            self.terms = {
+                name: value.detach()
+                for name, value in values.items()
+                if getattr(parts[name][0], "computed", True)
+            }
+            self.factors = self._choose_factors(
+                {name: weight for name, (_, weight) in parts.items()}, values, io_dict
+            )
+            total = torch.stack([self.factors[name] * value for name, value in values.items()])
             total = total.sum()
-        self.terms = {
-            name: value.detach()
-            for name, value in values.items()
-            if getattr(parts[name][0], "computed", True)
-        }
         check_finite(total, self.terms)
         return total
 
+    def _choose_factors(
+        self, weights: Mapping[str, float], values: Mapping[str, Tensor], io_dict: Mapping
+    ) -> Mapping[str, Tensor | float]:
+        if self.balance is None:
+            return weights
+        _, recording = recorded(io_dict["student"], "student", "DisWOTPlusLoss: balance")
+        if torch.is_grad_enabled():
+            check_finite(torch.stack(list(values.values())).sum(), self.terms)
+            computed = {name: values[name] for name in self.terms}
+            self.balance.update(computed, recording.activations)
+        return self.balance.factors(weights)
+
     def __str__(self) -> str:
-        return "Loss = " + " + ".join(f"{w:g} * {name}" for name, (_, w) in self.term_dict.items())
+        total = " + ".join(f"{w:g} * {name}" for name, (_, w) in self.term_dict.items())
+        return f"Loss = {total}" + (", as shares of the gradient" if self.balance else "")
 
 
 def _term(name: str, config: Mapping[str, Any] | None, default: str) -> nn.Module:

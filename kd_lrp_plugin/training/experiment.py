@@ -16,6 +16,7 @@ from torchdistill.datasets.wrapper import BaseDatasetWrapper
 from kd_lrp_plugin.config.build import Assembly, check_classes, get_stages
 from kd_lrp_plugin.data.transforms import preprocessing
 from kd_lrp_plugin.data.validation import check_same_classes
+from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.training.box import Datasets, build_box, check_head
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import message
@@ -158,6 +159,16 @@ class Experiment:
         return self.train.get("monitor", MONITOR)
 
     @property
+    def loss_is_measure(self) -> bool:
+        """Whether the losses of different epochs are one measure: of one criterion, unchanged."""
+        return "stage1" not in self.train and self._balance is None
+
+    @property
+    def _balance(self) -> GradientBalance | None:
+        found = getattr(self.box.criterion, "balance", None)
+        return found if isinstance(found, GradientBalance) else None
+
+    @property
     def pending(self) -> bool:
         """Whether gradients wait for their step, which may reach across epochs."""
         return self.box.stage_grad_count % self.box.grad_accum_step != 0
@@ -232,6 +243,8 @@ class Experiment:
             box.current_epoch = 0
         for loss in self.losses().values():
             loss.to(self.context.device)  # torchdistill leaves the weights of a loss behind
+        if (balance := self._balance) is not None:
+            balance.context = self.context  # a check is alone, whatever torchrun has started
         self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
         self.test_loader = self._loader(self._test_loader, "test_loader")
         if self.context.world_size > 1:

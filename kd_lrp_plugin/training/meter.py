@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchdistill.losses import mid_level
 
 from kd_lrp_plugin.relevance.recording import find_logits
+from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss
 from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
 from kd_lrp_plugin.torchdistill.right_reasons import RightReasonsLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
@@ -93,6 +94,10 @@ class Meter:
         """
         for name, value in {"loss": loss.detach(), **self.latest}.items():
             self._add(name, value.float(), len(targets))
+        criterion = self._criterion
+        if torch.is_grad_enabled() and isinstance(criterion, DisWOTPlusLoss) and criterion.balance:
+            for name, factor in criterion.factors.items():
+                self._add(f"{name}_factor", torch.as_tensor(factor), len(targets))
         student = self._outputs["student"] if logits is None else logits
         assert student is not None
         teacher = self._outputs["teacher"]

@@ -261,8 +261,8 @@ class Trainer:
 
     def _keep_best(self, metrics: Mapping[str, float]) -> bool:
         """Keep the weights of an epoch that is the best so far; of equal ones the lower loss."""
-        one_stage = "stage1" not in self.experiment.train  # losses of stages are no one measure
-        quality = self._value(metrics), -metrics.get("val_loss", 0.0) if one_stage else 0.0
+        measure = self.experiment.loss_is_measure
+        quality = self._value(metrics), -metrics.get("val_loss", 0.0) if measure else 0.0
         improved = not self.best or quality > tuple(self.best["quality"])
         if improved:
             state = self.experiment.original.state_dict() if self.context.rank == 0 else {}

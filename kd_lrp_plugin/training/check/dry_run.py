@@ -207,6 +207,9 @@ def _check_step(
         known = [MONITOR, LAST]
         if not experiment.missing_wrapper(experiment.val_loader):
             known += ["val_loss", *(f"val_{name}" for name in meter.latest)]
+        if experiment.monitor == "val_loss" and not experiment.loss_is_measure:
+            fix = "Monitor a term, such as val_ce: with balance the factors change as epochs go."
+            raise ValueError(message("monitor", "one measure of all epochs", "val_loss", fix))
         check_known("train.monitor", experiment.monitor, known)
 
 
