@@ -151,6 +151,41 @@ class TestWeightSchedule:
         assert relation == pytest.approx([0, 0, 0, 0.1, 0.1, 0.1, 0.1, 0.1])
         assert sum(weights.values()) == pytest.approx(1)
 
+    def test_a_fading_term_leaves_its_weight_to_those_that_last(self):
+        weights = {"alpha": 0.02, "beta": 0.04, "gamma": 0.8, "delta": 0.14}
+        key = weight_schedule(terms={"semantic": {"until": 5}, "relation": {"until": 2}})
+        config = stage({"key": "DisWOTPlusLoss", "kwargs": weights}, pre_epoch_process=key)
+        box = distillation_box(config)
+        for epoch in range(8):
+            box.pre_epoch_process(epoch=epoch)
+            found = weights_in(box)
+            semantic = [0.8, 0.64, 0.48, 0.32, 0.16, 0, 0, 0][epoch]
+            relation = [0.14, 0.07, 0, 0, 0, 0, 0, 0][epoch]
+            assert found["semantic"] == pytest.approx(semantic)
+            assert found["relation"] == pytest.approx(relation)
+            rest = 1 - semantic - relation
+            assert [found["ce"], found["kl"]] == pytest.approx([rest / 3, 2 * rest / 3])
+
+    def test_a_share_is_of_all_epochs(self):
+        key = weight_schedule(terms={"semantic": {"until": 0.5}})
+        config = stage({"key": "DisWOTPlusLoss"}, pre_epoch_process=key)
+        box = distillation_box(config)
+        box.num_epochs = 8
+        found = []
+        for epoch in range(6):
+            box.pre_epoch_process(epoch=epoch)
+            found.append(weights_in(box)["semantic"])
+        assert found == pytest.approx([0.1, 0.075, 0.05, 0.025, 0, 0])
+
+    def test_a_term_cannot_fade_into_nothing(self):
+        key = weight_schedule(terms={"semantic": {"until": 4}})
+        only = {"alpha": 0.0, "beta": 0.0, "gamma": 1.0, "delta": 0.0}
+        box = distillation_box(
+            stage({"key": "DisWOTPlusLoss", "kwargs": only}, pre_epoch_process=key)
+        )
+        with pytest.raises(ValueError, match=r"a term without until, with a weight"):
+            box.pre_epoch_process(epoch=1)
+
     def test_a_resumed_run_needs_no_state(self):
         key = weight_schedule(terms={"semantic": {"after": 1, "warm_up": 5}})
         config = stage({"key": "DisWOTPlusLoss"}, pre_epoch_process=key)
@@ -226,6 +261,8 @@ class TestWeightSchedule:
             ({"semantic": {"after": -1}}, "after: expected an integer >= 0, got -1"),
             ({"semantic": {"warm_up": 0.5}}, "warm_up: expected an integer >= 0, got 0.5"),
             ({"semantic": None}, "expected a mapping, got None"),
+            ({"semantic": {"until": 0}}, "until: expected an integer >= 1, or a share .*, got 0"),
+            ({"semantic": {"until": 4, "after": 1}}, "semantic: expected until alone"),
         ],
     )
     def test_a_wrong_schedule_is_named(self, terms, words):
