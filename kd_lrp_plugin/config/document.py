@@ -16,6 +16,15 @@ import yaml
 
 from kd_lrp_plugin.utils.validation import check_known, message
 
+# torchdistill's tags that make text of the items, or of the scalar, that they are given: where
+# images and weights lie must be known by them.
+TEXT_TAGS: dict[str, Callable[[Any], str]] = {
+    "!join": lambda items: "".join(map(str, items)),
+    "!pathjoin": lambda items: os.path.expanduser(os.path.join(*map(str, items))),
+    "!expanduser": os.path.expanduser,
+    "!abspath": os.path.abspath,
+}
+
 
 @dataclass(frozen=True)
 class Document:
@@ -192,30 +201,21 @@ def _construct_untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any
     return None
 
 
-def _join(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
-    if not isinstance(node, yaml.SequenceNode):
+def _construct_text(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
+    """What a tag of :data:`TEXT_TAGS` makes; None where another tag below it has its say."""
+    for part in walk(node):
+        if part.tag.startswith("!") and part.tag not in TEXT_TAGS:
+            return None
+    is_list = isinstance(node, yaml.SequenceNode)
+    if isinstance(node, yaml.MappingNode) or is_list != (node.tag in ("!join", "!pathjoin")):
         return None
-    return "".join(map(str, loader.construct_sequence(node, deep=True)))
-
-
-def _join_path(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
-    if not isinstance(node, yaml.SequenceNode) or not node.value:
-        return None
-    return os.path.expanduser(os.path.join(*map(str, loader.construct_sequence(node, deep=True))))
-
-
-def _change_path(change: Callable[[str], str], node: yaml.Node) -> str | None:
-    return change(node.value) if isinstance(node, yaml.ScalarNode) else None
+    given = loader.construct_sequence(node, True) if is_list else loader.construct_scalar(node)  # type: ignore
+    return TEXT_TAGS[node.tag](given) if given or node.tag != "!pathjoin" else None
 
 
 _UntaggedLoader.add_multi_constructor(None, _construct_untagged)
-# torchdistill's tags that make text of text: where images and weights lie must be known by them.
-_UntaggedLoader.add_constructor("!join", _join)
-_UntaggedLoader.add_constructor("!pathjoin", _join_path)
-_UntaggedLoader.add_constructor(
-    "!expanduser", lambda _, node: _change_path(os.path.expanduser, node)
-)
-_UntaggedLoader.add_constructor("!abspath", lambda _, node: _change_path(os.path.abspath, node))
+for _tag in TEXT_TAGS:
+    _UntaggedLoader.add_constructor(_tag, _construct_text)
 
 
 def _overridden(node: yaml.Node) -> bool:

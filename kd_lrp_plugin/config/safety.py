@@ -1,13 +1,11 @@
 """Which YAML tags, imports and keys run no code of the config's author."""
 
 import copy
-import os
-from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-from kd_lrp_plugin.config.document import Document, describe_mark, walk, walk_pairs
+from kd_lrp_plugin.config.document import TEXT_TAGS, Document, describe_mark, walk, walk_pairs
 from kd_lrp_plugin.utils.validation import message
 
 # What --safe lets a tag import or call, without its last name; none of it runs other code.
@@ -39,14 +37,8 @@ HARMLESS = {
         "Grayscale",
         "ToTensor",
         "Normalize",
+        "RandomErasing",
     ),
-}
-# Tags that only make text, as torchdistill makes it of the items or the scalar they are given.
-_TEXT_TAGS: dict[str, Callable[[Any], str]] = {
-    "!join": lambda items: "".join(map(str, items)),
-    "!pathjoin": lambda items: os.path.expanduser(os.path.join(*map(str, items))),
-    "!expanduser": os.path.expanduser,
-    "!abspath": os.path.abspath,
 }
 _CALL_TAGS = ("!import_get", "!import_call")
 _UNKNOWN = object()  # what another tag would make
@@ -57,11 +49,11 @@ class _ValueLoader(yaml.SafeLoader):
 
 
 def _construct_text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
-    if node.tag not in _TEXT_TAGS:
+    if node.tag not in TEXT_TAGS:
         return _UNKNOWN
     is_list = isinstance(node, yaml.SequenceNode)
     given = loader.construct_sequence(node, True) if is_list else loader.construct_scalar(node)  # type: ignore
-    return _TEXT_TAGS[node.tag](given)
+    return TEXT_TAGS[node.tag](given)
 
 
 _ValueLoader.add_multi_constructor(None, _construct_text)
@@ -104,7 +96,7 @@ def unsafe_tags(config: Document) -> list[str]:
             package, _, name = named.rpartition(".")
             if name not in HARMLESS.get(package, ()):
                 found.append((node, f"{node.tag} of {named!r}"))
-        elif node.tag.startswith("!") and node.tag not in _TEXT_TAGS:
+        elif node.tag.startswith("!") and node.tag not in TEXT_TAGS:
             found.append((node, node.tag))
     pairs = walk_pairs(config.root)
     if "dependencies" in pairs:

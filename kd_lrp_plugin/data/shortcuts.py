@@ -7,6 +7,7 @@ ours; what it draws depends on the seed, the image's index and its class alone.
 """
 
 import math
+import string
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -24,6 +25,7 @@ from kd_lrp_plugin.data.validation import check_integer
 from kd_lrp_plugin.utils.validation import check_known, message
 
 KINDS = ("patch", "glyph", "frame", "diffuse")
+_LETTERS = string.ascii_uppercase
 VARIANTS = ("as_trained", "random", "conflicting", "none")
 
 
@@ -114,6 +116,10 @@ class Marked(Dataset):
         if len(images.classes) < 2:
             fix = "A marker that tells the class needs two."
             raise ValueError(message("marked: images", "two classes or more", images.classes, fix))
+        if kind == "glyph" and len(images.classes) > len(_LETTERS):
+            fix = "Take patch, which has a place for each class."
+            got = f"{len(images.classes)} classes"
+            raise ValueError(message("marked: glyph", f"at most {len(_LETTERS)}", got, fix))
         known = range(len(images.classes))
         if classes is not None and (wrong := [c for c in classes if c not in known]):
             fix = "Give class indices, in the order of the data set's classes."
@@ -255,7 +261,7 @@ def _letter(shown: int, side: int) -> Float[Tensor, "side side"]:
     """The capital letter of a class, one pixel deep."""
     page = Image.new("L", (4 * side, 4 * side))
     font = ImageFont.load_default(size=2 * side)
-    ImageDraw.Draw(page).text((side, side), chr(ord("A") + shown % 26), fill=255, font=font)
+    ImageDraw.Draw(page).text((side, side), _LETTERS[shown], fill=255, font=font)
     box = page.getbbox()
     assert box is not None  # every capital letter has ink
     letter = np.asarray(page.crop(box).resize((side, side), Image.Resampling.BOX))

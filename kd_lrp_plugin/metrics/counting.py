@@ -22,6 +22,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
+from kd_lrp_plugin.utils.preserved import preserved
+
 ImageSize = int | tuple[int, int]  # the side of a square, or height and width
 Formulas = Mapping[Any, Callable[..., int]]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -245,24 +247,10 @@ def copied(
     with torch.no_grad(), torch.random.fork_rng(gpus):
         size = (1, channels, height, width)
         image = torch.rand(size, dtype=like.dtype, device=like.device)
-        with _kept(model):
+        # A forward that was patched into the copy may hold the original.
+        with preserved(model):
+            model.eval()
             yield _copy(model).eval(), image
-
-
-@contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Modes and buffers are put back, for a forward that was patched in may hold the original."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for buffer, value in buffers:
-            if not torch.equal(buffer, value):
-                buffer.data = value
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from kd_lrp_plugin.relevance.hooks import Propagation
 from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.target_layers import choose_layers, resolve_layers
+from kd_lrp_plugin.utils.preserved import preserved
 from kd_lrp_plugin.utils.validation import check_class_weights, check_known, message
 
 CANCELLATION = 1e-3
@@ -46,14 +47,10 @@ def relevance_maps(
         >>> [tuple(m.shape) for m in relevance_maps(model, images, targets, ["blocks.4"])]
         [(2, 4, 4)]
     """
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
+    with preserved(model):
         with record(model, layers, method) as recording:
             logits = model(images)
         return recording.maps(logits, targets, create_graph, signed)
-    finally:
-        for buffer, found in kept:
-            buffer.data = found
 
 
 @contextmanager

@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kd_lrp_plugin.utils.preserved import preserved
 from kd_lrp_plugin.utils.registry import unknown_name
 from kd_lrp_plugin.utils.validation import message
 
@@ -170,7 +170,8 @@ def _trace(model: nn.Module, side: int) -> list[_Output]:
     # A parametrization hands out weights, which have four axes, too.
     handles = [listen(n, m) for n, m in named if "parametrizations" not in n.split(".")]
     try:
-        with _unchanged(model), torch.no_grad():
+        devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        with preserved(model), torch.random.fork_rng(devices), torch.no_grad():
             logits = model.eval()(images)
     finally:
         for handle in handles:
@@ -178,21 +179,3 @@ def _trace(model: nn.Module, side: int) -> list[_Output]:
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ValueError("it does not end in logits (n, classes)")
     return [replace(output, is_single=runs[output.name] == 1) for output in outputs]
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Modes, buffers and random numbers as they were, whatever runs inside."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):  # a graph may wait for it, unchanged
-                    buffer.copy_(before)

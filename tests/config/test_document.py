@@ -2,6 +2,7 @@
 
 import pytest
 from small_runs import CONFIGS
+from torchdistill.common.yaml_util import load_yaml_file
 
 from kd_lrp_plugin.config.document import parse_document, resolve_config
 
@@ -33,6 +34,29 @@ def test_an_override_with_a_key_twice_is_refused():
 @pytest.mark.parametrize("text", ["a: {x: 1}\nb: {x: 1}\n", "a: &a {x: 1}\nb: {<<: *a, x: 2}\n"])
 def test_a_key_in_two_mappings_is_none_given_twice(text):
     assert parse_document("my.yaml", text).values["b"]["x"] in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("!join [a, 1, .5]", "a10.5"),
+        ("!join []", ""),
+        ("!pathjoin [a, b]", "a/b"),
+        ("!pathjoin []", None),
+        ("!join [a, !pathjoin [b, c]]", "ab/c"),
+        ("!pathjoin [runs, !join [a, b], best.pt]", "runs/ab/best.pt"),
+        ("!join [a, !env X]", None),
+        ("!join [a, [!pathjoin [b, !env X]]]", None),
+        ("!expanduser data", "data"),
+        ("!expanduser [data]", None),
+        ("!join a", None),
+    ],
+)
+def test_text_is_made_as_torchdistill_makes_it_or_is_not_known(text, value, tmp_path):
+    assert parse_document("my.yaml", f"a: {text}").values["a"] == value
+    if value is not None:
+        (tmp_path / "my.yaml").write_text(f"a: {text}")
+        assert load_yaml_file(tmp_path / "my.yaml")["a"] == value
 
 
 def test_values_do_not_change_the_text():

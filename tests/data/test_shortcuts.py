@@ -151,3 +151,17 @@ def test_white_is_white_in_every_channel():
     plain = back(torch.zeros(3, *images.shape))
     value, _ = draw_marker("diffuse", 0, 4, images.shape, (0.1, 1.0))
     torch.testing.assert_close(gradient, (plain + value).clamp(0, 1))
+
+
+def test_a_letter_for_each_class_or_none():
+    class Many(Phantom):
+        classes = tuple(f"class {i}" for i in range(27))
+
+    with pytest.raises(ValueError, match=r"marked: glyph: expected at most 26, got 27 classes"):
+        Marked(Many("test", size=8, image_size=32), kind="glyph", size=0.3)
+    Many.classes = Many.classes[:26]
+    letters = {
+        draw_marker("glyph", i, 26, (96, 96), (0.3, 1.0))[1].numpy().tobytes() for i in range(26)
+    }
+    assert len(letters) == 26
+    assert len(Marked(Many("test", size=8, image_size=32), kind="glyph", size=0.3)) == 8

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from kd_lrp_plugin.selection.scores.observation import Observation, preserved
+from kd_lrp_plugin.selection.scores.observation import Observation, frozen
 from kd_lrp_plugin.selection.scores.registry import SCORES, Score
 from kd_lrp_plugin.utils.validation import message
 
@@ -28,7 +28,7 @@ def _run_with_inputs(
         raise ValueError(message("score", f"a network with modules like {kind}", "none", fix))
     handles = [m.register_forward_pre_hook(lambda _, inputs: see(inputs[0])) for m in modules]
     try:
-        with torch.no_grad(), preserved(network.model, network.train_mode):
+        with torch.no_grad(), frozen(network.model, network.train_mode):
             network.model(images)
     finally:
         for handle in handles:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kd_lrp_plugin.metrics.efficiency import count_macs, count_parameters
 from kd_lrp_plugin.relevance.recording import Recording, record
+from kd_lrp_plugin.utils.preserved import preserved
 from kd_lrp_plugin.utils.validation import check_targets, message
 
 
@@ -50,7 +51,7 @@ class Observation:
 
     def _recorded(self, method: str) -> tuple[Recording, Tensor]:
         if method not in self._recordings:
-            kept, draws = preserved(self.model, self.train_mode), torch.random.fork_rng([])
+            kept, draws = frozen(self.model, self.train_mode), torch.random.fork_rng([])
             with kept, draws, record(self.model, self.layers, method) as recording:
                 torch.manual_seed(self.seed)
                 logits = self.model(self.images)
@@ -90,24 +91,14 @@ class Observation:
 
 
 @contextmanager
-def preserved(model: nn.Module, train_mode: bool) -> Iterator[None]:
+def frozen(model: nn.Module, train_mode: bool) -> Iterator[None]:
     """A model frozen in a mode; flags, modes and statistics are put back on exit.
 
     Without weights to derive for, a forward pass keeps no graph in front of the recorded layers.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.train(train_mode).requires_grad_(False)
-    try:
+    with preserved(model):
+        model.train(train_mode).requires_grad_(False)
         yield
-    finally:
-        for buffer, value in buffers:
-            buffer.data = value  # written in place, it would end the graph
-        for module, mode in modes:
-            module.training = mode
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def last_map(model: nn.Module) -> str:
