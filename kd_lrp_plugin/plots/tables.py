@@ -86,6 +86,19 @@ def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]
     return rows
 
 
+def prepared_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a study has prepared with several seeds: mean and interval of each measure."""
+    rows = []
+    for record in content.get("prepared_table", []):
+        if record["n"] > 1:
+            found = f"{_figure(record['mean'])} ± {_figure(record['std'])}"
+            row = {"prepared": record["configuration"], "measure": record["measure"]}
+            rows.append(
+                row | {"n": record["n"], "mean ± std": found, "95 % interval": _interval(record)}
+            )
+    return rows
+
+
 def group_rows(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The accuracy of each model in each group of ``evaluation.json``; empty without groups."""
     rows = []

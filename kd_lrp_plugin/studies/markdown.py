@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_lrp_plugin.metrics.statistics import detectable
-from kd_lrp_plugin.plots.tables import describe_primary, primary_rows, study_rows, table
+from kd_lrp_plugin.plots.tables import (
+    describe_primary,
+    prepared_rows,
+    primary_rows,
+    study_rows,
+    table,
+)
 from kd_lrp_plugin.plots.text import one_line
 
 
@@ -27,6 +33,8 @@ def study_markdown(content: Mapping[str, Any]) -> str:
             parts.append(f"## {one_line(measure)}\n\nNothing to show: {reason}")
         if best := _best(content, measure):
             parts.append(best)
+    if rows := prepared_rows(content):
+        parts.append(f"## Prepared\n\n{table(rows)}")
     parts.append("\n".join(_reading(content)))
     return "\n\n".join(parts) + "\n"
 

@@ -5,7 +5,8 @@
     question: does relevance add anything to KD?
     seeds: 3                      # 0, 1 and 2; a list names them
     set: [image_size=96]          # overrides for every run
-    prepare:                      # trained once; {teacher} below is its best.pt
+    prepare:                      # trained once; {teacher} below is its best.pt. With seed: each
+                                  # one for each seed of the study, of the same number
       teacher: {config: ../brain_mri/ce/mobilenetv2_100_flatten.yaml, set: [train.num_epochs=20]}
     configurations:
       CE: {config: ../brain_mri/ce/mobilenetv2_035.yaml, axes: []}
@@ -43,6 +44,7 @@ from kd_lrp_plugin.studies.primary import read_primary, refuse_further_seeds
 from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.validation import check_known, message
 
+EACH = "each"
 KEYS = (
     *("question", "seeds", "set", "prepare", "configurations", "compare_to", "grid"),
     *("measures", "primary"),
@@ -90,9 +92,14 @@ def read_plan(
         where = f"{file}: prepare {name!r}"
         own = _list_overrides(where, entry.get("set"))
         with _errors_at(where):
-            (seed,) = _list_seeds([entry.get("seed", 0)])
-            changes = (*common, *own, *overrides)
-            made[name] = planner.plan(name, entry["config"], {}, seed, changes)
+            changes, seed = (*common, *own, *overrides), entry.get("seed", 0)
+            if seed == EACH:
+                made[name] = {
+                    s: planner.plan(name, entry["config"], {}, s, changes) for s in chosen
+                }
+            else:
+                (seed,) = _list_seeds([seed])
+                made[name] = {None: planner.plan(name, entry["config"], {}, seed, changes)}
     runs = []
     entries = _read_entries(file, content, "configurations", ("config", "set", "axes"))
     for name, entry in entries.items():
@@ -108,11 +115,12 @@ def read_plan(
                 changes = (*common, *own, *of_point, *overrides)
                 run = None
                 for seed in chosen:
-                    if run is None or any("{seed}" in change for change in changes):
+                    if run is None or planner.depend_on_seed(changes):
                         run = planner.plan(name, entry["config"], point, seed, changes)
                     runs.append(replace(run, seed=seed, folder=run.folder.parent / str(seed)))
     _check_different(file, runs)
-    terms = {term for run in (*made.values(), *runs) for term in run.terms}
+    of_prepared = [run for by_seed in made.values() for run in by_seed.values()]
+    terms = {term for run in (*of_prepared, *runs) for term in run.terms}
     for measure in measures:
         check_measure(f"{file}: measures", str(measure), terms)
     compare_to = content.get("compare_to")
@@ -126,7 +134,7 @@ def read_plan(
     ]
     needs = {need for run in runs for need in run.needs}
     prepared: list[StudyRun] = []
-    for run in reversed(made.values()):
+    for run in reversed(of_prepared):
         if run.folder in needs or not only:
             needs.update(run.needs)
             prepared.insert(0, run)
@@ -290,19 +298,29 @@ class RunPlanner:
     Attributes:
         file: of the study; configs lie beside it.
         root: folder of the runs.
-        prepared: runs that overrides may name in braces.
+        prepared: runs that overrides may name in braces: by name, then by the seed of the run that
+            names it, or under None for all seeds.
     """
 
     file: Path
     root: Path
-    prepared: dict[str, StudyRun] = field(default_factory=dict)
+    prepared: dict[str, dict[int | None, StudyRun]] = field(default_factory=dict)
+
+    def depend_on_seed(self, overrides: Sequence[str]) -> bool:
+        """Whether overrides say something else for another seed."""
+        each = [name for name, by_seed in self.prepared.items() if None not in by_seed]
+        return any(f"{{{name}}}" in override for name in ("seed", *each) for override in overrides)
 
     def plan(
         self, name: str, config: str, point: Mapping[str, Any], seed: int, overrides: Sequence[str]
     ) -> StudyRun:
         """One run of a configuration at a point of the grid."""
         path = Path(os.path.normpath(self.file.parent / config))
-        prepared = self.prepared
+        prepared = {
+            name: by_seed[None if None in by_seed else seed]
+            for name, by_seed in self.prepared.items()
+            if None in by_seed or seed in by_seed
+        }
         used = [n for n in prepared if any(f"{{{n}}}" in override for override in overrides)]
         # What a prepared run is, not where it lies: moved along with it, a run stays known.
         names = {n: f"{run.folder.parent.name}/{run.seed}" for n, run in prepared.items()}

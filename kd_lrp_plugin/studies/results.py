@@ -23,7 +23,8 @@ def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dic
     Returns:
         ``file``, ``root``, ``question``, ``overrides``, ``only``, ``seeds``, ``axes``,
         ``compare_to`` and ``measures`` of the plan; ``runs``, a row for each, with its state and
-        measures, and ``prepared``, the same; ``table`` of :func:`comparison.summarise` and
+        measures, and ``prepared``, the same; ``table`` and ``prepared_table`` of
+        :func:`comparison.summarise` for both, and
         ``comparisons`` of :func:`comparison.compare`; ``primary`` of
         :func:`primary.judge_primary`; ``final``, whether all is finished, and
         ``state``, the same as text; ``failed``, the reasons by label.
@@ -54,6 +55,7 @@ def collect_results(plan: Plan, failed: Mapping[Path, str] | None = None) -> dic
         "prepared": prepared,
         "runs": rows,
         "table": summarise(rows, plan.measures),
+        "prepared_table": summarise(prepared, plan.measures),
         "comparisons": compare(rows, plan.measures, plan.compare_to),
     }
 

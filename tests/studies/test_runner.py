@@ -120,6 +120,30 @@ class TestPlan:
         assert plan.runs[2].overrides == (f"{RATE}=0.2", "train.num_epochs=3")
         assert len({run.folder for run in plan.runs}) == 7
 
+    def test_each_seed_may_have_a_teacher_of_its_own(self, written):
+        prepare = {
+            "teacher": {"config": str(TEACHER), "seed": "each"},
+            "assistant": {"config": str(KD), "set": [TAUGHT], "seed": "each"},
+        }
+        student = {
+            "config": str(KD),
+            "set": [TAUGHT.replace("teacher}", "assistant}"), "batch_size=4"],
+        }
+        file = written(prepare=prepare, configurations={"KD": student}, compare_to=None)
+        plan = read_plan(file)
+        teachers, assistants = plan.prepared[:2], plan.prepared[2:]
+        assert [run.seed for run in plan.prepared] == [0, 1, 0, 1]
+        assert [run.needs for run in assistants] == [(run.folder,) for run in teachers]
+        assert [run.needs for run in plan.runs] == [(run.folder,) for run in assistants]
+        assert len({run.folder for run in plan.trainings()}) == 6
+        assert read_plan(file, seeds=[1]).trainings()[-1] == plan.runs[1]
+        once = {"teacher": {"config": str(TEACHER)}, "assistant": prepare["assistant"]}
+        shared = read_plan(written(prepare=once, configurations={"KD": student}, compare_to=None))
+        assert [run.needs for run in shared.prepared[1:]] == [(shared.prepared[0].folder,)] * 2
+        fixed = {**prepare, "assistant": {**prepare["assistant"], "seed": 7}}
+        with pytest.raises(ValueError, match=r"prepare 'assistant': set: in braces.*'teacher'"):
+            read_plan(written(prepare=fixed))
+
     def test_a_part_of_a_study_is_the_same_runs(self, written):
         grid = {"rate": {"key": "train.optimizer.kwargs.lr", "values": [0.1, 0.01]}}
         full = read_plan(written(grid=grid))
@@ -350,6 +374,15 @@ class TestComparing:
         assert "0.8733 ± 0.0153" in row
         assert "+0.0533" in row
         assert "0.8354 to 0.9113" in row
+
+    def test_teachers_with_seeds_have_an_interval(self):
+        rows = make_rows({("teacher",): [0.9, 0.94, 0.95], ("assistant",): [0.8]})
+        text = study_markdown(self.content(self.ROWS, prepared_table=summarise(rows, ["accuracy"])))
+        found = describe([0.9, 0.94, 0.95])
+        row = next(line for line in text.splitlines() if line.startswith("| teacher "))
+        assert f"{found['mean']:.4f} ± {found['std']:.4f}" in row
+        assert f"{found['low']:.4f} to {found['high']:.4f}" in row
+        assert "| assistant" not in text
 
     def test_one_seed_is_called_an_anecdote(self):
         rows = [row for row in self.ROWS if row["seed"] == 0]
