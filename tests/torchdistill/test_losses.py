@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from recorded_batch import LAYERS, batch, get_method, io, models
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import RandomSampler, SequentialSampler
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.datasets.registry import DATASET_DICT
@@ -188,6 +188,47 @@ class TestOptionsOfRelevance:
         loss = plugin.RecordedLoss("LRPSemanticL2Loss", target="contrast")
         with pytest.raises(ValueError, match=r"two logits or more, got \(4, 1\)"):
             loss(*parts, torch.zeros(4, dtype=torch.long))
+
+
+class Plain(nn.Module):
+    """A piecewise-linear network that keeps what its layers make."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, bias=bias)
+        self.second = nn.Conv2d(5, 6, 3, bias=bias)
+        self.head = nn.Linear(6 * 6 * 6, 4, bias=bias)
+        self.made: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.first(images)
+        second = self.second(torch.relu(first))
+        logits = self.head(torch.relu(nn.functional.max_pool2d(second, 2)).flatten(1))
+        self.made = [second, logits]
+        return logits
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_signed_maps_share_out_the_logit_but_for_what_biases_add(bias):
+    """So that matching them with sign and size is distilling the logits, place by place."""
+    torch.manual_seed(0)
+    net, images = Plain(bias).double(), torch.rand(3, 3, 16, 16, dtype=torch.float64)
+    targets = torch.tensor([0, 3, 1])
+    weights = torch.full((3, 4), -1 / 3, dtype=torch.float64)
+    weights[range(3), targets] = 1  # the label minus the mean of the others
+    for asked, scores in ((targets, None), (weights, weights)):
+        with record(net, ["first"]) as recording:
+            logits = net(images)
+        (maps,) = recording.maps(logits, asked, signed=True)
+        if scores is None:
+            scores = nn.functional.one_hot(targets, 4).double()
+        of_each = (net(images) * scores).sum(1)
+        second, last = torch.autograd.grad(of_each.sum(), net.made)
+        added = torch.zeros(3, dtype=torch.float64)
+        if bias:
+            added = (second.sum((2, 3)) * net.second.bias).sum(1) + (last * net.head.bias).sum(1)
+            assert (added.abs() > 1e-3).all()
+        torch.testing.assert_close(maps.sum((1, 2)) + added, of_each, rtol=1e-10, atol=1e-12)
 
 
 def test_a_frozen_teacher_does_not_drift_under_stock_losses():
