@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -20,6 +21,24 @@ SMALL = ["image_size=48", "batch_size=8", "num_workers=0", "train.num_epochs=1"]
     for split, size in {"train": 16, "val": 9, "test": 8}.items()  # 9: a last batch of one
 ]
 CPU = DistributedContext(torch.device("cpu"))
+
+
+def idx(values: np.ndarray) -> bytes:
+    """What an unpacked IDX file of these bytes holds."""
+    header = b"\0\0\x08" + bytes([values.ndim])
+    return header + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
+
+
+def write_digits(folder: Path, train: int = 40, test: int = 12) -> Path:
+    """IDX files of noise under the names of MNIST, each digit in turn."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for name, count in (("train", train), ("t10k", test)):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        labels = np.arange(count, dtype=np.uint8) % 10
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return folder
 
 
 class Stopped(RuntimeError):

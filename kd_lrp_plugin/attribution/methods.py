@@ -1,7 +1,8 @@
 """Explanations of a finished model: maps by any method, and what a map tells of its model.
 
 Training needs maps that can be trained through (:mod:`kd_lrp_plugin.relevance.recording`);
-afterwards the methods that only ask the model again are welcome, too. All of them explain a logit.
+afterwards the methods that only ask the model again are welcome, too. All of them explain a logit,
+but RISE, a probability.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
-"""Methods that ask the model for changed images: Score-CAM and LIME."""
+"""Methods that ask the model for changed images: Score-CAM, LIME and RISE."""
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ from captum._utils.models.linear_model import SkLearnRidge
 from captum.attr import Lime
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, BATCH, INPUT, Attribution, mean_colour
 from kd_lrp_plugin.losses import resize_maps
@@ -16,6 +19,9 @@ from kd_lrp_plugin.utils.extras import imports_of_an_extra
 
 SUPERPIXELS = 50
 LIME_SAMPLES = 200
+RISE_MASKS = 1000
+RISE_CELLS = 7
+RISE_KEPT = 0.5
 
 
 @torch.no_grad()
@@ -106,5 +112,52 @@ def _superpixels(image: Float[Tensor, "c h w"]) -> Int[Tensor, "1 1 h w"]:
     return torch.from_numpy(np.asarray(regions))[None, None].to(image.device)
 
 
+@torch.no_grad()
+def rise(
+    model: nn.Module,
+    images: Float[Tensor, "n c h w"],
+    targets: Int[Tensor, " n"],
+    layer: str = INPUT,
+) -> Float[Tensor, "n h w"]:
+    r"""Random masks, averaged with the probability that the image behind each of them has.
+
+    .. math:: R = \frac{1}{N p} \sum_{i=1}^N f_c(x \odot M_i) M_i
+
+    with 1,000 masks of 7 x 7 cells, each kept with p = 0.5, bilinearly enlarged and shifted at
+    random. All images see the same masks, from one seed, a batch of them in memory at a time. No
+    probability is negative, so that all of a map lies above zero: its peaks tell, not its zeros.
+
+    Reference:
+        Petsiuk, Das and Saenko, BMVC 2018, eq. 6 and section 3.2. Where a mask is 0 the image is
+        0, as there. Deviation: cells are rounded up to whole pixels, as in the published code,
+        so that shifted masks cover the image whatever its size.
+    """
+    height, width = images.shape[2:]
+    maps = images.new_zeros(len(images), height, width)
+    for drawn in _draw_masks(height, width):
+        masks = drawn.to(images)
+        for found, image, target in zip(maps, images, targets, strict=True):
+            scores = model(image * masks[:, None]).softmax(1)[:, target]
+            found += torch.tensordot(scores, masks, 1)
+    return maps / (RISE_MASKS * RISE_KEPT)
+
+
+def _draw_masks(height: int, width: int) -> Iterator[Float[Tensor, "batch {height} {width}"]]:
+    """The masks of every image of a size, in batches."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (RISE_MASKS, 1, RISE_CELLS, RISE_CELLS)
+    kept = (torch.rand(shape, generator=generator) < RISE_KEPT).float()
+    cell = [math.ceil(side / RISE_CELLS) for side in (height, width)]
+    tops, lefts = (torch.randint(side, (RISE_MASKS,), generator=generator) for side in cell)
+    large = [side * (RISE_CELLS + 1) for side in cell]
+    for some, top, left in zip(
+        kept.split(BATCH), tops.split(BATCH), lefts.split(BATCH), strict=True
+    ):
+        grown = functional.interpolate(some, large, mode="bilinear")[:, 0]
+        shifts = zip(grown, top.tolist(), left.tolist(), strict=True)
+        yield torch.stack([mask[y : y + height, x : x + width] for mask, y, x in shifts])
+
+
 ATTRIBUTIONS.register(Attribution(score_cam, slow=True), "score_cam")
 ATTRIBUTIONS.register(Attribution(lime, layered=False, slow=True), "lime")
+ATTRIBUTIONS.register(Attribution(rise, layered=False, slow=True), "rise")

@@ -16,7 +16,7 @@ METHODS = (
     "lrp_gamma",
     "lrp_composite",
 )
-ATTRIBUTIONS = (*METHODS, "lime", "score_cam")
+ATTRIBUTIONS = (*METHODS, "lime", "rise", "score_cam")
 SCORES = (
     "diswot",
     "diswot_lrp_cosine",

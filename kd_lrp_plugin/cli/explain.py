@@ -17,7 +17,7 @@ def explain(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="Such as grad_cam, lrp_composite, score_cam or lime; repeatable. "
+            help="Such as grad_cam, lrp_composite, score_cam, lime or rise; repeatable. "
             "Default: all that can handle the model.",
             autocompletion=complete_attribution,
         ),

@@ -79,11 +79,12 @@ def explain(
     """Explain the models of finished runs, in pictures and in metrics.
 
     The metrics are of the true class, on images of the test set, where it has masks on images
-    with a mask: all of them (1,000 at most) for quick methods, 32 of them for LIME, Score-CAM,
-    insertion and deletion, and half of these for the randomisation (8 for slow methods). A map
-    without relevance, as an LRP map of a class with a negative output is, counts as 0 where the
-    metric is of a location or a likeness to the teacher's, and is left out elsewhere. The pictures
-    are of the class that each model predicts.
+    with a mask: all of them (1,000 at most) for quick methods, 32 of them for LIME, RISE,
+    Score-CAM, insertion and deletion, and half of these for the randomisation (8 for slow
+    methods). A map without relevance, as an LRP map of a class with a negative output is, counts
+    as 0 where the metric is of a location or a likeness to the teacher's, and is left out
+    elsewhere. The pictures are of the class that each model predicts. A model without maps, such
+    as an MLP, is explained by the methods that need no layer.
 
     Writes ``explanations.png`` and ``explanations.json`` into each run folder. With ``out``, writes
     there ``maps.png`` and ``explanations.csv``, all runs side by side, and ``maps.json``, the
@@ -291,7 +292,7 @@ class Explainer:
     ) -> Figure:
         """A row per image and method, a column per model."""
         able = _list_common_methods(runs)
-        methods = [method for method in wanted if method in able]
+        methods = [method for method in wanted if method in able] or able
         columns = {}
         teachers = {run.hashes["teacher"] for run in runs if "teacher" in run.models}
         pictured: set[str] = set()

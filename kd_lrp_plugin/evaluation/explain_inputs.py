@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, attribute
+from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -42,7 +42,8 @@ class LoadedRun:
         test_hash: of the names and labels of its images.
         labels: of the test set.
         probabilities: by role, as they are in predictions.csv.
-        layers: by role, the target layers; those at one index belong together.
+        layers: by role, the target layers; those at one index belong together. The input for a
+            model that has none.
         methods: by role, those that can handle the model.
     """
 
@@ -98,7 +99,8 @@ class ExplainOptions:
         methods: names of :data:`~kd_lrp_plugin.attribution.methods.ATTRIBUTIONS`, or of what a
             module in a run's ``dependencies`` adds to it; without any, all that can handle a model.
         layers: names of modules; without any, the deepest before the last reduction, where maps
-            still have locations to compare. Pictures show the first.
+            still have locations to compare. Pictures show the first. A model without such a layer
+            is explained by the methods that need none.
         roles: "student", "teacher" or both; a run without a teacher has none to explain.
         images: files to picture instead of test images; then no metric is computed.
         n: test images to picture: classes in turn, right and wrong predictions in turn.
@@ -199,18 +201,32 @@ def _check_predictions(run: LoadedRun, role: str, indices: Sequence[int], images
 
 
 def _find_layers(model: nn.Module, asked: Sequence[str]) -> list[str]:
-    """Those asked for, which must be there; else the deepest before the last reduction."""
-    with record(model, [*asked] or "auto") as recording:
-        return recording.layers if asked else recording.layers[-1:]
+    """Those asked for, which must be there; else the one chosen, or the input if none can be."""
+    if asked:
+        with record(model, [*asked]) as recording:
+            return recording.layers
+    try:
+        return _choose_layer(model)
+    except ValueError:  # methods without layers do not mind; of the others it is said why
+        return [INPUT]
+
+
+def _choose_layer(model: nn.Module) -> list[str]:
+    """The deepest before the last reduction."""
+    with record(model, "auto") as recording:
+        return recording.layers[-1:]
 
 
 def _find_methods(run: LoadedRun, role: str, methods: Sequence[str], tried: Sample) -> list[str]:
     """The methods asked for, each of which must work; of all methods, those that do."""
     refused: dict[str, ValueError] = {}
+    model = run.models[role]
     for method in methods or ATTRIBUTIONS:
         try:
             for layer in run.layers[role]:
-                attribute(run.models[role], tried.images[:1], tried.labels[:1], method, layer)
+                if layer == INPUT and ATTRIBUTIONS[method].layered:
+                    _choose_layer(model)  # raises what left the model without one
+                attribute(model, tried.images[:1], tried.labels[:1], method, layer)
         except ValueError as error:
             refused[method] = error
     able = [method for method in methods or ATTRIBUTIONS if method not in refused]

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a model, counted where torch computes them, and thop's as a check.
+"""Arithmetic of a model, counted where torch computes it: MACs, thop's as a check, Keras' FLOPs.
 
 Every count runs a copy of the model, in evaluation mode and on its own device and dtype; the model
 and torch's random state stay as they were. Hooks on the model run on the copy too.
@@ -6,7 +6,7 @@ and torch's random state stay as they were. Hooks on the model run on the copy t
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
 from kd_lrp_plugin.utils.preserved import preserved
@@ -80,6 +81,40 @@ def count_flops(model: nn.Module, image_size: ImageSize, channels: int = 3) -> i
     """
     with copied(model, image_size, channels) as (copy_of_model, image):
         return run_counter(fold_weights(copy_of_model), image).get_total_flops()
+
+
+def count_flops_keras(model: nn.Module, image_size: ImageSize, channels: int = 3) -> int | None:
+    """FLOPs of one image by the convention of Keras' profile, which counts more than products.
+
+    Two for each multiply-accumulate of convolutions and linear layers; one for each value that a
+    bias is added to; the cells of the window for each output of a max pooling; one for each sum
+    of a shortcut; one for each input of a global average pooling; five for each entry of a
+    softmax, where the model computes one. ReLU, ReLU6, batch norms of maps and what only moves
+    values are free.
+
+    Args:
+        model: takes images of shape (1, channels, height, width).
+        image_size: side of the square image in pixels, or its height and width.
+        channels: of the image.
+
+    Returns:
+        A number of floating-point operations; None for a model that computes something else, such
+        as attention, another activation or another average pooling: the convention does not say.
+
+    Example:
+        >>> pooled = nn.Sequential(nn.Conv2d(3, 8, kernel_size=3, padding=1), nn.MaxPool2d(2))
+        >>> count_flops_keras(pooled, image_size=10)  # 2 * 21,600 + 800 + 4 * 200
+        44800
+
+    Reference:
+        [A], its tables of FLOPs, recovered from its figures. Deviation: none.
+    """
+    with copied(model, image_size, channels) as (copy_of_model, image):
+        folded = fold_weights(copy_of_model)
+        counter = _KerasCounter()
+        with counter:
+            folded(image)
+    return None if counter.is_incomplete else counter.flops
 
 
 def count_macs_by_thop(model: nn.Module, image_size: ImageSize, channels: int = 3) -> int:
@@ -231,6 +266,106 @@ def _thop_rule(module: nn.Module) -> Callable[..., None]:
     if isinstance(module, CONVOLUTIONS):
         return count_convNd
     return count_linear if isinstance(module, nn.Linear) else zero_ops
+
+
+# --- Keras' convention --------------------------------------------------------------------------
+
+
+class _KerasCounter(TorchDispatchMode):
+    """Adds up what :func:`count_flops_keras` counts, and notes whether there was anything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+        self.is_incomplete = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        operation, kwargs = func.overloadpacket, kwargs or {}
+        if operation not in _FREE and operation not in _KERAS:
+            with self:  # inference mode does not take apart what has no kernel of its own
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        output = func(*args, **kwargs)
+        if operation not in _FREE:
+            count = _KERAS.get(operation)
+            flops = count(args, output) if count and not kwargs else None  # a factor, say
+            self.flops += flops or 0
+            self.is_incomplete |= flops is None
+        return output
+
+
+def _keras_convolution(args: Sequence[Any], output: Tensor) -> int | None:
+    _, weight, bias, _, _, _, is_transposed, *_ = args
+    products = 2 * output.numel() * math.prod(weight.shape[1:])
+    return None if is_transposed else products + (output.numel() if bias is not None else 0)
+
+
+def _keras_linear(args: Sequence[Any], output: Tensor) -> int | None:
+    """Of ``addmm(bias, x, weight)``, without factors in front of its terms."""
+    bias, inputs, _ = args
+    return output.numel() * (2 * inputs.shape[1] + 1) if bias.ndim == 1 else None
+
+
+def _keras_product(args: Sequence[Any], output: Tensor) -> int:
+    return 2 * output.numel() * args[0].shape[1]
+
+
+def _keras_max_pooling(args: Sequence[Any], output: tuple[Tensor, Tensor]) -> int:
+    kernel = args[1]
+    return output[0].numel() * math.prod(kernel if len(kernel) > 1 else kernel * 2)
+
+
+def _keras_mean(args: Sequence[Any], output: Tensor) -> int | None:
+    image = args[0]
+    is_global = image.ndim == 4 and math.prod(output.shape) == math.prod(image.shape[:2])
+    axes = (args[1] or ()) if len(args) > 1 else ()
+    is_spatial = sorted(axis % image.ndim for axis in axes) == [2, 3]
+    return image.numel() if is_global and is_spatial else None
+
+
+def _keras_sum(args: Sequence[Any], output: Tensor) -> int | None:
+    is_shortcut = all(isinstance(term, Tensor) and term.shape == output.shape for term in args[:2])
+    return output.numel() if is_shortcut and output.ndim == 4 else None
+
+
+def _keras_softmax(_: Sequence[Any], output: Tensor) -> int:
+    return 5 * output.numel()
+
+
+def _keras_norm(args: Sequence[Any], _: Any) -> int | None:
+    return 0 if args[0].ndim == 4 else None  # of maps, one operation that is not profiled
+
+
+def _keras_clip(args: Sequence[Any], _: Any) -> int | None:
+    return 0 if len(args) > 1 and args[1] == 0 else None  # as of ReLU6
+
+
+# fmt: off
+_KERAS: Mapping[Any, Callable[[Sequence[Any], Any], int | None]] = {
+    aten.convolution: _keras_convolution,
+    aten.addmm: _keras_linear,
+    aten.mm: _keras_product,
+    aten.max_pool2d_with_indices: _keras_max_pooling,
+    aten.mean: _keras_mean,
+    aten.add: _keras_sum,
+    aten.add_: _keras_sum,
+    aten._softmax: _keras_softmax,
+    aten.hardtanh: _keras_clip,
+    aten.hardtanh_: _keras_clip,
+    aten.native_batch_norm: _keras_norm,
+    aten._native_batch_norm_legit_no_training: _keras_norm,
+    aten.cudnn_batch_norm: _keras_norm,
+    aten.miopen_batch_norm: _keras_norm,
+}
+_FREE = frozenset({
+    aten.relu, aten.relu_, aten.view, aten._unsafe_view, aten.t, aten.transpose, aten.permute,
+    aten.expand, aten.alias, aten.detach, aten.clone, aten.squeeze, aten.unsqueeze, aten.slice,
+    aten.select, aten.split, aten.cat, aten.constant_pad_nd, aten.empty,
+})
+# fmt: on
 
 
 # --- the copy -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from kd_lrp_plugin.metrics.counting import (
     compare_counters,
     copied,
     count_flops,
+    count_flops_keras,
     count_macs,
     count_macs_by_thop,
     fold_weights,
@@ -29,6 +30,7 @@ from kd_lrp_plugin.utils.validation import message
 __all__ = [
     "cost",
     "count_flops",
+    "count_flops_keras",
     "count_macs",
     "count_parameters",
     "measure_latency",
@@ -169,7 +171,8 @@ def cost(
 
     Returns:
         ``parameters``; ``parameters_and_statistics``, with the running statistics of batch norms;
-        ``macs``, ``flops`` (twice the MACs), ``memory_access_cost``, all for one image;
+        ``macs``, ``flops`` (twice the MACs), ``flops_keras`` (of :func:`count_flops_keras`, None
+        where its convention does not say), ``memory_access_cost``, all for one image;
         ``megabytes``; for each batch size ``latency_ms_batch_N`` and
         ``images_per_second_batch_N``. As a check of ``macs`` also ``macs_by_thop`` and
         ``counters_differ_by``, the difference of both as a part of the larger: 0 where they agree,
@@ -194,6 +197,7 @@ def cost(
         "parameters_and_statistics": count_parameters(model, buffers=True),
         "macs": macs,
         "flops": 2 * macs,
+        "flops_keras": count_flops_keras(model, image_size, channels),
         "memory_access_cost": memory_access_cost(model, image_size, channels),
         "megabytes": megabytes(model),
     }

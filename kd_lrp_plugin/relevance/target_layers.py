@@ -39,8 +39,8 @@ def choose_layers(model: nn.Module) -> list[str]:
         Names of modules with output (n, c, h, w).
 
     Raises:
-        ValueError: if the model does not run on zeros of the usual sizes, or its maps have one
-            size only.
+        ValueError: if the model does not run on zeros of the usual sizes, or it has no maps, or
+            maps of one size only.
     """
     if model not in _CHOSEN:
         names = _choose_by_feature_info(model) or _choose_by_trace(model)
@@ -110,6 +110,10 @@ def _choose_by_trace(model: nn.Module) -> list[str]:
     depth = min((output.depth for output in by_reduction.values()), default=math.inf)
     if any(o.is_channels_last and o.depth < depth for o in traced):  # as of a swin transformer
         by_reduction.clear()
+    if not traced:
+        fix = "Name layers, if it has any; else choose losses and methods that need none."
+        got = f"{type(model).__name__}, which has none"
+        raise ValueError(message("layers", "a model with maps (n, c, h, w)", got, fix))
     if not by_reduction:
         got = f"{type(model).__name__}, whose stages have none that shrink"
         expected = "a model with maps (n, c, h, w) of two sizes or more for 'auto'"
@@ -145,7 +149,7 @@ def _trace(model: nn.Module, side: int) -> list[_Output]:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     # Not first.weight: of a parametrized layer, reading that can change its buffers.
     weight = next((first or model).parameters(), torch.zeros(1))
-    channels = first.in_channels if first is not None else 3
+    channels = first.in_channels if first is not None else getattr(model, "in_chans", 3)
     runs: dict[str, int] = {}
     outputs: list[_Output] = []
     has_begun = False

@@ -28,9 +28,10 @@ OF_MODEL = (
     *("log_loss", "calibration_error", "confusion_matrix", "per_class", "cost", "groups"),
 )
 OF_COST = (
-    *("parameters", "parameters_and_statistics", "macs", "flops", "memory_access_cost"),
-    *("megabytes", "latency_ms_batch_1", "latency_ms_batch_32", "images_per_second_batch_1"),
-    *("images_per_second_batch_32", "macs_by_torch", "macs_by_thop", "counters_differ_by"),
+    *("parameters", "parameters_and_statistics", "macs", "flops", "flops_keras"),
+    *("memory_access_cost", "megabytes", "latency_ms_batch_1", "latency_ms_batch_32"),
+    *("images_per_second_batch_1", "images_per_second_batch_32"),
+    *("macs_by_torch", "macs_by_thop", "counters_differ_by"),
 )
 OF_BOTH = (
     *("n", "agreement", "agreement_where_teacher_right", "agreement_where_teacher_wrong"),

@@ -16,7 +16,9 @@ high-level loss        ``DisWOTPlusLoss``, with ``balance: gradient`` or without
 auxiliary wrapper      ``ModelWithHeads``, for hints (``Conv2d``) and probes (``linear_probe``)
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
-models                 ``timm_model``, ``timm_mobilenetv2``; ``diswot_student``, which chooses one
+models                 ``timm_model``, ``timm_mobilenetv2``; ``mnist_cnn``, ``mnist_mlp``,
+                       ``mnist_assistant``, ``mnist_assistant_small`` for 28 px; and
+                       ``diswot_student``, which chooses one
 datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``, and ``marked``,
                        which puts markers on any of them; in ``datasets`` by ``!import_call`` of
                        :func:`phantom` and so on
@@ -72,7 +74,15 @@ from kd_lrp_plugin.torchdistill.mid_level import (
     RecordedLoss,
     register_recorded_loss,
 )
-from kd_lrp_plugin.torchdistill.models import diswot_student, timm_mobilenetv2, timm_model
+from kd_lrp_plugin.torchdistill.models import (
+    diswot_student,
+    mnist_assistant,
+    mnist_assistant_small,
+    mnist_cnn,
+    mnist_mlp,
+    timm_mobilenetv2,
+    timm_model,
+)
 from kd_lrp_plugin.torchdistill.pre_epoch_proc import weight_schedule
 from kd_lrp_plugin.torchdistill.right_reasons import RightReasonsLoss
 
@@ -96,6 +106,10 @@ __all__ = [
     "marked",
     "mixup",
     "mnist",
+    "mnist_assistant",
+    "mnist_assistant_small",
+    "mnist_cnn",
+    "mnist_mlp",
     "phantom",
     "recorded",
     "recorder",

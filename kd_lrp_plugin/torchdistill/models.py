@@ -1,4 +1,4 @@
-"""Models by name: timm's, the MobileNetV2 of any size, and the student that chooses itself."""
+"""Models by name: timm's, MobileNetV2 of any size, MNIST's, the student that chooses itself."""
 
 import importlib
 import logging
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 
-from kd_lrp_plugin.models import factory, mobilenetv2
+from kd_lrp_plugin.models import factory, mnist, mobilenetv2
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.selection.candidates import Entry
 from kd_lrp_plugin.selection.select import Selection, is_dry_run, load_choice, save_choice
@@ -21,6 +21,14 @@ from kd_lrp_plugin.utils.validation import check_known, strict
 
 timm_model = register_model(strict("timm_model")(factory.build_model), key="timm_model")
 timm_mobilenetv2 = register_model(mobilenetv2.mobilenetv2, key="timm_mobilenetv2")
+mnist_cnn = register_model(strict("mnist_cnn")(mnist.mnist_cnn), key="mnist_cnn")
+mnist_mlp = register_model(strict("mnist_mlp")(mnist.mnist_mlp), key="mnist_mlp")
+mnist_assistant = register_model(
+    strict("mnist_assistant")(mnist.mnist_assistant), key="mnist_assistant"
+)
+mnist_assistant_small = register_model(
+    strict("mnist_assistant_small")(mnist.mnist_assistant_small), key="mnist_assistant_small"
+)
 
 
 logger = logging.getLogger(__name__)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_runs import idx
 
 from kd_lrp_plugin.data.mnist import Mnist, identify_digits, read_idx
 
@@ -14,11 +15,6 @@ RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (40, 28, 28), np.uint8)
 LABELS = RNG.integers(0, 10, 40, np.uint8)
 LABELS[:10] = range(10)
-
-
-def idx(values: np.ndarray) -> bytes:
-    header = b"\0\0\x08" + bytes([values.ndim])
-    return header + b"".join(n.to_bytes(4, "big") for n in values.shape) + values.tobytes()
 
 
 @pytest.fixture

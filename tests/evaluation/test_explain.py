@@ -79,6 +79,7 @@ def project(made, tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def less_work(monkeypatch):
     monkeypatch.setattr(perturbation, "LIME_SAMPLES", 20)
+    monkeypatch.setattr(perturbation, "RISE_MASKS", 20)
     monkeypatch.setattr(faithfulness, "STEPS", 2)
 
 

@@ -14,11 +14,13 @@ from torch.nn.utils import parametrizations
 
 from kd_lrp_plugin.metrics.counting import (
     count_flops,
+    count_flops_keras,
     count_macs,
     count_macs_by_thop,
     explain_counters,
 )
 from kd_lrp_plugin.metrics.efficiency import cost
+from kd_lrp_plugin.models import mnist
 
 
 class Applied(nn.Module):
@@ -282,3 +284,77 @@ class TestComparison:
         assert record["macs"] == 4 * 4 * 3 * 2
         assert record["macs_by_thop"] is record["counters_differ_by"] is None
         assert explain_counters("a", record) == "a: 96 MACs; thop cannot count it"
+
+
+class TestKerasConvention:
+    @pytest.mark.parametrize(
+        ("build", "published"),
+        [
+            (mnist.mnist_cnn, 22_042_058),
+            (mnist.mnist_mlp, 2_475_882),
+            (mnist.mnist_assistant, 71_993_897),
+        ],
+    )
+    def test_gives_the_figures_of_the_source_on_digits(self, build, published):
+        assert count_flops_keras(build(), 28, 1) == published
+
+    def test_gives_its_figure_of_mobilenet_under_a_head_on_its_softmax(self):
+        network = timm.create_model("mobilenetv2_100")
+        model = nn.Sequential(network, nn.Softmax(1), nn.Linear(1000, 2))
+        products = 2 * count_macs(network, 224)
+        assert products == 2 * 300_774_272
+        parts = 1_000 + 62_720 + 216_384  # biases, inputs of the pooling, shortcuts
+        assert count_flops_keras(network, 224) == products + parts
+        assert count_flops_keras(model, 224) == products + parts + 5_000 + 4_002 == 601_837_650
+
+    def test_every_layer_follows_its_formula(self):
+        """By hand, from 9 x 9: a grouped and strided convolution, a shortcut, pooling, a head."""
+        model = Applied(
+            lambda m, x: m.parts[4](m.parts[3](m.parts[2](shortcut(m, x)).mean((2, 3)))),
+            nn.Conv2d(4, 6, (3, 5), stride=2, groups=2, padding=(1, 2)),
+            nn.Sequential(nn.Conv2d(6, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU6()),
+            nn.MaxPool2d((3, 2), stride=1),
+            nn.Linear(6, 3, bias=False),
+            nn.Softmax(1),
+        )
+
+        def shortcut(m, x):
+            y = m.parts[0](x)
+            return y + m.parts[1](y)
+
+        first = 5 * 5 * 6 * (2 * 2 * 15 + 1)
+        second = 5 * 5 * 6 * 2 * 6
+        shortcuts, pooled, averaged = 5 * 5 * 6, 3 * 4 * 6 * 3 * 2, 3 * 4 * 6
+        expected = first + second + shortcuts + pooled + averaged + 2 * 6 * 3 + 5 * 3
+        assert count_flops_keras(model, 9, channels=4) == expected
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            nn.SiLU(),
+            nn.Hardtanh(),
+            nn.AvgPool2d(2),
+            nn.AdaptiveAvgPool2d(2),
+            nn.AdaptiveMaxPool2d(1),
+            nn.ConvTranspose2d(3, 3, 2),
+            nn.GroupNorm(1, 3),
+            nn.Sequential(nn.Flatten(), nn.BatchNorm1d(192)),
+            Applied(lambda _, x: x + 1),
+            Applied(lambda _, x: x + x.mean((2, 3), keepdim=True)),
+            Applied(lambda _, x: torch.add(x, x, alpha=2)),
+            Applied(lambda _, x: x.mean(1)),
+            Applied(lambda _, x: x.mean()),
+            Applied(lambda _, x: x * x),
+            Applied(lambda m, x: m.parts[0](*[tokens(x)] * 3)[0], nn.MultiheadAttention(3, 1)),
+        ],
+        ids=lambda layer: type(layer).__name__,
+    )
+    def test_has_no_figure_for_what_it_does_not_know(self, layer):
+        assert count_flops_keras(layer, 8) is None
+        record = cost(layer, 8, batch_sizes=())
+        assert record["flops_keras"] is None
+        assert record["flops"] == 2 * record["macs"]
+
+    @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "efficientnet_b0", "densenet121"])
+    def test_has_no_figure_for_networks_with_such_layers(self, name):
+        assert count_flops_keras(timm.create_model(name), 224) is None

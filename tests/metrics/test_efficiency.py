@@ -12,6 +12,7 @@ from torch import nn
 from kd_lrp_plugin.metrics.efficiency import (
     cost,
     count_flops,
+    count_flops_keras,
     count_macs,
     count_parameters,
     measure_latency,
@@ -192,6 +193,7 @@ def test_cost_is_one_flat_record_that_json_keeps():
         "parameters_and_statistics",
         "macs",
         "flops",
+        "flops_keras",
         "memory_access_cost",
         "megabytes",
         "latency_ms_batch_1",
@@ -214,6 +216,7 @@ def test_cost_holds_the_figures_of_the_single_functions():
         "parameters_and_statistics": count_parameters(model) + 16,
         "macs": count_macs(model, 16),
         "flops": 2 * count_macs(model, 16),
+        "flops_keras": count_flops_keras(model, 16),
         "memory_access_cost": memory_access_cost(model, 16),
         "megabytes": megabytes(model),
         "macs_by_thop": count_flops(model, 16) // 2,
@@ -281,11 +284,12 @@ def hooked() -> nn.Module:
     [
         count_macs,
         count_flops,
+        count_flops_keras,
         memory_access_cost,
         lambda model, size: measure_latency(model, size, seconds=0.01),
         lambda model, size: cost(model, size, batch_sizes=(1, 2)),
     ],
-    ids=["macs", "flops", "memory_access", "latency", "cost"],
+    ids=["macs", "flops", "flops_keras", "memory_access", "latency", "cost"],
 )
 @pytest.mark.parametrize("build", [in_training, frozen, born_in_inference_mode, hooked])
 def test_measuring_leaves_the_model_and_the_random_state_as_they_were(build, measure):
