@@ -19,6 +19,7 @@ HARMLESS = {
         "csv_images",
         "mnist",
         "marked",
+        "subclasses",
         "weight_schedule",
         "class_weights",
         "mixup",
