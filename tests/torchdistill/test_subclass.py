@@ -35,7 +35,7 @@ def make_criterion(data: Subclasses) -> nn.Module:
         "kl": {"key": "SubclassKDLoss", "kwargs": {"temperature": 2.0, "distance_weights": True}},
         "ce": {"key": "SubclassCrossEntropyLoss", "kwargs": {"dataset": data}},
         "aux": {"key": "SubclassAuxiliaryLoss", "kwargs": {"temperature": 0.5}},
-        "maps": {"key": "LRPSemanticCosineLoss", "kwargs": {"target": "teacher"}},
+        "maps": {"key": "LRPSemanticCosineLoss", "kwargs": {"target": "class", "dataset": data}},
     }
     sub_terms = {name: {"criterion": entry, "weight": 0.7} for name, entry in terms.items()}
     return get_high_level_loss({"key": "WeightedSumLoss", "kwargs": {"sub_terms": sub_terms}})
@@ -92,6 +92,33 @@ def test_each_term_is_its_function(data):
     )
 
 
+@pytest.mark.parametrize("targets", [[0, 11, 7, 8], [1, 7, 6, 0]])  # of one and the same classes
+def test_the_map_of_a_class_is_the_sum_of_its_subclasses(data, targets):
+    model = Net(1).double()
+    images = torch.randn(4, 1, 9, 9, dtype=torch.float64)
+    loss = plugin.RecordedLoss("LRPSemanticL2Loss", "class", signed=True, dataset=data)
+    parts = {}
+    for role, net in {"student": model, "teacher": Net(2).double()}.items():
+        with record(net, ["body.2"]) as recording:
+            output = net(images)
+        output._kd_lrp_recording = recording
+        parts[role] = {".": {"output": output}}
+        parts[f"{role} maps"] = sum(
+            recording.maps(output, 2 * torch.tensor([0, 3, 3, 0]) + number, signed=True)[0]
+            for number in (0, 1)
+        )
+    found = loss(parts["student"], parts["teacher"], torch.tensor(targets))
+    expected = (parts["student maps"] - parts["teacher maps"]).square().sum() / 4
+    torch.testing.assert_close(found, expected)
+
+
+def test_soft_labels_explain_a_mixture_of_classes(data):
+    loss = plugin.RecordedLoss("LRPSemanticL2Loss", "class", dataset=data)
+    soft = torch.tensor([[0.5, 0.1, 0.0, 0.0, 0.0, 0.0, 0.4, 0.0]])
+    expected = torch.tensor([[0.6, 0.6, 0.0, 0.0, 0.0, 0.0, 0.4, 0.4]])
+    torch.testing.assert_close(loss._mark_subclasses(soft), expected)
+
+
 def test_autocast_does_not_round_the_products():
     logits = torch.randn(6, 8)
     loss, parts = plugin.SubclassAuxiliaryLoss(), {".": {"output": logits}}
@@ -104,6 +131,19 @@ class TestRefusals:
     def test_data_that_are_labelled_by_classes(self):
         with pytest.raises(ValueError, match="images labelled by subclass, got Phantom"):
             plugin.SubclassCrossEntropyLoss(Phantom("train", size=4))
+
+    def test_a_map_of_a_class_without_subclasses(self, data):
+        key = "LRPSemanticCosineLoss"
+        for kwargs in (
+            {"target": "class"},
+            {"target": "class", "dataset": Phantom("train", size=4)},
+            {"target": "label", "dataset": data},
+            {"dataset": Phantom("train", size=4)},
+        ):
+            with pytest.raises(ValueError, match=f"{key}: expected target: class and a dataset"):
+                MIDDLE_LEVEL_LOSS_DICT[key](**kwargs)
+        with pytest.raises(ValueError, match="no target"):
+            plugin.RecordedLoss("RelationL2Loss", "class", dataset=data)
 
     def test_no_teacher(self):
         with pytest.raises(ValueError, match="a teacher model"):
