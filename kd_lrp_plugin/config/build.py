@@ -27,7 +27,8 @@ class BuiltModel:
 
     Attributes:
         module: the model.
-        classes: of the checkpoint it was filled from, if that names any.
+        classes: of the checkpoint it was filled from, if that names any; its subclasses where it
+            has an output for each of them.
     """
 
     module: nn.Module

@@ -17,6 +17,7 @@ HARMLESS = {
         "csv_images",
         "mnist",
         "marked",
+        "subclasses",
         "weight_schedule",
         "class_weights",
         "mixup",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from kd_lrp_plugin.data.shortcuts import Marked, get_range
+from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.data.validation import check_flags
 from kd_lrp_plugin.utils.validation import message
 
@@ -157,6 +158,8 @@ def _move(images: Any, mask: Bool[np.ndarray, "h w"]) -> Bool[Tensor, "height wi
 
 
 def _transform(images: Any) -> Callable[[Any], Tensor]:
+    if isinstance(images, Subclasses):
+        return _transform(images.images)
     if not isinstance(images, Marked):
         return images.transform
     first, last = _transform(images.images), images.after

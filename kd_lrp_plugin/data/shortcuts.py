@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from kd_lrp_plugin.data.images import ImageLoader
+from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.data.validation import check_integer
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -113,6 +114,9 @@ class Marked(Dataset):
             fix = "Alias a data set such as phantom or folder_images, not its name."
             got = type(images).__name__
             raise ValueError(message("marked: images", "data with targets and classes", got, fix))
+        if isinstance(images, Subclasses):
+            fix = "Wrap the marked images in subclasses instead, with per_class."
+            raise ValueError(message("marked: images", "labels of classes", "of subclasses", fix))
         if len(images.classes) < 2:
             fix = "A marker that tells the class needs two."
             raise ValueError(message("marked: images", "two classes or more", images.classes, fix))

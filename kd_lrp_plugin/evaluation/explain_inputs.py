@@ -157,7 +157,8 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
         fix = "Leave --model out."
         raise ValueError(message(str(folder), "a run with a teacher", "one without", fix))
     test_set = load_test_set(folder, options.safe)
-    if len(test_set) != len(labels) or list(getattr(test_set, "targets", labels)) != [*labels]:
+    named = "class_targets" if summary.get("subclass_of") else "targets"
+    if len(test_set) != len(labels) or list(getattr(test_set, named, labels)) != [*labels]:
         got = f"{len(test_set)} images, or other classes"
         fix = "Put the data back, or test the student again."
         raise ValueError(message(str(folder), f"the {len(labels)} test images", got, fix))

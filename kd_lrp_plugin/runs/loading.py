@@ -3,10 +3,13 @@
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
@@ -14,6 +17,7 @@ from kd_lrp_plugin.config.build import build_model_entry, construct, get_stages
 from kd_lrp_plugin.config.document import Document, resolve_config, walk_pairs
 from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.data.transforms import preparation
+from kd_lrp_plugin.losses import fold_logits
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.runs.provenance import check_weights_file
 from kd_lrp_plugin.runs.record import RunRecord
@@ -22,6 +26,8 @@ from kd_lrp_plugin.utils.validation import message
 
 def load_run(folder: str | Path, safe: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The trained student of a run folder, in evaluation mode, and the run's summary.
+
+    Of a run with subclasses its outputs are the logits of the classes, see :func:`load_models`.
 
     Args:
         folder: a finished run; its config is a program, run only those that you trust.
@@ -39,6 +45,11 @@ def load_models(
     folder: str | Path, roles: Sequence[str] = ("student", "teacher"), safe: bool = False
 ) -> dict[str, nn.Module]:
     """The models of a run folder as they stood at its end, in evaluation mode.
+
+    Of a run with subclasses the models return logits of the classes, whose softmax adds up that of
+    their subclasses (:func:`kd_lrp_plugin.losses.fold_logits`). A class is explained by the mean of
+    its subclasses' logits, weighted by their share in its probability, which is the gradient of
+    its own logit.
 
     A teacher's ``src_ckpt`` is looked for where the config says; if it says so by a relative
     path, then also beside the folders above the run's, since the command may have been given in
@@ -71,7 +82,22 @@ def load_models(
         load_weights(models[role], file, f"{role} of {run.path}", strict=True)
         _check_finite(models[role], f"{role} of {run.path}")
         models[role].eval()
+        if subclass_of := summary.get("subclass_of"):
+            models[role].register_forward_hook(partial(_report_classes, tuple(subclass_of)))
     return models
+
+
+def _report_classes(
+    subclass_of: Sequence[int], _: nn.Module, __: Any, logits: Float[Tensor, "n subclasses"]
+) -> Float[Tensor, "n classes"]:
+    """Logits of the classes, by operations that are linear, so that any method explains them."""
+    given = logits.detach()
+    folded = fold_logits(given, subclass_of)
+    owners = torch.tensor(subclass_of, device=logits.device)
+    members = owners == torch.arange(folded.shape[1], device=logits.device)[:, None]
+    shares = (given[:, None] - folded[:, :, None]).masked_fill(~members, -torch.inf).exp()
+    linear = (logits[:, None] * shares).sum(2)
+    return linear + (folded - linear.detach())
 
 
 def _check_finite(model: nn.Module, where: str) -> None:

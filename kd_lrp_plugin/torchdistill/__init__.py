@@ -10,7 +10,10 @@ mid-level losses       ``LRPSemanticCosineLoss``, ``LRPSemanticL2Loss``, ``LRPRe
                        ``RelationCosineLoss``, ``RelationL2Loss`` (``every``);
                        ``RightReasonsLoss`` (``target``, ``every``), of the student alone;
                        ``GroupDROLoss`` (``dataset``, ``step_size``);
-                       ``ProbeKLLoss`` (``probes``, ``temperature``)
+                       ``ProbeKLLoss`` (``probes``, ``temperature``);
+                       ``SubclassKDLoss`` (``temperature``, ``distance_weights``),
+                       ``SubclassCrossEntropyLoss`` (``dataset``),
+                       ``SubclassAuxiliaryLoss`` (``temperature``)
 high-level loss        ``DisWOTPlusLoss``, with ``balance: gradient`` or without; its
                        ``class_weights`` by ``!import_call`` of :func:`class_weights`
 auxiliary wrapper      ``ModelWithHeads``, for hints (``Conv2d``) and probes (``linear_probe``)
@@ -19,9 +22,9 @@ collate functions      by ``!import_call`` of :func:`mixup`
 models                 ``timm_model``, ``timm_mobilenetv2``; ``mnist_cnn``, ``mnist_mlp``,
                        ``mnist_assistant``, ``mnist_assistant_small`` for 28 px; and
                        ``diswot_student``, which chooses one
-datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``, and ``marked``,
-                       which puts markers on any of them; in ``datasets`` by ``!import_call`` of
-                       :func:`phantom` and so on
+datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``; ``marked``, which
+                       puts markers on any of them, and ``subclasses``, which labels any by
+                       subclass; in ``datasets`` by ``!import_call`` of :func:`phantom` and so on
 data set wrappers      ``companions`` (``clean``, ``mask``, ``group``), which add to each image
 =====================  ==========================================================================
 
@@ -63,6 +66,7 @@ from kd_lrp_plugin.torchdistill.datasets import (
     marked,
     mnist,
     phantom,
+    subclasses,
 )
 from kd_lrp_plugin.torchdistill.forward_proc import companion, recorded, recorder
 from kd_lrp_plugin.torchdistill.group_dro import GroupDROLoss
@@ -85,6 +89,11 @@ from kd_lrp_plugin.torchdistill.models import (
 )
 from kd_lrp_plugin.torchdistill.pre_epoch_proc import weight_schedule
 from kd_lrp_plugin.torchdistill.right_reasons import RightReasonsLoss
+from kd_lrp_plugin.torchdistill.subclass import (
+    SubclassAuxiliaryLoss,
+    SubclassCrossEntropyLoss,
+    SubclassKDLoss,
+)
 
 __all__ = [
     "COMPARISONS",
@@ -95,6 +104,9 @@ __all__ = [
     "ProbeKLLoss",
     "RecordedLoss",
     "RightReasonsLoss",
+    "SubclassAuxiliaryLoss",
+    "SubclassCrossEntropyLoss",
+    "SubclassKDLoss",
     "check_finite",
     "class_weights",
     "companion",
@@ -114,6 +126,7 @@ __all__ = [
     "recorded",
     "recorder",
     "register_recorded_loss",
+    "subclasses",
     "timm_mobilenetv2",
     "timm_model",
     "weight_schedule",

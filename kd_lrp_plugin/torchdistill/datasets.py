@@ -10,6 +10,7 @@ from kd_lrp_plugin.data import folder, shortcuts
 from kd_lrp_plugin.data import mnist as digits
 from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.phantom import dataset
+from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.utils.validation import message, strict
 
 phantom = register_dataset(strict("phantom")(dataset.Phantom), key="phantom")
@@ -18,6 +19,7 @@ folder_images = register_dataset(strict("folder_images")(folder.FolderImages), k
 companions = register_dataset_wrapper(strict("companions")(Companions), key="companions")
 csv_images = register_dataset(strict("csv_images")(tables.CsvImages), key="csv_images")
 mnist = register_dataset(strict("mnist")(digits.Mnist), key="mnist")
+subclasses = register_dataset(strict("subclasses")(Subclasses), key="subclasses")
 
 
 @strict("class_weights")
@@ -26,6 +28,7 @@ def class_weights(dataset: Any) -> list[float]:
 
     Args:
         dataset: one with ``targets``, class indices; ``classes``, if it has them, says how many.
+            Of :func:`subclasses` it is they that are weighed.
 
     Returns:
         One weight per class; their mean over the images is 1.
@@ -58,7 +61,11 @@ def class_weights(dataset: Any) -> list[float]:
         fix = "Give the alias of a data set node, such as *train_images."
         got = f"{type(dataset).__name__} without any"
         raise ValueError(message("class_weights", "a data set with targets", got, fix))
-    names = getattr(dataset, "classes", None) or range(int(targets.max()) + 1)
+    if isinstance(dataset, Subclasses) and not dataset.known:
+        got, fix = "subclasses that nobody knows", "Give the images inside of them."
+        raise ValueError(message("class_weights", "known labels", got, fix))
+    named = "subclasses" if isinstance(dataset, Subclasses) else "classes"
+    names = getattr(dataset, named, None) or range(int(targets.max()) + 1)
     counts = np.bincount(targets, minlength=len(names))
     if absent := [name for name, count in zip(names, counts, strict=True) if not count]:
         fix = "Leave the class out of the data sets, or the class weights out."

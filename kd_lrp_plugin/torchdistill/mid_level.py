@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchdistill.losses.registry import MIDDLE_LEVEL_LOSS_DICT, register_mid_level_loss
 
 from kd_lrp_plugin import losses
+from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.recording import Recording
 from kd_lrp_plugin.torchdistill.forward_proc import recorded
@@ -72,13 +74,16 @@ class RecordedLoss(nn.Module):
     Args:
         key: the name it is registered under, one of :data:`COMPARISONS`.
         target: which relevance is compared: that of the "label", of the "teacher"'s top-1
-            prediction, or the "contrast", the label minus the mean of the other classes.
+            prediction, or the "contrast", the label minus the mean of the other classes. Where
+            labels are subclasses, so are these; "class" is the sum of the logits of all subclasses
+            of the label's class, also where no more is known than the class.
         every: in training, compare every n-th batch only, beginning with the first after
             :meth:`reset`, which the trainer calls as an epoch begins; the other batches cost no
             maps and count as 0. The weight is not rescaled: on average the term weighs an n-th.
             With gradients disabled every batch is compared.
         signed: compare maps with their sign, instead of their positive part. Of losses of
             relevance only; Grad-CAM losses compare signed maps always.
+        dataset: the training images by alias, wrapped in ``subclasses``; for the target "class".
 
     Attributes:
         computed: whether the latest batch was compared.
@@ -86,20 +91,33 @@ class RecordedLoss(nn.Module):
             for a loss that compares features.
 
     Raises:
-        ValueError: for an unknown target, ``every`` below 1, or ``target`` or ``signed`` where it
-            says nothing.
+        ValueError: for an unknown target, ``every`` below 1, or ``target``, ``signed`` or
+            ``dataset`` where it says nothing; for the target "class" without subclasses.
     """
 
     def __init__(
-        self, key: str, target: str = "label", every: int = 1, signed: bool | None = None
+        self,
+        key: str,
+        target: str = "label",
+        every: int = 1,
+        signed: bool | None = None,
+        dataset: Any = None,
     ) -> None:
         super().__init__()
         check_known("mid-level loss", key, COMPARISONS)
-        check_known(f"{key}: target", target, TARGETS)
+        check_known(f"{key}: target", target, [*TARGETS, "class"])
         if target != "label" and COMPARISONS[key].kind == "features":
             expected = "no target, which is a choice for maps"
             raise ValueError(message(key, expected, target, "Leave it out."))
         check_every(key, every)
+        fits = isinstance(dataset, Subclasses) if target == "class" else dataset is None
+        if not fits:
+            expected = "target: class and a dataset of subclasses, or neither of them"
+            given = "no dataset" if dataset is None else type(dataset).__name__
+            got = f"target {target!r} and {given}"
+            fix = "Give the alias of a data set of kd_lrp_plugin.torchdistill.subclasses."
+            raise ValueError(message(key, expected, got, fix))
+        self.subclass_of = list(dataset.subclass_of) if target == "class" else []
         self.key = key
         self.comparison = COMPARISONS[key]
         self.target = target
@@ -138,6 +156,8 @@ class RecordedLoss(nn.Module):
             if self.target == "label":
                 check_targets(self.key, targets, student_logits)
             classes = targets if self.target != "teacher" else teacher_logits.argmax(1)
+            if self.target == "class":
+                classes = self._mark_subclasses(targets).to(student_logits)
             create_graph = torch.is_grad_enabled()
             with torch.autocast(student_logits.device.type, enabled=False):
                 pairs = zip(
@@ -147,6 +167,14 @@ class RecordedLoss(nn.Module):
                 )
         with torch.autocast(student_logits.device.type, enabled=False):
             return torch.stack([self._distance(one, other) for one, other in pairs]).mean()
+
+    def _mark_subclasses(self, targets: Tensor) -> Tensor:
+        """Weights of the logits (n, subclasses): 1 for the subclasses of the label's class."""
+        classes = losses.fold_targets(targets, self.subclass_of)
+        owners = torch.tensor(self.subclass_of, device=targets.device)
+        if classes.is_floating_point():
+            return classes[:, owners]
+        return (owners == classes[:, None]).float()
 
     def _distance(self, student: Tensor, teacher: Tensor) -> Tensor:
         if self.zero_maps is not None:
@@ -208,14 +236,16 @@ def make_mid_level(key: str) -> Callable[..., RecordedLoss]:
     if comparison.kind != "relevance":
 
         @strict(key)
-        def make(target: str = "label", every: int = 1) -> RecordedLoss:
-            return RecordedLoss(key, target, every)
+        def make(target: str = "label", every: int = 1, dataset: Any = None) -> RecordedLoss:
+            return RecordedLoss(key, target, every, dataset=dataset)
 
         return make
 
     @strict(key)
-    def make_signed(target: str = "label", every: int = 1, signed: bool = False) -> RecordedLoss:
-        return RecordedLoss(key, target, every, signed)
+    def make_signed(
+        target: str = "label", every: int = 1, signed: bool = False, dataset: Any = None
+    ) -> RecordedLoss:
+        return RecordedLoss(key, target, every, signed, dataset)
 
     return make_signed
 

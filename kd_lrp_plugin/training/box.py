@@ -11,6 +11,7 @@ from torchdistill.core.interfaces.registry import register_post_forward_proc_fun
 from torchdistill.core.training import get_training_box
 
 from kd_lrp_plugin.config.build import get_stages
+from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import message
 
@@ -46,7 +47,10 @@ class Datasets(dict[str, Any]):
 
 
 def check_head(role: str, model: nn.Module, dataset: Any, classes: Sequence[str]) -> None:
-    """Raise ValueError for a model of other channels, or fewer outputs than there are classes."""
+    """Raise ValueError for a model of other channels, or fewer outputs than there are classes.
+
+    Of data that are labelled by subclass it is one output for each of them, and no further one.
+    """
     image = dataset[0][0]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     was_training = model.training
@@ -64,10 +68,14 @@ def check_head(role: str, model: nn.Module, dataset: Any, classes: Sequence[str]
         expected = f"images of {first.in_channels} channels"
         raise ValueError(message(f"models.{role}", expected, len(image), fix)) from error
     model.train(was_training)
+    by_subclass = isinstance(dataset, Subclasses)
+    if by_subclass:
+        classes = dataset.subclasses
     needed = len(classes) or max(getattr(dataset, "targets", [0])) + 1
-    if outputs < needed:
+    if outputs < needed or (by_subclass and outputs > needed):
         fix = f"Set models.{role}.kwargs.num_classes to {needed}."
-        raise ValueError(message(f"models.{role}", f"{needed} outputs or more", outputs, fix))
+        expected = f"{needed} outputs{', one per subclass' if by_subclass else ' or more'}"
+        raise ValueError(message(f"models.{role}", expected, outputs, fix))
 
 
 def build_box(

@@ -14,6 +14,7 @@ from torchdistill.datasets.util import build_data_loader
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from kd_lrp_plugin.config.build import Assembly, check_classes, get_stages
+from kd_lrp_plugin.data.subclasses import share_subclasses
 from kd_lrp_plugin.data.transforms import preprocessing
 from kd_lrp_plugin.data.validation import check_same_classes
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
@@ -37,6 +38,8 @@ class Experiment:
     Attributes:
         box: torchdistill's, single-stage or multi-stage.
         classes: names of the classes, empty if the data sets have none.
+        subclasses, subclass_of: names of the subclasses and the class index of each, empty unless
+            the data sets are labelled by them.
         preprocessing: see :func:`kd_lrp_plugin.data.transforms.preprocessing`.
         test_set: the data set of the test.
     """
@@ -61,15 +64,21 @@ class Experiment:
         if len(set(self.classes)) < len(self.classes):
             fix = "Rename one of them."
             raise ValueError(message("datasets", "classes of different names", self.classes, fix))
+        self.subclasses, self.subclass_of = share_subclasses(**parts)
         self.preprocessing = preprocessing(parts["val"])
         models = {}
         for role, built in assembly.models.items():
-            check_classes(built, content["models"][role], f"models.{role}", self.classes)
+            check_classes(built, content["models"][role], f"models.{role}", self.outputs)
             # Depthwise convolutions take less time so, on CPUs too.
             models[role] = built.module.to(context.device).to(memory_format=torch.channels_last)
             check_head(role, models[role], parts["val"], self.classes)
         self.box = build_box(models, self._datasets, self.train, context)
         self._enter_stage()
+
+    @property
+    def outputs(self) -> list[str]:
+        """What the outputs of the models stand for: subclasses, if there are any, or classes."""
+        return self.subclasses or self.classes
 
     # --- models -------------------------------------------------------------------------------
 

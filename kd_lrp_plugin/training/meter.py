@@ -1,21 +1,24 @@
 """What a pass over a data set has shown: means of every loss term, accuracy, predictions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchdistill.losses import mid_level
 
+from kd_lrp_plugin.losses import fold_logits, fold_targets
 from kd_lrp_plugin.relevance.recording import find_logits
 from kd_lrp_plugin.torchdistill.high_level import DisWOTPlusLoss
 from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
 from kd_lrp_plugin.torchdistill.right_reasons import RightReasonsLoss
+from kd_lrp_plugin.torchdistill.subclass import SubclassAuxiliaryLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_targets, message
 
 COMPARING = (
     RecordedLoss,
+    SubclassAuxiliaryLoss,
     mid_level.CCKDLoss,
     mid_level.DISTLoss,
     mid_level.PKTLoss,
@@ -35,16 +38,24 @@ class Meter:
         criterion: of torchdistill's box; its hooks are there while the context is open.
         keep: whether to keep the predictions, for :meth:`predictions`.
         classifies: whether the criterion is given logits; features, say, have no accuracy.
+        subclass_of: the class index of each output, where the outputs are subclasses: accuracy and
+            predictions are of the classes then, and so is what ``subclass_accuracy`` is beside.
 
     Attributes:
         latest: the terms of the latest batch.
         images: how many were seen.
     """
 
-    def __init__(self, criterion: nn.Module, keep: bool = False, classifies: bool = True) -> None:
+    def __init__(
+        self,
+        criterion: nn.Module,
+        keep: bool = False,
+        classifies: bool = True,
+        subclass_of: Sequence[int] = (),
+    ) -> None:
         self.latest: dict[str, Tensor] = {}
         self.images = 0
-        self._keep, self._classifies = keep, classifies
+        self._keep, self._classifies, self._subclass_of = keep, classifies, subclass_of
         self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._criterion = criterion
@@ -121,6 +132,13 @@ class Meter:
         self.images += len(targets)
         if not self._classifies:
             return
+        if subclass_of := self._subclass_of:
+            self._count_subclasses(logits, targets)
+            logits, targets = fold_logits(logits, subclass_of), fold_targets(targets, subclass_of)
+            if teacher is not None and teacher.shape[1:] == (len(subclass_of),):
+                teacher = fold_logits(teacher, subclass_of)
+            else:
+                teacher = None
         check_targets("targets", targets, logits)
         labels = targets.argmax(1) if targets.is_floating_point() else targets
         right = (logits.detach().argmax(1) == labels).float()
@@ -129,6 +147,13 @@ class Meter:
             if teacher is not None:  # a stage may compare other outputs of its teacher
                 teacher = teacher.detach().float().softmax(1).cpu() if teacher.ndim == 2 else None
             self._kept.append((labels.cpu(), logits.detach().float().softmax(1).cpu(), teacher))
+
+    def _count_subclasses(self, logits: Tensor, targets: Tensor) -> None:
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
+        known = labels < len(self._subclass_of)
+        if known.any():
+            right = (logits.detach().argmax(1) == labels)[known].float()
+            self._add("subclass_accuracy", right.mean(), len(right))
 
     def _add(self, name: str, mean: Tensor, n: int) -> None:
         total, count = self._sums.get(name, (torch.zeros_like(mean), 0))

@@ -237,7 +237,8 @@ class Trainer:
         experiment, box, started = self.experiment, self.experiment.box, time.monotonic()
         loader = box.train_data_loader
         classifies = experiment.student is experiment.original
-        with Meter(box.criterion, classifies=classifies) as meter:
+        subclass_of = experiment.subclass_of
+        with Meter(box.criterion, classifies=classifies, subclass_of=subclass_of) as meter:
             for images, targets, supplement in current_progress().track(
                 loader, f"epoch {number}", len(loader)
             ):
@@ -268,7 +269,7 @@ class Trainer:
             state = self.experiment.original.state_dict() if self.context.rank == 0 else {}
             self.best = {
                 "model": {k: v.detach().to("cpu", copy=True) for k, v in state.items()},
-                "classes": self.experiment.classes,
+                "classes": self.experiment.outputs,
                 "epoch": self.epoch + 1,
                 "quality": list(quality),
             }
@@ -320,7 +321,8 @@ class Trainer:
         """
         experiment = self.experiment
         redesigned = experiment.student is not experiment.original
-        with experiment.evaluating(), Meter(experiment.box.criterion, keep) as meter:
+        meter = Meter(experiment.box.criterion, keep, subclass_of=experiment.subclass_of)
+        with experiment.evaluating(), meter:
             experiment.original.eval()
             missing = experiment.missing_wrapper(loader)
             if missing and not self._said_missing:
@@ -361,6 +363,9 @@ class Trainer:
             "seed": self.seed,
             "device": str(self.context.device),
         }
+        if experiment.subclasses:  # with them the outputs of the weights are folded again
+            summary["subclasses"] = experiment.subclasses
+            summary["subclass_of"] = experiment.subclass_of
         if self.context.rank == 0:
             names = _names(experiment.test_set, loader)
             groups = _groups(experiment.test_set, loader)

@@ -21,11 +21,13 @@ SEMANTIC = (*LRP, "GradCAML2Loss", "GradCAMCosineLoss")
 
 
 def test_every_key_is_registered():
-    of_the_student = {"RightReasonsLoss", "GroupDROLoss"}
+    of_the_student = {"RightReasonsLoss", "GroupDROLoss", "SubclassCrossEntropyLoss"}
     assert set(plugin.COMPARISONS) | of_the_student <= set(MIDDLE_LEVEL_LOSS_DICT)
     assert "DisWOTPlusLoss" in HIGH_LEVEL_LOSS_DICT
     assert "timm_model" in MODEL_DICT
-    assert {"phantom", "folder_images", "csv_images", "mnist", "marked"} <= set(DATASET_DICT)
+    assert {"phantom", "folder_images", "csv_images", "mnist", "marked", "subclasses"} <= set(
+        DATASET_DICT
+    )
 
 
 @pytest.mark.parametrize("key", sorted(plugin.COMPARISONS))

@@ -191,7 +191,8 @@ def _check_step(
                 got, fix = f"a last one of {rest}", f"Set drop_last: True. ({error})"
                 raise ValueError(message("batches", "full ones", got, fix)) from error
     classifies = experiment.student is experiment.original
-    with report.at(f"{key_path}.criterion"), Meter(box.criterion, False, classifies) as meter:
+    meter = Meter(box.criterion, False, classifies, experiment.subclass_of)
+    with report.at(f"{key_path}.criterion"), meter:
         loss = experiment.training_loss(images, targets, supplement)
         check_finite(loss, meter.latest)
         meter.update(loss, targets)
@@ -205,6 +206,8 @@ def _check_step(
             experiment.loss(images, targets, supplement)
     with report.at("train.monitor"):
         known = [MONITOR, LAST]
+        if experiment.subclasses and experiment.test_set.known:
+            known.append("val_subclass_accuracy")
         if not experiment.missing_wrapper(experiment.val_loader):
             known += ["val_loss", *(f"val_{name}" for name in meter.latest)]
         if experiment.monitor == "val_loss" and not experiment.loss_is_measure:
@@ -237,7 +240,8 @@ def _check_evaluation(
 ) -> None:
     """One batch, as validation and test will take it."""
     original = experiment.original
-    with report.at(key_path), experiment.evaluating(), Meter(experiment.box.criterion) as meter:
+    meter = Meter(experiment.box.criterion, subclass_of=experiment.subclass_of)
+    with report.at(key_path), experiment.evaluating(), meter:
         original.eval()
         batch = _collated(loader, _items(loader), experiment.context.device)
         images, targets, supplement = [*batch, {}][:3]

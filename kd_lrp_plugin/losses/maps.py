@@ -1,34 +1,12 @@
-"""Distances between relevance maps, between features and between logits.
-
-Every loss is a pure function ``f(student, teacher) -> scalar`` for any PyTorch loop: the teacher's
-side is a constant, the gradient reaches the student alone. [T] in the references is the thesis
-this package implements.
-
-The correlation and relation losses compare the samples of a batch with each other, and
-``semantic_relative_l2`` sets them off against the whole batch. Under several processes each sees
-its own process's part of the batch, not the gathered one, so that their value depends on the
-number of processes; the other losses are means over samples, and theirs does not.
-
-Zero maps, and matrices of norm zero, are defined rather than NaN: their cosine similarity with
-anything is 0 (so the distance is 1) and they pass no gradient. :func:`zero_maps` finds them.
-"Zero" means that no entry reaches the smallest normal number of the data type; maps above that
-are compared by direction, however small they are.
-"""
-
-from collections.abc import Callable
+"""Distances between relevance maps, and between features."""
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from kd_lrp_plugin.utils.registry import Registry
+from kd_lrp_plugin.losses.checks import FEATURES, LOSSES, MAPS, check_axes
 from kd_lrp_plugin.utils.validation import check_same_shape, message
-
-LOSSES: Registry[Callable[..., Tensor]] = Registry("loss")
-MAPS = "maps of shape (n, h, w)"
-FEATURES = "features of shape (n, c, h, w)"
-LOGITS = "logits of shape (n, classes)"
 
 
 @LOSSES.register
@@ -61,7 +39,9 @@ def semantic_cosine(
         [T], eq. 2.20-2.22. Deviation: none.
     """
     _check_same_maps("semantic_cosine", student, teacher)
-    return _cosine_distance(_unit(student.flatten(1)), _unit(teacher.detach().flatten(1))).mean()
+    return _cosine_distance(
+        unit_rows(student.flatten(1)), unit_rows(teacher.detach().flatten(1))
+    ).mean()
 
 
 @LOSSES.register
@@ -276,64 +256,6 @@ def relation_cosine(
     return _cosine_distance(_batch_matrix(student), _batch_matrix(teacher.detach())).mean()
 
 
-@LOSSES.register
-def kl_divergence(
-    student: Float[Tensor, "n classes"],
-    teacher: Float[Tensor, "n classes"],
-    temperature: float = 4.0,
-) -> Float[Tensor, ""]:
-    r"""Divergence of the student's softened predictions from the teacher's, batch mean.
-
-    .. math:: L = \frac{\tau^2}{n} \sum_i \sum_c p^T_{ic} \log \frac{p^T_{ic}}{p^S_{ic}},
-              \qquad p = \mathrm{softmax}(\mathrm{logits} / \tau)
-
-    Args:
-        student: logits that carry gradient.
-        teacher: logits of the same shape, treated as constant.
-        temperature: τ in [0.01, 100]; the factor τ² keeps gradients comparable across
-            temperatures. Beyond 100 the predictions differ by less than float32 can tell, and τ²
-            times the difference would be its rounding.
-
-    Returns:
-        Scalar >= 0, in nats times τ², float32 for logits in half precision. A class that both
-        rule out (a logit of -inf) adds nothing; one that the student alone does, infinity.
-
-    Raises:
-        ValueError: if the shapes differ, are not (n, classes) with n >= 1 and two classes or
-            more (the prediction of one class is 1 whatever the logits), or τ is outside its range.
-
-    Example:
-        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 4.0]])
-        >>> round(kl_divergence(student, teacher).item(), 4)
-        1.7751
-
-    Reference:
-        Hinton, Vinyals and Dean, 2015, section 2; [T], eq. 2.4. Deviation: none.
-    """
-    where = "kl_divergence"
-    check_same_shape(
-        where, "Give both models the same number of classes.", student=student, teacher=teacher
-    )
-    _check_axes(where, LOGITS, 1, student, teacher)
-    if student.shape[1] < 2:
-        fix = "Give the model one output per class, also for two classes."
-        raise ValueError(message(where, "logits of two classes or more", "one", fix))
-    if not 0.01 <= temperature <= 100:
-        fix = "Use 4, the paper's value."
-        expected = "a temperature from 0.01 to 100" if temperature > 0 else "a temperature above 0"
-        raise ValueError(message(where, expected, temperature, fix))
-    # Logits in half precision would be rounded by more than the predictions differ.
-    student, teacher = (
-        t.to(torch.promote_types(t.dtype, torch.float32)) for t in (student, teacher)
-    )
-    of_student = functional.log_softmax(student / temperature, dim=1)
-    of_teacher = functional.log_softmax(teacher.detach() / temperature, dim=1)
-    probability = of_teacher.exp()
-    # 0 log 0 is 0 in a divergence. NaN is not equal to 0, and so is not hidden.
-    terms = torch.where(probability == 0, 0, probability * (of_teacher - of_student))
-    return temperature**2 * (terms.sum() / len(terms))
-
-
 def zero_maps(maps: Float[Tensor, "n h w"]) -> Bool[Tensor, " n"]:
     """Which maps are zero everywhere, and so have no direction to compare.
 
@@ -350,7 +272,7 @@ def zero_maps(maps: Float[Tensor, "n h w"]) -> Bool[Tensor, " n"]:
         >>> zero_maps(torch.stack([torch.eye(2), torch.zeros(2, 2)])).tolist()
         [False, True]
     """
-    _check_axes("zero_maps", MAPS, 0, maps)
+    check_axes("zero_maps", MAPS, 0, maps)
     return _is_zero(maps.detach().flatten(1)).squeeze(1)
 
 
@@ -378,7 +300,7 @@ def resize_maps(
         >>> resize_maps(torch.ones(1, 4, 4), (2, 2)).tolist()
         [[[1.0, 1.0], [1.0, 1.0]]]
     """
-    _check_axes("resize_maps", MAPS, 0, maps)
+    check_axes("resize_maps", MAPS, 0, maps)
     if len(size) != 2 or min(size) < 1:
         fix = "Give the student's map size, student.shape[-2:]."
         raise ValueError(message("resize_maps", "a size of two positive numbers", size, fix))
@@ -394,7 +316,7 @@ def _is_zero(rows: Float[Tensor, "m d"]) -> Bool[Tensor, "m 1"]:
     return rows.abs().amax(1, keepdim=True) < torch.finfo(rows.dtype).tiny
 
 
-def _unit(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
+def unit_rows(rows: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
     """Rows of length 1 at any scale; zero rows stay zero and pass no gradient."""
     zero = _is_zero(rows.detach())
     # Squares of 1e-20 vanish in float32. Dividing by the largest entry first prevents it; that
@@ -410,7 +332,7 @@ def _batch_matrix(samples: Float[Tensor, "n ..."]) -> Float[Tensor, "1 n*n"]:
     rows = samples.flatten(1)
     largest = rows.detach().abs().amax()  # one for all: the samples' relative sizes count here
     rows = rows / torch.where(largest < torch.finfo(rows.dtype).tiny, 1, largest)
-    return _unit((rows @ rows.mT).flatten()[None])
+    return unit_rows((rows @ rows.mT).flatten()[None])
 
 
 def _l2_distance(one: Float[Tensor, "1 d"], other: Float[Tensor, "1 d"]) -> Float[Tensor, ""]:
@@ -424,26 +346,13 @@ def _cosine_distance(one: Float[Tensor, "m d"], other: Float[Tensor, "m d"]) -> 
     return torch.where(one.any(1) & other.any(1), distance, 1)
 
 
-def _check_axes(where: str, expected: str, at_least: int, *tensors: Tensor) -> None:
-    shapes = [tuple(tensor.shape) for tensor in tensors]
-    axes = expected.count(",") + 1
-    if any(len(shape) != axes or shape[0] < at_least or 0 in shape[1:] for shape in shapes):
-        wanted = f"{expected}, n >= {at_least}" if at_least else expected
-        fix = (
-            "Use a larger batch (drop_last=True drops a short last one)."
-            if any(shape[:1] == (1,) for shape in shapes) and at_least > 1
-            else "Keep the batch axis, and give maps, features and logits to their own losses."
-        )
-        raise ValueError(message(where, wanted, " and ".join(map(str, shapes)), fix))
-
-
 def _check_same_maps(where: str, student: Tensor, teacher: Tensor) -> None:
     check_same_shape(where, "Use losses.resize_maps.", student=student, teacher=teacher)
-    _check_axes(where, MAPS, 1, student, teacher)
+    check_axes(where, MAPS, 1, student, teacher)
 
 
 def _check_same_batch(where: str, expected: str, student: Tensor, teacher: Tensor) -> None:
-    _check_axes(where, expected, 2, student, teacher)
+    check_axes(where, expected, 2, student, teacher)
     if len(student) != len(teacher):
         shapes = {"student": tuple(student.shape), "teacher": tuple(teacher.shape)}
         fix = "Give both models the same images."
