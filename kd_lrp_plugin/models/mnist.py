@@ -1,7 +1,4 @@
-"""Small networks for handwritten digits of 28 x 28 pixels: a teacher, a student, two assistants.
-
-No plain names of :func:`kd_lrp_plugin.models.factory.build_model`: timm has none of them.
-"""
+"""Small networks for handwritten digits of 28 x 28 pixels: a teacher, a student, two assistants."""
 
 from collections.abc import Mapping
 
