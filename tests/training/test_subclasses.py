@@ -99,6 +99,25 @@ models:
     key: timm_model
     kwargs: {name: test_resnet, num_classes: 10, timm_kwargs: {in_chans: 1}}
 """
+OF_CLASSES = {
+    "CE": """  criterion:
+    key: WeightedSumLoss
+    kwargs:
+      sub_terms:
+        ce:
+          criterion: {key: CrossEntropyLoss, kwargs: {}}
+          criterion_wrapper:
+            key: SimpleLossWrapper
+            kwargs:
+              input: {is_from_teacher: False, module_path: ., io: output}
+              target: {uses_label: True}
+          weight: 1.0
+""",
+    "DisWOTPlusLoss": """  criterion:
+    key: DisWOTPlusLoss
+    kwargs: {alpha: 1.0, beta: 0.0, gamma: 0.0, delta: 0.0}
+""",
+}
 OF = np.array([0, 1] * 5)  # the parity of each digit
 
 
@@ -314,6 +333,18 @@ class TestRefusals:
         changed = tmp_path / "changed.yaml"
         changed.write_text(text.replace("{dataset: *train_images}", "{dataset: *digits_train}"))
         assert "expected images labelled by subclass, got Mnist" in problems(changed)
+
+    @pytest.mark.parametrize("criterion", ["CE", "DisWOTPlusLoss"])
+    def test_a_loss_of_classes_where_no_subclass_is_known(self, criterion, configs, tmp_path):
+        text = configs["teacher"].read_text().replace("classes: parity", "classes: digits")
+        for part in ("train", "val", "test"):
+            text = text.replace(f"*digits_{part}}}", f"*digits_{part}, per_class: 2}}")
+        head, _, rest = text.replace("num_classes: 10", "num_classes: 20").partition("  criterion:")
+        models = rest[rest.index("models:") :]
+        (tmp_path / "of_classes.yaml").write_text(head + OF_CLASSES[criterion] + models)
+        found = problems(tmp_path / "of_classes.yaml")
+        assert "train.criterion" in found
+        assert "out of bounds" in found or "take a loss of subclasses" in found
 
     def test_images_without_subclasses(self, configs):
         found = problems(configs["teacher"], "datasets.digits/train.init.kwargs.classes=digits")
