@@ -101,8 +101,8 @@ def check_class_weights(where: str, targets: Tensor, logits: Tensor) -> None:
                 where,
                 f"labels in [0, {classes}), since the head has {classes} outputs",
                 sorted(set(torch.unique(targets).tolist())),
-                "Set num_classes of the model to the number of classes; if the outputs are subclasses "
-                "that nobody knows, take a loss of subclasses.",
+                "Set num_classes of the model to the number of classes; where the outputs are "
+                "subclasses that nobody knows, take a loss of subclasses.",
             )
         )
 
