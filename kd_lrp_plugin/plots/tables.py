@@ -81,7 +81,8 @@ def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]
             found = compared.get(cell(record), {})
             row[f"minus {reference}"] = _figure(found.get("mean"), "+") or None
             row["95 % interval of it"] = _interval(found, "+")
-            row |= {"pairs": found.get("n"), "p": found.get("p"), "p (Holm)": found.get("p_holm")}
+            row |= {"pairs": found.get("n"), "p": _probability(found.get("p"))}
+            row["p (Holm)"] = _probability(found.get("p_holm"))
         rows.append(row)
     return rows
 
@@ -143,8 +144,8 @@ def primary_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
             "95 % interval": _interval(record, "+"),
             "pairs": record["n"],
             "of": len(primary["seeds"]),
-            "p": record["p"],
-            "p (Holm)": record["p_holm"],
+            "p": _probability(record["p"]),
+            "p (Holm)": _probability(record["p_holm"]),
         }
         for record in primary["differences"]
     ]
@@ -163,6 +164,11 @@ def _figure(value: float | None, sign: str = "") -> str:
     if value is None:
         return ""
     return f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.4f}"
+
+
+def _probability(value: float | None) -> float | str | None:
+    """What four digits would show as nothing is said to be below."""
+    return "< 0.0001" if value is not None and value < 0.0001 else value
 
 
 def _interval(record: Mapping[str, Any], sign: str = "") -> str | None:
