@@ -178,7 +178,7 @@ class Marked(Dataset):
         return self._finish(image, self.shown[index]), label
 
     def clean(self, index: int) -> Tensor:
-        """The image of an item without its marker; its random augmentation is drawn anew."""
+        """The image of an item without its marker; its random augmentation is drawn again."""
         inner = self.images
         item = inner.clean if isinstance(inner, Marked) else lambda at: inner[at][0]
         return self._finish(item(index % len(inner)), None)

@@ -173,10 +173,8 @@ def show_other_images(run: LoadedRun, folder: Path, safe: bool = False) -> Loade
         transform=load_transform(run.folder.path, safe),
         bits=(run.summary["preprocessing"] or {}).get("bits"),
     )
-    number = {
-        name: index for index, name in enumerate(classes)
-    }  # the run's order, not the folder's
-    labels = np.array([number[images.classes[label]] for label in images.targets])
+    # The model's outputs are in the run's order of classes, which need not be the folder's.
+    labels = np.array([classes.index(images.classes[label]) for label in images.targets])
     return replace(run, test_set=images, labels=labels, probabilities={})
 
 

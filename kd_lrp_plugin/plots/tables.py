@@ -152,12 +152,12 @@ def primary_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe_primary(content: Mapping[str, Any]) -> str:
-    """What was registered, and whether it can be judged, in a sentence or two."""
+    """What the study's file registers, and whether it can be judged, in a sentence or two."""
     primary = content["primary"]
     where = "".join(f", {axis} {value}" for axis, value in primary["where"].items())
     seeds = ", ".join(map(str, primary["seeds"]))
     state = "All are in." if primary["complete"] else "Not all are in: nothing is to be judged yet."
-    return f"Registered before the study ran: {primary['measure']}{where}; seeds {seeds}. {state}"
+    return f"Registered in the study's file: {primary['measure']}{where}; seeds {seeds}. {state}"
 
 
 def _figure(value: float | None, sign: str = "") -> str:

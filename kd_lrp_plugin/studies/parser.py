@@ -84,6 +84,8 @@ def read_plan(
             got, fix = repr(axis), "Rename it: results have a column of this name."
             raise ValueError(message(f"{file}: grid", "a name of its own for an axis", got, fix))
     primary = read_primary(file, content, list(map(str, measures)), axes, registered)
+    if overrides:
+        primary = None  # registered is the file as it stands
     refuse_further_seeds(file, primary, chosen)
     common = _list_overrides(f"{file}: set", content.get("set"))
     planner = RunPlanner(file, Path(root))

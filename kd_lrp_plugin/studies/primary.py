@@ -9,7 +9,8 @@
       where: {marker: patch}      # the point of the grid; without a grid it is left out
 
 It is judged once, when every seed of the study is finished; seeds that are added after a look at
-the others would make a difference out of chance, so that they are refused.
+the others would make a difference out of chance, so that they are refused. A study with overrides
+from the command line is not the one that was registered, and has no primary comparison.
 """
 
 from collections.abc import Mapping, Sequence

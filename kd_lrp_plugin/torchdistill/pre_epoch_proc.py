@@ -28,7 +28,7 @@ def weight_schedule(terms: Mapping[str, Mapping[str, float]]) -> str:
     A term with ``until`` weighs ``full * clamp(1 - e / until, 0, 1)``: all of it at first, nothing
     from epoch ``until`` on; a number below 1 is a share of all epochs. What it loses goes to the
     terms without ``until``, in proportion to their full weights, so that the sum stays. Maps that
-    fade do not hold the student back where images are many; a shortcut comes back without them.
+    fade hold the student back in the end neither from its labels nor from a shortcut.
 
     The weight depends on the epoch alone, so that a resumed run needs no state.
 

@@ -323,7 +323,7 @@ assert "hostile_module" not in sys.modules
         copy.mkdir()
         (copy / "study.json").write_text(json.dumps(content | {"primary": primary}))
         found = written([copy], tmp_path / "page.html")
-        assert "Registered before the study ran: test_accuracy; seeds 0, 1, 2." in found.text
+        assert "Registered in the study's file: test_accuracy; seeds 0, 1, 2." in found.text
         assert "+0.1234" in found.text
 
     def test_a_study_alone_shows_a_run_of_each_configuration(self, study, tmp_path):

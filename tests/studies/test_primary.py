@@ -70,6 +70,13 @@ def test_it_is_read_with_the_seeds_of_the_file(write):
     assert read_plan(write(primary=None)).primary is None
 
 
+def test_a_study_that_is_changed_from_outside_is_not_the_registered_one(write):
+    plan = read_plan(write(), ["batch_size=8"], seeds=[5, 99])
+    assert (plan.primary, plan.seeds) == (None, (5, 99))
+    with pytest.raises(ValueError, match="primary: measure"):
+        read_plan(write(primary={**STUDY["primary"], "measure": "macro_f1"}), ["batch_size=8"])
+
+
 @pytest.mark.parametrize("seeds", [8, [5, 6, 7, 8]])
 def test_further_seeds_are_refused(write, seeds):
     words = r"study\.yaml: seeds: expected the seeds of its primary comparison, \[5, 6, 7\]"
