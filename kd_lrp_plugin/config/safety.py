@@ -18,6 +18,7 @@ HARMLESS = {
         "mnist",
         "marked",
         "subclasses",
+        "with_unlabelled",
         "weight_schedule",
         "class_weights",
         "mixup",

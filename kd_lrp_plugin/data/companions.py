@@ -1,8 +1,7 @@
 """What a training image brings along: its view without a marker, its mask, its group."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 from kd_lrp_plugin.data.shortcuts import Marked, get_range
 from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.data.validation import check_flags
+from kd_lrp_plugin.utils.preserved import preserved_generators
 from kd_lrp_plugin.utils.validation import message
 
 _TRIALS = 10  # by which transforms are judged; a step that half of them take is hardly missed
@@ -84,7 +84,7 @@ class Companions(Dataset):
             fix = "Wrap the images in marked; others have no marker to be without."
             raise ValueError(message("companions: clean", "marked data", got, fix))
         self.groups = sorted(set(names))
-        with _keep_generators():
+        with preserved_generators():
             _check_repeats(images)
             if mask:
                 _check_masks(images)
@@ -139,15 +139,6 @@ class _Generators(NamedTuple):
             and self.of_numpy[2:] == other.of_numpy[2:]
             and self.of_python == other.of_python
         )
-
-
-@contextmanager
-def _keep_generators() -> Iterator[None]:
-    before = _Generators.take()
-    try:
-        yield
-    finally:
-        before.restore()
 
 
 def _move(images: Any, mask: Bool[np.ndarray, "h w"]) -> Bool[Tensor, "height width"]:

@@ -23,8 +23,9 @@ models                 ``timm_model``, ``timm_mobilenetv2``; ``mnist_cnn``, ``mn
                        ``mnist_assistant``, ``mnist_assistant_small`` for 28 px; and
                        ``diswot_student``, which chooses one
 datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``; ``marked``, which
-                       puts markers on any of them, and ``subclasses``, which labels any by
-                       subclass; in ``datasets`` by ``!import_call`` of :func:`phantom` and so on
+                       puts markers on any of them, ``subclasses``, which labels any by
+                       subclass, and ``with_unlabelled``, which adds images without a label; in
+                       ``datasets`` by ``!import_call`` of :func:`phantom` and so on
 data set wrappers      ``companions`` (``clean``, ``mask``, ``group``), which add to each image
 =====================  ==========================================================================
 
@@ -67,6 +68,7 @@ from kd_lrp_plugin.torchdistill.datasets import (
     mnist,
     phantom,
     subclasses,
+    with_unlabelled,
 )
 from kd_lrp_plugin.torchdistill.forward_proc import companion, recorded, recorder
 from kd_lrp_plugin.torchdistill.group_dro import GroupDROLoss
@@ -130,4 +132,5 @@ __all__ = [
     "timm_mobilenetv2",
     "timm_model",
     "weight_schedule",
+    "with_unlabelled",
 ]

@@ -11,7 +11,8 @@ from kd_lrp_plugin.data import mnist as digits
 from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.phantom import dataset
 from kd_lrp_plugin.data.subclasses import Subclasses
-from kd_lrp_plugin.utils.validation import message, strict
+from kd_lrp_plugin.data.unlabelled import WithUnlabelled
+from kd_lrp_plugin.utils.validation import UNLABELLED, message, strict
 
 phantom = register_dataset(strict("phantom")(dataset.Phantom), key="phantom")
 marked = register_dataset(strict("marked")(shortcuts.Marked), key="marked")
@@ -20,6 +21,7 @@ companions = register_dataset_wrapper(strict("companions")(Companions), key="com
 csv_images = register_dataset(strict("csv_images")(tables.CsvImages), key="csv_images")
 mnist = register_dataset(strict("mnist")(digits.Mnist), key="mnist")
 subclasses = register_dataset(strict("subclasses")(Subclasses), key="subclasses")
+with_unlabelled = register_dataset(strict("with_unlabelled")(WithUnlabelled), key="with_unlabelled")
 
 
 @strict("class_weights")
@@ -57,6 +59,7 @@ def class_weights(dataset: Any) -> list[float]:
         King and Zeng, 2001; scikit-learn's ``compute_class_weight("balanced", ...)``.
     """
     targets = np.asarray(getattr(dataset, "targets", []))
+    targets = targets[targets != UNLABELLED]
     if not targets.size:
         fix = "Give the alias of a data set node, such as *train_images."
         got = f"{type(dataset).__name__} without any"

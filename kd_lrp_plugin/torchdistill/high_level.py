@@ -13,7 +13,7 @@ from kd_lrp_plugin.torchdistill import right_reasons
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.torchdistill.forward_proc import get_logits, recorded
 from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS
-from kd_lrp_plugin.utils.validation import check_known, check_targets, message, strict
+from kd_lrp_plugin.utils.validation import UNLABELLED, check_known, check_targets, message, strict
 
 
 class _CrossEntropy(nn.Module):
@@ -35,12 +35,18 @@ class _CrossEntropy(nn.Module):
     def forward(self, student_io_dict: Mapping, _: Mapping, targets: Tensor) -> Tensor:
         logits = get_logits("DisWOTPlusLoss", "student", student_io_dict)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's are half
+        if not targets.is_floating_point() and targets.ndim == 1:
+            known = targets != UNLABELLED
+            if not bool(known.all()):
+                logits, targets = logits[known], targets[known]
         check_targets("DisWOTPlusLoss", targets, logits)
         weights = None if self.weights is None else self.weights.to(logits)
         if weights is not None and len(weights) != logits.shape[1]:
             expected = f"{logits.shape[1]} class_weights, one per output of the head"
             fix = "Give one weight per class, in the order of the classes."
             raise ValueError(message("DisWOTPlusLoss", expected, len(weights), fix))
+        if not len(targets):
+            return (logits * 0).sum()
         smoothing = self.label_smoothing
         return nn.functional.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
 
@@ -62,6 +68,8 @@ class DisWOTPlusLoss(AbstractLoss):
     .. math:: L = \alpha L_{CE} + \beta L_{KL} + \gamma L_{sem} + \delta L_{rel}
 
     A term of weight zero is not computed, nor one that :func:`weight_schedule` holds at zero.
+    Images of :func:`with_unlabelled` that have no label count in all terms but the cross entropy,
+    which is the mean over the others, and 0 where there are none.
 
     Args:
         alpha: weight of the cross entropy.

@@ -14,7 +14,7 @@ from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.recording import Recording
 from kd_lrp_plugin.torchdistill.forward_proc import recorded
 from kd_lrp_plugin.utils.registry import Registry
-from kd_lrp_plugin.utils.validation import check_known, check_targets, message, strict
+from kd_lrp_plugin.utils.validation import UNLABELLED, check_known, check_targets, message, strict
 
 KINDS = ("relevance", "grad_cam", "features")
 TARGETS = ("label", "teacher", "contrast")
@@ -76,7 +76,8 @@ class RecordedLoss(nn.Module):
         target: which relevance is compared: that of the "label", of the "teacher"'s top-1
             prediction, or the "contrast", the label minus the mean of the other classes. Where
             labels are subclasses, so are these; "class" is the sum of the logits of all subclasses
-            of the label's class, also where no more is known than the class.
+            of the label's class, also where no more is known than the class. An image without a
+            label (:func:`with_unlabelled`) has the teacher's top-1 prediction for one.
         every: in training, compare every n-th batch only, beginning with the first after
             :meth:`reset`, which the trainer calls as an epoch begins; the other batches cost no
             maps and count as 0. The weight is not rescaled: on average the term weighs an n-th.
@@ -153,6 +154,7 @@ class RecordedLoss(nn.Module):
         if self.comparison.kind == "features":
             pairs = zip(student.activations, teacher.activations, strict=True)
         else:
+            targets = _label_by_teacher(targets, teacher_logits)
             if self.target == "label":
                 check_targets(self.key, targets, student_logits)
             classes = targets if self.target != "teacher" else teacher_logits.argmax(1)
@@ -200,6 +202,13 @@ class RecordedLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.key}, target={self.target}, every={self.every}, signed={self.signed}"
+
+
+def _label_by_teacher(targets: Tensor, logits: Tensor) -> Tensor:
+    """Class indices, of images without a label the teacher's top-1 prediction."""
+    if targets.is_floating_point() or targets.ndim != 1 or len(targets) != len(logits):
+        return targets
+    return torch.where(targets == UNLABELLED, logits.argmax(1), targets)
 
 
 def check_every(key: str, every: int) -> None:

@@ -20,7 +20,7 @@ from kd_lrp_plugin.data.validation import check_same_classes
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.training.box import Datasets, build_box, check_head
 from kd_lrp_plugin.utils.distributed import DistributedContext
-from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.validation import UNLABELLED, message
 
 MONITOR = "val_accuracy"
 LAST = "last"  # as a monitor: no epoch is chosen, the last one is kept
@@ -59,6 +59,11 @@ class Experiment:
         }
         if all(hasattr(part, "classes") for part in parts.values()):
             check_same_classes(**parts)
+        for name in ("val", "test"):
+            if UNLABELLED in getattr(parts[name], "targets", []):
+                fix = "Take with_unlabelled for the training alone."
+                got = "some without a label"
+                raise ValueError(message(f"datasets: {name}", "labelled images", got, fix))
         self.test_set = parts["test"]
         self.classes = list(getattr(parts["val"], "classes", []))
         if len(set(self.classes)) < len(self.classes):

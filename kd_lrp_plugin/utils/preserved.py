@@ -1,8 +1,10 @@
-"""A model used, and left as it was found."""
+"""What is used, and left as it was found: a model, the random number generators."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,3 +37,24 @@ def preserved(model: nn.Module) -> Iterator[nn.Module]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """The global random number generators of Python, NumPy and PyTorch are afterwards as before.
+
+    Example:
+        >>> before = torch.get_rng_state()
+        >>> with preserved_generators():
+        ...     _ = torch.rand(3), random.random()
+        >>> torch.equal(torch.get_rng_state(), before)
+        True
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=cuda):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

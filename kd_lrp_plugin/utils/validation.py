@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+UNLABELLED = -100
+"""The label of an image whose class nobody knows; PyTorch's cross entropy ignores it."""
 
 
 def message(where: str, expected: str, got: object, fix: str) -> str:

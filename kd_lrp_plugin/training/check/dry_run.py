@@ -1,11 +1,8 @@
 """All problems of a config at once, each with its location, before any work is lost to them."""
 
-import random
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -22,6 +19,7 @@ from kd_lrp_plugin.training.check.sections import SEE, build_models, check_secti
 from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext
+from kd_lrp_plugin.utils.preserved import preserved_generators
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
@@ -65,7 +63,7 @@ def check(
         models = content.get("models")
         models = models if isinstance(models, Mapping) else {}
         report.assembly = Assembly(content, build_models(report, models, known))
-        with _preserve_generators():
+        with preserved_generators():
             _check_copy(report, report.assembly.copy(), context)
     return report
 
@@ -76,19 +74,6 @@ def _check_copy(report: CheckReport, copy: Assembly, context: DistributedContext
         _check_images(report, copy.content)
     if not report.problems:
         _check_steps(report, copy, context)
-
-
-@contextmanager
-def _preserve_generators() -> Iterator[None]:
-    """The random number generators of Python, NumPy and PyTorch are afterwards as before."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
