@@ -6,7 +6,8 @@ from typing import Any
 
 import typer
 
-from kd_lrp_plugin.config.document import resolve_config, walk_pairs
+from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.config.nodes import walk_pairs
 
 METHODS = (
     "grad_cam",

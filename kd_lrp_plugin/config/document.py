@@ -4,26 +4,24 @@ torchdistill's tags can call code, so all of this works on the nodes of the text
 """
 
 import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import yaml
 
+from kd_lrp_plugin.config.inheritance import compose_with_bases, read_text
+from kd_lrp_plugin.config.nodes import (
+    UntaggedLoader,
+    compose,
+    describe_mark,
+    is_key,
+    walk,
+    walk_pairs,
+)
 from kd_lrp_plugin.utils.validation import check_known, message
-
-# torchdistill's tags that make text of the items, or of the scalar, that they are given: where
-# images and weights lie must be known by them.
-TEXT_TAGS: dict[str, Callable[[Any], str]] = {
-    "!join": lambda items: "".join(map(str, items)),
-    "!pathjoin": lambda items: os.path.expanduser(os.path.join(*map(str, items))),
-    "!expanduser": os.path.expanduser,
-    "!abspath": os.path.abspath,
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Document:
             {'a': 1, 'b': {'key': 'os.getcwd'}, 'c': None}
         """
         # From a copy: PyYAML writes what a merge key brings in into the nodes.
-        return _UntaggedLoader("").construct_document(copy.deepcopy(self.root))
+        return UntaggedLoader("").construct_document(copy.deepcopy(self.root))
 
     def only(self, *sections: str, without: str = "") -> "Document":
         """The config without its other top-level sections; their aliases stay resolved.
@@ -130,13 +128,6 @@ class Document:
         return node, mark, rest
 
 
-def describe_mark(mark: yaml.Mark) -> str:
-    """A location as people read it."""
-    if mark.name.startswith("--set"):
-        return shorten(mark.name, 60, placeholder="...")
-    return f"{mark.name}:{mark.line + 1}"
-
-
 def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     """A config with overrides applied.
 
@@ -154,20 +145,13 @@ def resolve_config(path: str | Path, overrides: Sequence[str] = ()) -> Document:
     if not Path(path).is_file():
         fix = "Give the path of a YAML file, for example one of torchdistill_configs."
         raise FileNotFoundError(message("config", "a file", f"none at {path}", fix))
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        fix = "Save it as UTF-8."
-        raise ValueError(
-            message(str(path), "text in UTF-8", f"other bytes ({error})", fix)
-        ) from None
-    document = parse_document(path, text)
+    document = parse_document(path, read_text(path))
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
             fix = "For example train.num_epochs=2."
             raise ValueError(message("--set", "key=value", repr(override), fix))
-        _apply(document.root, key, _number(_compose(f"--set {override}", value)))
+        _apply(document.root, key, _number(compose(f"--set {override}", value)))
     return document
 
 
@@ -179,129 +163,11 @@ def parse_document(path: str | Path, text: str) -> Document:
         text: YAML.
 
     Raises:
-        ValueError: if it is not YAML, no mapping, or has a key twice.
+        FileNotFoundError: if a file that ``_base_`` names is not there.
+        ValueError: if it, or a base, is not YAML, no mapping, or has a key twice.
     """
-    root = _compose(str(path), text)
-    if not isinstance(root, yaml.MappingNode):
-        got = repr(root.value) if isinstance(root, yaml.ScalarNode) else "a list"
-        fix = "See torchdistill_configs."
-        raise ValueError(message(str(path), "a mapping of sections", got, fix))
+    root = compose_with_bases(path, text)
     return Document(str(path), root)
-
-
-class _UntaggedLoader(yaml.SafeLoader):
-    """Calls nothing."""
-
-
-def _construct_untagged(loader: yaml.SafeLoader, _: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return None
-
-
-def _construct_text(loader: yaml.SafeLoader, node: yaml.Node) -> str | None:
-    """What a tag of :data:`TEXT_TAGS` makes; None where another tag below it has its say."""
-    for part in walk(node):
-        if part.tag.startswith("!") and part.tag not in TEXT_TAGS:
-            return None
-    is_list = isinstance(node, yaml.SequenceNode)
-    if isinstance(node, yaml.MappingNode) or is_list != (node.tag in ("!join", "!pathjoin")):
-        return None
-    given = loader.construct_sequence(node, True) if is_list else loader.construct_scalar(node)  # type: ignore
-    return TEXT_TAGS[node.tag](given) if given or node.tag != "!pathjoin" else None
-
-
-_UntaggedLoader.add_multi_constructor(None, _construct_untagged)
-for _tag in TEXT_TAGS:
-    _UntaggedLoader.add_constructor(_tag, _construct_text)
-
-
-def _overridden(node: yaml.Node) -> bool:
-    return node.start_mark is not None and node.start_mark.name.startswith("--set")
-
-
-def walk_pairs(node: yaml.Node) -> dict[str, tuple[yaml.Mark, yaml.Node]]:
-    """The children of a node by key, and the mark of each: that of the key, or of an override."""
-    if isinstance(node, yaml.MappingNode):
-        return {
-            key.value: (child.start_mark if _overridden(child) else key.start_mark, child)
-            for key, child in node.value
-            if isinstance(key, yaml.ScalarNode)
-        }
-    if isinstance(node, yaml.SequenceNode):
-        return {str(index): (child.start_mark, child) for index, child in enumerate(node.value)}
-    return {}
-
-
-def walk(node: yaml.Node) -> Iterator[yaml.Node]:
-    """A node and all below it, each once."""
-    seen: set[int] = set()
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        yield node
-        stack += reversed(_parts(node))
-
-
-def _parts(node: yaml.Node) -> list[yaml.Node]:
-    """The nodes directly below one, keys included."""
-    if isinstance(node, yaml.MappingNode):
-        return [part for pair in node.value for part in pair]
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
-
-
-def _compose(where: str, text: str) -> yaml.Node:
-    try:
-        loader = yaml.FullLoader(text)
-        loader.name = where  # what each node's mark names
-        node = loader.get_single_node()
-        if node is None:
-            mark = loader.get_mark()
-            return yaml.ScalarNode("tag:yaml.org,2002:null", "", mark, mark)
-        _refuse_loops(node, set(), set())
-        _refuse_duplicate_keys(node)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(message(where, "YAML", str(error), "Correct the text there.")) from error
-    return node
-
-
-def _refuse_loops(node: yaml.Node, above: set[int], done: set[int]) -> None:
-    """Aliases may share a node, not stand inside of it: nothing could be read to its end."""
-    if id(node) in above:
-        expected, fix = "an alias of what stands elsewhere", "Take the alias out of it."
-        got = "one inside of what it names"
-        raise ValueError(message(describe_mark(node.start_mark), expected, got, fix))
-    if id(node) not in done:
-        for part in _parts(node):
-            _refuse_loops(part, above | {id(node)}, done)
-        done.add(id(node))
-
-
-def _refuse_duplicate_keys(root: yaml.Node) -> None:
-    """YAML forbids a key twice; PyYAML takes the last without a word."""
-    for node in walk(root):
-        first: dict[Any, yaml.Mark] = {}
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            # By value: `a` and "a" are one key, and so are `yes` and `true`, or 1 and 1.0.
-            value = (
-                key.value if key.tag.startswith("!") else _UntaggedLoader("").construct_object(key)
-            )
-            if value in first:
-                both = map(describe_mark, (first[value], key.start_mark))
-                got = f"{key.value!r} at {' and '.join(both)}"
-                fix = "Delete one of them: which one counts would not show."
-                if key.tag.endswith(":merge"):
-                    fix = "Merge a list, as in <<: [*one, *other]."
-                where = describe_mark(key.start_mark)
-                raise ValueError(message(where, "each key once in a mapping", got, fix))
-            first[value] = key.start_mark
 
 
 def _apply(root: yaml.Node, key_path: str, value: yaml.Node) -> None:
@@ -311,7 +177,7 @@ def _apply(root: yaml.Node, key_path: str, value: yaml.Node) -> None:
     for key in parents:
         node = _children(node, key_path)[_known_key(root, node, key, key_path)]
     children = _children(node, key_path)
-    if isinstance(node, yaml.MappingNode) and _is_key(root, children.get(last)):
+    if isinstance(node, yaml.MappingNode) and is_key(root, children.get(last)):
         # A data set's name, say: what uses it changes, not the name.
         node.value = [(k, value if k.value == last else child) for k, child in node.value]
     elif last in children:
@@ -329,13 +195,6 @@ def _list_key_paths(node: yaml.Node, above: str) -> Iterator[str]:
     for key, (_, child) in walk_pairs(node).items():
         yield f"{above}{key}"
         yield from _list_key_paths(child, f"{above}{key}.")
-
-
-def _is_key(root: yaml.Node, target: yaml.Node | None) -> bool:
-    """Whether a mapping somewhere below ``root`` has this very node as a key."""
-    if isinstance(root, yaml.MappingNode):
-        return any(key is target or _is_key(value, target) for key, value in root.value)
-    return isinstance(root, yaml.SequenceNode) and any(_is_key(n, target) for n in root.value)
 
 
 def _number(node: yaml.Node) -> yaml.Node:

@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from kd_lrp_plugin.config.document import TEXT_TAGS, Document, describe_mark, walk, walk_pairs
+from kd_lrp_plugin.config.document import Document
+from kd_lrp_plugin.config.nodes import TEXT_TAGS, describe_mark, walk, walk_pairs
 from kd_lrp_plugin.utils.validation import message
 
 # What --safe lets a tag import or call, without its last name; none of it runs other code.

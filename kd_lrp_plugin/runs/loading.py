@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd_lrp_plugin.config.build import build_model_entry, construct, get_stages
-from kd_lrp_plugin.config.document import Document, resolve_config, walk_pairs
+from kd_lrp_plugin.config.document import Document, resolve_config
+from kd_lrp_plugin.config.nodes import walk_pairs
 from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.data.transforms import preparation
 from kd_lrp_plugin.losses import fold_logits

@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from small_runs import CONFIGS
 from typer.testing import CliRunner
 
@@ -14,7 +15,8 @@ from kd_lrp_plugin.cli.main import app
 
 ROOT = CONFIGS.parent
 FILES = {
-    file.relative_to(CONFIGS).with_suffix("").as_posix(): file for file in CONFIGS.rglob("*.yaml")
+    file.relative_to(CONFIGS).with_suffix("").as_posix(): file
+    for file in CONFIGS.rglob("[!_]*.yaml")
 }
 
 
@@ -104,3 +106,44 @@ def test_the_wheel_holds_them_where_the_command_looks(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "copied/phantom/ce/resnet10t.yaml").is_file()
+
+
+class TestBases:
+    @pytest.fixture
+    def configs(self, tmp_path, monkeypatch) -> Path:
+        folder = tmp_path / "shipped"
+        for name, text in {
+            "_base.yaml": "size: &size 3\n",
+            "one/_base.yaml": "_base_: ../_base.yaml\nmore: *size\n",
+            "one/kd/a.yaml": "# Question: why?\n_base_: ../_base.yaml\nlast: [*size]\n",
+        }.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        found = {"one/kd/a": folder / "one/kd/a.yaml"}
+        monkeypatch.setattr("kd_lrp_plugin.cli.configs.find_configs", lambda: found)
+        return folder
+
+    def test_they_are_copied_too(self, configs, tmp_path):
+        code, out = call("one/kd/a", "--to", tmp_path / "own")
+        assert code == 0
+        for file in configs.rglob("*.yaml"):
+            copied = tmp_path / "own" / file.relative_to(configs)
+            assert copied.read_bytes() == file.read_bytes()
+            assert f"written: {copied}" in out.replace("\n", "")
+
+    def test_a_config_is_written_out_whole(self, configs, tmp_path):
+        file, flat = configs / "one/kd/a.yaml", tmp_path / "flat.yaml"
+        code, out = call("--resolve", file, "--set", "size=4")
+        assert code == 0
+        assert yaml.safe_load(out) == {"size": 4, "more": 4, "last": [4]}
+        assert call("--resolve", file, "--to", flat)[0] == 0
+        assert yaml.safe_load(flat.read_text()) == {"size": 3, "more": 3, "last": [3]}
+        code, out = call("--resolve", file, "--set", "size=4", "--to", flat)
+        assert code == 1
+        assert "which differs" in out.replace("\n", "")
+
+    @pytest.mark.parametrize("words", [["one", "--resolve", "a.yaml"], ["one", "--set", "a=1"]])
+    def test_what_does_not_go_together_is_refused(self, configs, words):
+        code, out = call(*words)
+        assert code == 1
+        assert "configs: expected" in out

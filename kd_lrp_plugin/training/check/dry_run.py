@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, construct, get_stages
-from kd_lrp_plugin.config.document import Document, describe_mark
+from kd_lrp_plugin.config.document import Document
+from kd_lrp_plugin.config.nodes import describe_mark
 from kd_lrp_plugin.data.images import ascii_name
 from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.torchdistill.high_level import check_finite
