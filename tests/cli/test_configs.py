@@ -40,7 +40,8 @@ def test_copies_a_folder_as_it_is_named_and_a_second_time_says_so(tmp_path):
     code, out = call("phantom/kd", "studies/phantom.yaml", "--to", tmp_path)
     assert code == 0
     copied = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
-    wanted = [f"{n}.yaml" for n in FILES if n.startswith("phantom/kd/")] + ["studies/phantom.yaml"]
+    wanted = [f"{n}.yaml" for n in FILES if n.startswith("phantom/kd/")]
+    wanted += ["studies/phantom.yaml", "phantom/_base.yaml", "phantom/_taught.yaml"]
     assert sorted(copied) == sorted(wanted)
     for name in wanted:
         assert (tmp_path / name).read_bytes() == (CONFIGS / name).read_bytes()

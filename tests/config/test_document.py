@@ -6,7 +6,7 @@ from torchdistill.common.yaml_util import load_yaml_file
 
 from kd_lrp_plugin.config.document import parse_document, resolve_config
 
-ALL = sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in ("studies",))
+ALL = sorted(p for p in CONFIGS.rglob("[!_]*.yaml") if p.parent.name not in ("studies",))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from kd_lrp_plugin.studies.parser import read_plan
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.training.check.dry_run import check
 
-MNIST = sorted((CONFIGS / "mnist").rglob("*.yaml"))
+MNIST = sorted((CONFIGS / "mnist").rglob("[!_]*.yaml"))
 TAUGHT = [file for file in MNIST if "_from_" in file.stem]
 SMALL = ["batch_size=8", "num_workers=0", "train.num_epochs=1"]
 

@@ -23,8 +23,8 @@ from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.utils.progress import NullProgress
 
-PHANTOM = sorted((CONFIGS / "phantom").rglob("*.yaml"))
-MRI = sorted((CONFIGS / "brain_mri").rglob("*.yaml"))
+PHANTOM = sorted((CONFIGS / "phantom").rglob("[!_]*.yaml"))
+MRI = sorted((CONFIGS / "brain_mri").rglob("[!_]*.yaml"))
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def build_run(config: Path) -> trainer.Trainer:
     return trainer.Trainer(experiment, folder, 0)
 
 
-MARKED = sorted((CONFIGS / "brain_mri_marked").rglob("*.yaml"))
+MARKED = sorted((CONFIGS / "brain_mri_marked").rglob("[!_]*.yaml"))
 
 
 @pytest.mark.parametrize("config", MARKED, ids=lambda file: file.parent.name)

@@ -335,7 +335,7 @@ class TestCommand:
 
 
 class TestSafe:
-    @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.stem)
+    @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("[!_]*.yaml")), ids=lambda p: p.stem)
     def test_every_config_of_ours_is_harmless(self, config):
         assert unsafe_tags(resolve_config(config)) == []
 
