@@ -51,6 +51,12 @@ def explain(
     out: Annotated[
         Path | None, typer.Option(help="Folder for maps.png and explanations.csv of all runs.")
     ] = None,
+    subclasses: Annotated[
+        bool,
+        typer.Option(
+            "--subclasses", help="Explain subclasses, of a run that has them, and not classes."
+        ),
+    ] = False,
     device: Device = None,
     safe: Safe = False,
     trust: Trust = False,
@@ -86,6 +92,7 @@ def explain(
                 *(method or (), layer or (), roles, images or (), n, samples, out),
                 device=context.device,
                 safe=safe,
+                subclasses=subclasses,
             )
             rows = explain.explain(runs, options)
     if rows:
@@ -94,7 +101,8 @@ def explain(
         for figure in ("relevance_mass_accuracy", "rank_accuracy", "pointing_game"):
             say(f"\n{figure}: {summary.METRICS[figure]}\n")
             say(tables.table(summary.by_layer(rows, figure)))
-    made = ["explanations-images.png"] if images else ["explanations.json", "explanations.png"]
+    name = f"explanations{'-subclasses' * subclasses}"
+    made = [f"{name}-images.png"] if images else [f"{name}.json", f"{name}.png"]
     say(f"\nwritten to each run folder: {', '.join(made)}")
     if out is not None:
         say(f"written to {out}: maps.png, maps.json{'' if images else ', explanations.csv'}")

@@ -28,4 +28,5 @@ def predict(
 
         check_trusted([run], trust, safe)
         records = evaluate.predict(run, images, safe)
-    say(tables.table(records, ["file", "class", "probability"]))
+    columns = ["file", "class", "probability", "subclass"]
+    say(tables.table(records, [name for name in columns if name in records[0]]))

@@ -20,6 +20,7 @@ HARMLESS = {
         "marked",
         "subclasses",
         "with_unlabelled",
+        "kmeans_subclasses",
         "weight_schedule",
         "class_weights",
         "mixup",

@@ -178,6 +178,11 @@ class CsvImages(Dataset):
             index_of = {v: i for i, of_name in enumerate(values.values()) for v in of_name}
             self.subclass_targets = [index_of[by_path[path].subclass] for path, _ in self.samples]
 
+    @property
+    def names(self) -> list[str]:
+        """Paths of the images below ``folder``."""
+        return [Path(file).relative_to(self.folder).as_posix() for file, _ in self.samples]
+
     def __len__(self) -> int:
         return len(self.samples)
 

@@ -187,6 +187,11 @@ class FolderImages(ImageFolder):
         rows = [row for row in self._kept if row["split"] == self._split]
         return sorted((str(self.folder / row["file"]), class_to_idx[row["class"]]) for row in rows)
 
+    @property
+    def names(self) -> list[str]:
+        """Paths of the images below ``folder``."""
+        return [Path(file).relative_to(self.folder).as_posix() for file, _ in self.samples]
+
     def mask(self, index: int) -> Bool[np.ndarray, "h w"] | None:
         """Outline from ``<root>/masks/<split>/<class>/<name>.png``; None where there is none.
 

@@ -37,6 +37,7 @@ class Mnist(Dataset):
             neighbours, which few writers wrote, are mostly in one of them.
         holdout: share of the split held out, in (0, 1).
         size: take so many of the part's images, the first; None for all.
+        seed: draws those of ``size`` instead, by it alone; of one seed, few are among more.
         classes: digits, or parity: classes even and odd, with the digits as known subclasses.
         name: sub-folder of ``$KD_LRP_DATA``.
         image_size: side in pixels.
@@ -46,6 +47,7 @@ class Mnist(Dataset):
 
     Attributes:
         classes, targets, transform: names, class indices, and as given.
+        names: of the images, such as "train 17": the split, and the place in its file from 0.
         subclasses, subclass_targets, subclass_of: names of the digits, each image's digit, and the
             class index of each; only by parity.
 
@@ -53,7 +55,7 @@ class Mnist(Dataset):
         FileNotFoundError: if the folder or a file is not there.
         ValueError: for an unknown split, part or kind of classes, several files that could be
             meant, a file that is damaged or of another kind, images and labels that differ in
-            number, or fewer images than ``size``.
+            number, fewer images than ``size``, or a ``seed`` without it.
 
     Reference:
         LeCun, Bottou, Bengio and Haffner, Proceedings of the IEEE 1998; the files are LeCun,
@@ -72,6 +74,7 @@ class Mnist(Dataset):
         image_size: int = 28,
         transform: Callable[[Image.Image], Any] | None = None,
         channels: int = 1,
+        seed: int | None = None,
     ) -> None:
         check_known(f"{_WHERE} split", split, _SPLITS)
         check_known(f"{_WHERE} part", part, PARTS)
@@ -90,13 +93,21 @@ class Mnist(Dataset):
             raise ValueError(message(f"{_WHERE} {files[1]}", "digits", int(labels.max()), _FIX))
         cut = len(images) - round(len(images) * holdout)
         taken = {"all": slice(None), "train": slice(cut), "validation": slice(cut, None)}[part]
-        self._images, digits = images[taken], labels[taken].tolist()
+        places = np.arange(len(images))[taken]
+        if seed is not None:
+            check_integer(_WHERE, "seed", seed, least=0)
+            if size is None:
+                got, fix = f"seed {seed} and no size", "Set size, or leave seed out."
+                raise ValueError(message(_WHERE, "a size for what seed draws", got, fix))
+            places = np.random.default_rng(seed).permutation(places)
         if size is not None:
             check_integer(_WHERE, "size", size)
-            if size > len(digits):
-                got = f"{len(digits)} in {part} of {files[0]}"
+            if size > len(places):
+                got = f"{len(places)} in {part} of {files[0]}"
                 raise ValueError(message(_WHERE, f"{size} images", got, "Lower size."))
-            self._images, digits = self._images[:size], digits[:size]
+            places = np.sort(places[:size])
+        self._images, digits = images[places], labels[places].tolist()
+        self.names = [f"{split} {place}" for place in places]
         if not digits:
             raise ValueError(message(_WHERE, "images in both parts", "none", "Change holdout."))
         self.classes, self.targets = list(_DIGITS), digits

@@ -69,7 +69,8 @@ class Marked(Dataset):
         transform: applied to the marked image, such as torchvision's ``RandomErasing``.
 
     Attributes:
-        classes, targets, transform, samples, bits, loader: those of ``images``.
+        classes, targets, transform, samples, names, bits, loader: those of ``images``.
+        subclasses, subclass_targets, subclass_of: those of ``images``; only where it has any.
         groups: of each item the variant, or, of a single variant ``as_trained``, whether the
             marker "agrees" or "conflicts" with the class ("none" without one).
         shown: the class that each item's marker tells; None without one.
@@ -115,7 +116,7 @@ class Marked(Dataset):
             got = type(images).__name__
             raise ValueError(message("marked: images", "data with targets and classes", got, fix))
         if isinstance(images, Subclasses):
-            fix = "Wrap the marked images in subclasses instead, with per_class."
+            fix = "Wrap the marked images in subclasses instead."
             raise ValueError(message("marked: images", "labels of classes", "of subclasses", fix))
         if len(images.classes) < 2:
             fix = "A marker that tells the class needs two."
@@ -142,6 +143,9 @@ class Marked(Dataset):
             ]
         self.targets = list(images.targets) * len(names)
         self.groups = [name for name in names for _ in images.targets]
+        if hasattr(images, "subclass_targets"):
+            self.subclasses, self.subclass_of = images.subclasses, images.subclass_of
+            self.subclass_targets = list(images.subclass_targets) * len(names)
         if names == ["as_trained"]:
             pairs = zip(self.shown, self.targets, strict=True)
             self.groups = ["none" if s is None else _WORDS[s == t] for s, t in pairs]
@@ -167,6 +171,11 @@ class Marked(Dataset):
     def samples(self) -> list[tuple[str, int]]:
         """Files and class indices, where the data set has files."""
         return list(getattr(self.images, "samples", [])) * len(self.variants)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the images, where the data set has names; one for all its variants."""
+        return list(self.images.names) * len(self.variants)
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -1,9 +1,11 @@
 """A data set whose labels are subclasses, while its classes stay what is reported."""
 
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset, Subset
 
+from kd_lrp_plugin.data.clusters import Table, look_up, name_subclasses
 from kd_lrp_plugin.data.validation import check_integer
 from kd_lrp_plugin.utils.validation import message
 
@@ -24,6 +26,9 @@ class Subclasses(Dataset):
         per_class: so many subclasses of each class that nobody knows; the model finds them. Labels
             are then the number of subclasses plus the class index, which only losses of subclasses
             take.
+        table: known subclasses by the names of the images: a CSV of columns image, class and
+            subclass, or what ``kmeans_subclasses`` returns. Names are paths below the folder of the
+            data, of digits such as "train 17".
 
     Attributes:
         classes: names of the classes.
@@ -32,11 +37,14 @@ class Subclasses(Dataset):
         targets: the label of each image.
         class_targets: the class index of each image.
         known: whether the subclasses are.
+        source: by what they were found, where names such as "cat 1" do not tell; else empty.
         images: as given.
 
     Raises:
-        ValueError: for data without known subclasses, or with them where ``per_class`` is given; a
-            class without subclasses, or subclasses of one name.
+        FileNotFoundError: if there is no such table.
+        ValueError: for data without known subclasses, or two sources of them; a class without
+            subclasses, or subclasses of one name; a table that does not fit, see
+            :func:`~kd_lrp_plugin.data.clusters.look_up`.
 
     Example:
         >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
@@ -45,7 +53,9 @@ class Subclasses(Dataset):
         (['glioma 1', 'glioma 2', 'meningioma 1'], [0, 0, 1, 1, 2, 2, 3, 3], [10, 9, 8, 11])
     """
 
-    def __init__(self, images: Any, per_class: int | None = None) -> None:
+    def __init__(
+        self, images: Any, per_class: int | None = None, table: str | Path | Table | None = None
+    ) -> None:
         classes = list(getattr(images, "classes", None) or [])
         if not classes or not hasattr(images, "targets"):
             fix = "Alias a data set such as csv_images or mnist, not a part of it or its name."
@@ -55,23 +65,31 @@ class Subclasses(Dataset):
             )
         self.images, self.classes, self.known = images, classes, per_class is None
         self.class_targets = list(images.targets)
-        if per_class is None:
+        self.source = getattr(table, "source", "")
+        given = {"per_class": per_class is not None, "table": table is not None}
+        sources = [name for name, there in given.items() if there]
+        if hasattr(images, "subclass_targets"):
+            sources = ["known subclasses", *sources]
+        if len(sources) > 1:
+            got = f"{'both' if len(sources) == 2 else 'all'} of them: {', '.join(sources)}"
+            expected = "known subclasses, per_class or a table"
+            raise ValueError(message(_WHERE, expected, got, "Leave all but one of them out."))
+        if table is not None:
+            self.subclasses, self.subclass_of, self.targets = look_up(images, table)
+        elif per_class is None:
             if not hasattr(images, "subclass_targets"):
-                fix = "Give csv_images its subclasses, mnist classes: parity, or set per_class."
+                fix = (
+                    "Give csv_images its subclasses, mnist classes: parity, or set per_class or "
+                    "table."
+                )
                 got = f"{type(images).__name__} without"
                 raise ValueError(message(f"{_WHERE}: images", "known subclasses", got, fix))
             self.subclasses, self.subclass_of = list(images.subclasses), list(images.subclass_of)
             self.targets = list(images.subclass_targets)
         else:
             check_integer(_WHERE, "per_class", per_class)
-            if hasattr(images, "subclass_targets"):
-                fix = "Leave one of them out."
-                raise ValueError(
-                    message(_WHERE, "known subclasses or per_class", "both of them", fix)
-                )
-            numbers = range(1, per_class + 1)
-            self.subclasses = [f"{name} {number}" for name in classes for number in numbers]
-            self.subclass_of = [index for index in range(len(classes)) for _ in numbers]
+            self.subclasses = name_subclasses(classes, per_class)
+            self.subclass_of = [index for index in range(len(classes)) for _ in range(per_class)]
             self.targets = [len(self.subclasses) + label for label in self.class_targets]
         if absent := [name for i, name in enumerate(classes) if i not in self.subclass_of]:
             fix = "Give each class a subclass, itself where it is not divided."
@@ -103,14 +121,20 @@ class Subclasses(Dataset):
 def share_subclasses(**datasets: Any) -> tuple[list[str], list[int]]:
     """Names of the subclasses by which all of the data sets are labelled, and their classes.
 
+    Behind the first they may be unknown, as of test images where k-means has found those of others.
+
+    Args:
+        **datasets: what is trained with first.
+
     Returns:
         As of :class:`Subclasses`; empty lists where the data sets are labelled by classes.
 
     Raises:
-        ValueError: if they are labelled by different subclasses, some by classes, or one is a
-            ``Subset`` of subclasses.
+        ValueError: if they are labelled by different subclasses, or ones found differently, some
+            by classes, those of the first alone are unknown, or one is a ``Subset`` of subclasses.
     """
-    found: dict[str, tuple] = {}
+    found: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     for name, dataset in datasets.items():
         inner = dataset
         while isinstance(inner, Subset):
@@ -120,10 +144,18 @@ def share_subclasses(**datasets: Any) -> tuple[list[str], list[int]]:
             fix = "Choose the images before, by keywords of their data set."
             expected = "subclasses around the images"
             raise ValueError(message(f"datasets: {name}", expected, "a Subset of subclasses", fix))
-        found[name] = (inner.subclasses, inner.subclass_of, inner.known) if by_subclass else ()
+        found[name] = (inner.subclasses, inner.subclass_of) if by_subclass else ()
+        if by_subclass:
+            how = f"found as {inner.source}" if inner.source else "known"
+            sources[name] = how if inner.known else "unknown"
     first, *others = found.values()
     if any(other != first for other in others):
         got = {name: about[0] if about else "classes" for name, about in found.items()}
         fix = "Wrap them all in subclasses, with the same ones of the same classes."
         raise ValueError(message("datasets", "labels by the same subclasses", got, fix))
-    return first[:2] if first else ([], [])
+    known = {how for how in sources.values() if how != "unknown"}
+    if len(known) > 1 or (known and next(iter(sources.values())) == "unknown"):
+        fix = "Take one table for all, or per_class for the others: theirs are then unknown."
+        expected = "subclasses found in one way, known where they are trained"
+        raise ValueError(message("datasets", expected, sources, fix))
+    return first or ([], [])

@@ -7,13 +7,20 @@ from typing import Any
 import torch
 
 from kd_lrp_plugin.data.images import read_image
+from kd_lrp_plugin.losses import fold_logits
 from kd_lrp_plugin.metrics.agreement import compare_predictions
 from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.metrics.efficiency import cost
 from kd_lrp_plugin.metrics.groups import group_metrics
+from kd_lrp_plugin.metrics.subclasses import effective_subclasses
 from kd_lrp_plugin.plots.figures import confusion_figure, reliability_figure
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.runs.loading import build_untrained, load_run, load_transform, read_model_entries
+from kd_lrp_plugin.runs.loading import (
+    build_untrained,
+    load_models,
+    load_transform,
+    read_model_entries,
+)
 from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
 from kd_lrp_plugin.utils.files import write_json
 from kd_lrp_plugin.utils.validation import message
@@ -31,14 +38,18 @@ def predict(
 
     Returns:
         One record per image: file, class and its probability, and all probabilities by class; an
-        output beyond the classes has a name of its own.
+        output beyond the classes has a name of its own. Of a run with subclasses also ``subclass``,
+        the likeliest of all, and under ``subclasses`` all of theirs, which add up to the classes'.
 
     Raises:
         FileNotFoundError: if there is no run or no image.
         ValueError: for a file that is no image, outputs that are not finite, or a run whose files
             are damaged.
     """
-    model, summary = load_run(folder, safe)
+    run = RunFolder(folder)
+    summary = run.summary()
+    model = load_models(folder, ("student",), safe, fold=False)["student"]
+    subclass_of = summary.get("subclass_of")
     bits = (summary["preprocessing"] or {}).get("bits")
     prepare = load_transform(folder, safe)
     records = []
@@ -49,12 +60,15 @@ def predict(
         if not logits.isfinite().all():
             fix = "The student cannot handle this image: train it again, or leave the image out."
             raise ValueError(message(f"predict {file}", "finite outputs", logits.tolist(), fix))
-        names = name_outputs(summary["classes"], len(logits))
-        by_class = dict(zip(names, logits.softmax(0).tolist(), strict=True))
+        of_classes = fold_logits(logits[None], subclass_of)[0] if subclass_of else logits
+        names = name_outputs(summary["classes"], len(of_classes))
+        by_class = dict(zip(names, of_classes.softmax(0).tolist(), strict=True))
         best = max(by_class, key=by_class.__getitem__)
-        records.append(
-            {"file": str(file), "class": best, "probability": by_class[best], "all": by_class}
-        )
+        record = {"file": str(file), "class": best, "probability": by_class[best], "all": by_class}
+        if subclass_of:
+            found = dict(zip(summary["subclasses"], logits.softmax(0).tolist(), strict=True))
+            record |= {"subclass": max(found, key=found.__getitem__), "subclasses": found}
+        records.append(record)
     return records
 
 
@@ -72,7 +86,10 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         By "student", and "teacher" where the run has one: the metrics of
         :func:`~kd_lrp_plugin.metrics.classification.classification_metrics`, under "cost" those of
         :func:`~kd_lrp_plugin.metrics.efficiency.cost` and, where the test set has groups, under
-        "groups" those of :func:`~kd_lrp_plugin.metrics.groups.group_metrics`. Under
+        "groups" those of :func:`~kd_lrp_plugin.metrics.groups.group_metrics`; of a model of
+        subclasses "effective_subclasses", the mean over the classes of
+        :func:`~kd_lrp_plugin.metrics.subclasses.effective_subclasses`, and "subclasses_used", each
+        class' own. Under
         "student_and_teacher" those of
         :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
 
@@ -97,6 +114,11 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
             teacher = probabilities.get("teacher") if role == "student" else None
             groups = predictions.groups
             found[role]["groups"] = group_metrics(values, labels, groups, teacher=teacher)
+    for role, values in predictions.subclass_probabilities.items():
+        used = effective_subclasses(values, labels, summary["subclass_of"])
+        found[role]["subclasses_used"] = dict(zip(summary["classes"], used, strict=True))
+        known = [number for number in used if number is not None]
+        found[role]["effective_subclasses"] = sum(known) / len(known)
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(
             probabilities["student"], probabilities["teacher"], labels

@@ -61,6 +61,7 @@ MOST = 1000  # images for the metrics of quick methods, without --samples
 FEW = 32  # for what asks the model hundreds of times
 SIDE_BY_SIDE = ("grad_cam", "lrp_composite")  # of several runs, without --method
 FILE = "explanations.json"
+OF_SUBCLASSES = "explanations-subclasses.json"  # the same of subclasses
 _INSIDE = dict(zip(INSIDE, (relevance_mass_accuracy, rank_accuracy, pointing_game), strict=True))
 ROW: dict[str, type | tuple[type, ...]] = {  # what is read of one, with the types of its values
     "model": str,
@@ -86,7 +87,8 @@ def explain(
     elsewhere. The pictures are of the class that each model predicts. A model without maps, such
     as an MLP, is explained by the methods that need no layer.
 
-    Writes ``explanations.png`` and ``explanations.json`` into each run folder. With ``out``, writes
+    Writes ``explanations.png`` and ``explanations.json`` into each run folder; of subclasses their
+    names are ``explanations-subclasses``. With ``out``, writes
     there ``maps.png`` and ``explanations.csv``, all runs side by side, and ``maps.json``, the
     command that makes them.
 
@@ -122,7 +124,8 @@ def explain(
         display = choose_images(runs[0], options.n)
         rows = [row for run in runs for row in explainer.rows(run, options.samples)]
     for run in runs:
-        name = "explanations-images.png" if options.images else "explanations.png"
+        ending = f"{'-subclasses' * run.of_subclasses}{'-images' if options.images else ''}"
+        name = f"explanations{ending}.png"
         _save(run.folder.path / name, explainer.draw_run(run, display(run)))
     if options.out is not None:
         out = Path(options.out)
@@ -185,7 +188,7 @@ class Explainer:
                         **alike,
                         "teacher": run.hashes["teacher"],
                     }
-                write_json(run.folder / FILE, {**content, "command": get_command()})
+                write_json(_get_file(run), {**content, "command": get_command()})
             found.append({"run": run.name, **row})
         return found
 
@@ -354,14 +357,18 @@ def _get_layer(run: LoadedRun, role: str, method: str, index: int) -> str:
     return run.layers[role][index] if ATTRIBUTIONS[method].layered else INPUT
 
 
-def read_explanations(folder: Path) -> dict[str, Any]:
+def read_explanations(folder: Path, name: str = FILE) -> dict[str, Any]:
     """The content of a run's ``explanations.json``, intact.
+
+    Args:
+        folder: of the run.
+        name: of the file.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged.
     """
-    file = folder / FILE
+    file = folder / name
     fix = "Rename it, and run kd-lrp explain again: it computes the metrics again."
     content = read_json(file, fix, rows=list)
     for row in content["rows"]:
@@ -373,15 +380,20 @@ def read_explanations(folder: Path) -> dict[str, Any]:
 
 def _read_rows(run: LoadedRun) -> dict[str, Any]:
     """What is known of the run already; not what other definitions of the metrics gave."""
-    file = run.folder / FILE
-    empty = {"test_set": run.test_hash, "explained": "the true class", "about": METRICS}
-    content = read_explanations(run.folder.path) if file.is_file() else empty
+    file = _get_file(run)
+    explained = f"the true {'subclass' if run.of_subclasses else 'class'}"
+    empty = {"test_set": run.test_hash, "explained": explained, "about": METRICS}
+    content = read_explanations(run.folder.path, file.name) if file.is_file() else empty
     if content.get("about") != METRICS:
         content = empty
     if content.get("test_set") != run.test_hash:
         fix = "Rename it to explain the run again."
         raise ValueError(message(str(file), "metrics of this run", "those of another", fix))
     return {"rows": [], **content}
+
+
+def _get_file(run: LoadedRun) -> Path:
+    return run.folder / (OF_SUBCLASSES if run.of_subclasses else FILE)
 
 
 def _check_out(out: Path) -> None:

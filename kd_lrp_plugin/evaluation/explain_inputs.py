@@ -1,7 +1,7 @@
 """Finished runs opened to be explained, and images of their test sets to explain them with."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import load_models, load_test_set, load_transform
-from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
+from kd_lrp_plugin.runs.predictions import Predictions, name_outputs, read_predictions
 from kd_lrp_plugin.utils.files import check_keys, hash_contents, name_folders, read_json
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
@@ -45,6 +45,7 @@ class LoadedRun:
         layers: by role, the target layers; those at one index belong together. The input for a
             model that has none.
         methods: by role, those that can handle the model.
+        of_subclasses: whether labels, outputs and names of classes are those of subclasses.
     """
 
     folder: RunFolder
@@ -58,6 +59,7 @@ class LoadedRun:
     probabilities: dict[str, Float[np.ndarray, "n outputs"]]
     layers: dict[str, list[str]]
     methods: dict[str, list[str]]
+    of_subclasses: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +111,7 @@ class ExplainOptions:
         out: folder for all runs side by side.
         device: to compute on.
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
+        subclasses: explain subclasses, of models that have an output for each, and not classes.
 
     Raises:
         ValueError: for an unknown role, or no images.
@@ -123,6 +126,7 @@ class ExplainOptions:
     out: str | Path | None = None
     device: torch.device | str = "cpu"
     safe: bool = False
+    subclasses: bool = False
 
     def __post_init__(self) -> None:
         for role in self.roles:
@@ -143,21 +147,25 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
 
     Raises:
         FileNotFoundError: if there is no finished run, or no file of a teacher's weights.
-        ValueError: for a run without the models asked for, models, images or labels that are not
-            those of its predictions, or a layer or method that does not fit a model.
+        ValueError: for a run without the models or subclasses asked for, models, images or labels
+            that are not those of its predictions, or a layer or method that does not fit a model.
     """
     run = RunFolder(folder)
     summary = run.summary()
     predictions = read_predictions(run)
+    if options.subclasses:
+        predictions = _take_subclasses(run, predictions)
+        summary = {**summary, "classes": predictions.outputs}
     labels = predictions.labels
-    models = load_models(folder, options.roles, options.safe)  # imports dependencies as well
+    fold = not options.subclasses
+    models = load_models(folder, options.roles, options.safe, fold)  # imports dependencies as well
     for method in options.methods:
         check_known("method", method, ATTRIBUTIONS)
     if not models:
         fix = "Leave --model out."
         raise ValueError(message(str(folder), "a run with a teacher", "one without", fix))
     test_set = load_test_set(folder, options.safe)
-    named = "class_targets" if summary.get("subclass_of") else "targets"
+    named = "class_targets" if summary.get("subclass_of") and fold else "targets"
     if len(test_set) != len(labels) or list(getattr(test_set, named, labels)) != [*labels]:
         got = f"{len(test_set)} images, or other classes"
         fix = "Put the data back, or test the student again."
@@ -174,6 +182,7 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
         probabilities=predictions.probabilities,
         layers={},
         methods={},
+        of_subclasses=options.subclasses,
     )
     indices = list(islice(interleave_classes(labels), TRIED))
     tried = make_sample(opened, indices, options.device)
@@ -185,6 +194,22 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
         opened.layers[role] = _find_layers(model, options.layers)
         opened.methods[role] = _find_methods(opened, role, options.methods, tried)
     return opened
+
+
+def _take_subclasses(run: RunFolder, predictions: Predictions) -> Predictions:
+    """The subclasses of predictions in place of their classes."""
+    labels = np.array(predictions.subclass_labels, int)
+    if not len(labels) or (labels < 0).any():
+        got = f"{(labels < 0).sum()} that nobody knows" if len(labels) else "none"
+        fix = "Explain its classes: leave --subclasses out."
+        expected = "test images of known subclasses"
+        raise ValueError(message(f"explain {run.path}", expected, got, fix))
+    return replace(
+        predictions,
+        labels=labels,
+        probabilities=predictions.subclass_probabilities,
+        outputs=predictions.subclasses,
+    )
 
 
 def _check_predictions(run: LoadedRun, role: str, indices: Sequence[int], images: Tensor) -> None:

@@ -43,7 +43,10 @@ def load_run(folder: str | Path, safe: bool = False) -> tuple[nn.Module, dict[st
 
 
 def load_models(
-    folder: str | Path, roles: Sequence[str] = ("student", "teacher"), safe: bool = False
+    folder: str | Path,
+    roles: Sequence[str] = ("student", "teacher"),
+    safe: bool = False,
+    fold: bool = True,
 ) -> dict[str, nn.Module]:
     """The models of a run folder as they stood at its end, in evaluation mode.
 
@@ -60,6 +63,7 @@ def load_models(
         folder: a finished run.
         roles: "student" and "teacher"; a run without a teacher has none to load.
         safe: see :func:`load_run`.
+        fold: whether models of subclasses return logits of the classes, or else as they are.
 
     Returns:
         By role, those that the run has, students first.
@@ -83,7 +87,7 @@ def load_models(
         load_weights(models[role], file, f"{role} of {run.path}", strict=True)
         _check_finite(models[role], f"{role} of {run.path}")
         models[role].eval()
-        if subclass_of := summary.get("subclass_of"):
+        if (subclass_of := summary.get("subclass_of")) and fold:
             models[role].register_forward_hook(partial(_report_classes, tuple(subclass_of)))
     return models
 

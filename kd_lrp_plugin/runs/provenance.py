@@ -17,7 +17,8 @@ from kd_lrp_plugin.utils.files import hash_file
 def list_files(config: Document) -> dict[str, str | None]:
     """A hash for each set of image files, checkpoint and file of weights that a config names.
 
-    Images count by name and size; weights, tables and MNIST's digits by their bytes.
+    Images count by name and size; weights, tables and MNIST's digits by their bytes; subclasses by
+    their table, or by the checkpoint of the model among whose features they are found.
 
     Args:
         config: nothing in it is called, and nothing need be right.
@@ -44,6 +45,10 @@ def list_files(config: Document) -> dict[str, str | None]:
                 found[f"datasets.{name}"] = _IDENTIFIERS[key](kwargs)
             except (KeyError, OSError, TypeError, ValueError):
                 found[f"datasets.{name}"] = None
+        elif key == "subclasses":
+            kwargs = _mapping(_mapping(entry.get("init")).get("kwargs"))
+            if file := _find_subclass_source(kwargs.get("table")):
+                found[f"datasets.{name}.table"] = _hash_file(file)
     for role, entry in _mapping(content.get("models")).items():
         weights = _mapping(_mapping(entry).get("kwargs")).get("weights")
         for key, file in (("src_ckpt", _mapping(entry).get("src_ckpt")), ("weights", weights)):
@@ -74,6 +79,12 @@ def _identify_folder(kwargs: Mapping[str, Any]) -> str | None:
 def _identify_table(kwargs: Mapping[str, Any]) -> str:
     root = find_folder(kwargs.get("root"), str(kwargs.get("name", "")))
     return identify_csv_images(root, kwargs["csv"], kwargs["file"], str(kwargs.get("folder", "")))
+
+
+def _find_subclass_source(table: Any) -> str | None:
+    kwargs = _mapping(_mapping(_mapping(table).get("init")).get("kwargs"))
+    found = table if isinstance(table, str) else _mapping(kwargs.get("model")).get("src_ckpt")
+    return str(found) if found else None
 
 
 def _identify_mnist(kwargs: Mapping[str, Any]) -> str:

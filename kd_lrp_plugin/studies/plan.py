@@ -26,6 +26,7 @@ OF_EPOCH = (
 OF_MODEL = (
     *("n", "accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "macro_auc"),
     *("log_loss", "calibration_error", "confusion_matrix", "per_class", "cost", "groups"),
+    "effective_subclasses",
 )
 OF_COST = (
     *("parameters", "parameters_and_statistics", "macs", "flops", "flops_keras"),

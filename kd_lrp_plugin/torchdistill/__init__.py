@@ -24,7 +24,8 @@ models                 ``timm_model``, ``timm_mobilenetv2``; ``mnist_cnn``, ``mn
                        ``diswot_student``, which chooses one
 datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``; ``marked``, which
                        puts markers on any of them, ``subclasses``, which labels any by
-                       subclass, and ``with_unlabelled``, which adds images without a label; in
+                       subclass, their own or, by :func:`kmeans_subclasses`, those of a model's
+                       features, and ``with_unlabelled``, which adds images without a label; in
                        ``datasets`` by ``!import_call`` of :func:`phantom` and so on
 data set wrappers      ``companions`` (``clean``, ``mask``, ``group``), which add to each image
 =====================  ==========================================================================
@@ -58,6 +59,7 @@ Everything here is a thin shell around the core, and takes exactly the keywords 
 torchdistill itself would drop a misspelled one without a word.
 """
 
+from kd_lrp_plugin.torchdistill.clusters import kmeans_subclasses
 from kd_lrp_plugin.torchdistill.collate import mixup
 from kd_lrp_plugin.torchdistill.datasets import (
     class_weights,
@@ -116,6 +118,7 @@ __all__ = [
     "csv_images",
     "diswot_student",
     "folder_images",
+    "kmeans_subclasses",
     "linear_probe",
     "marked",
     "mixup",

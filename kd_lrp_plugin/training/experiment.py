@@ -42,6 +42,7 @@ class Experiment:
             the data sets are labelled by them.
         preprocessing: see :func:`kd_lrp_plugin.data.transforms.preprocessing`.
         test_set: the data set of the test.
+        knows_subclasses: whether validation images have known ones.
     """
 
     def __init__(self, assembly: Assembly, context: DistributedContext, seed: int = 0) -> None:
@@ -70,6 +71,8 @@ class Experiment:
             fix = "Rename one of them."
             raise ValueError(message("datasets", "classes of different names", self.classes, fix))
         self.subclasses, self.subclass_of = share_subclasses(**parts)
+        self._source = getattr(parts["train"], "source", "")
+        self.knows_subclasses = bool(self.subclasses) and parts["val"].known
         self.preprocessing = preprocessing(parts["val"])
         models = {}
         for role, built in assembly.models.items():
@@ -82,8 +85,12 @@ class Experiment:
 
     @property
     def outputs(self) -> list[str]:
-        """What the outputs of the models stand for: subclasses, if there are any, or classes."""
-        return self.subclasses or self.classes
+        """What the outputs of the models stand for: subclasses, if there are any, or classes.
+
+        Subclasses that were found have what they were found by in their names.
+        """
+        source = f" ({self._source})" if self._source else ""
+        return [f"{name}{source}" for name in self.subclasses] or self.classes
 
     # --- models -------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class Meter:
         self.latest: dict[str, Tensor] = {}
         self.images = 0
         self._keep, self._classifies, self._subclass_of = keep, classifies, subclass_of
-        self._kept: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        self._kept: list[dict[str, list[Any]]] = []  # of each batch, columns of predictions
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._criterion = criterion
         self._terms: dict[str, nn.Module] = {
@@ -138,28 +138,44 @@ class Meter:
                 logits, targets, teacher = logits[known], targets[known], None
             if not len(targets):
                 return
+        columns: dict[str, list[Any]] = {}
         if subclass_of := self._subclass_of:
-            self._count_subclasses(logits, targets)
-            logits, targets = fold_logits(logits, subclass_of), fold_targets(targets, subclass_of)
-            if teacher is not None and teacher.shape[1:] == (len(subclass_of),):
-                teacher = fold_logits(teacher, subclass_of)
-            else:
+            if teacher is not None and teacher.shape[1:] != (len(subclass_of),):
                 teacher = None
+            columns = self._count_subclasses(logits, targets, teacher)
+            logits, targets = fold_logits(logits, subclass_of), fold_targets(targets, subclass_of)
+            teacher = None if teacher is None else fold_logits(teacher, subclass_of)
         check_targets("targets", targets, logits)
         labels = targets.argmax(1) if targets.is_floating_point() else targets
         right = (logits.detach().argmax(1) == labels).float()
         self._add("accuracy", right.mean(), len(targets))
         if self._keep:
-            if teacher is not None:  # a stage may compare other outputs of its teacher
-                teacher = teacher.detach().float().softmax(1).cpu() if teacher.ndim == 2 else None
-            self._kept.append((labels.cpu(), logits.detach().float().softmax(1).cpu(), teacher))
+            # A stage may compare other outputs of its teacher.
+            of_teacher = teacher if teacher is not None and teacher.ndim == 2 else None
+            columns |= {
+                "label": labels.tolist(),
+                "student": _list_probabilities(logits, len(labels)),
+                "teacher": _list_probabilities(of_teacher, len(labels)),
+            }
+            self._kept.append(columns)
 
-    def _count_subclasses(self, logits: Tensor, targets: Tensor) -> None:
+    def _count_subclasses(
+        self, logits: Tensor, targets: Tensor, teacher: Tensor | None
+    ) -> dict[str, list[Any]]:
+        """What predictions of subclasses add to those of classes, where they are kept."""
         labels = targets.argmax(1) if targets.is_floating_point() else targets
         known = labels < len(self._subclass_of)
         if known.any():
             right = (logits.detach().argmax(1) == labels)[known].float()
             self._add("subclass_accuracy", right.mean(), len(right))
+        if not self._keep:
+            return {}
+        pairs = zip(labels.tolist(), known.tolist(), strict=True)
+        return {
+            "subclass": [label if is_known else None for label, is_known in pairs],
+            "student subclass": _list_probabilities(logits, len(labels)),
+            "teacher subclass": _list_probabilities(teacher, len(labels)),
+        }
 
     def _add(self, name: str, mean: Tensor, n: int) -> None:
         total, count = self._sums.get(name, (torch.zeros_like(mean), 0))
@@ -183,15 +199,20 @@ class Meter:
     def predictions(self, context: DistributedContext) -> list[Mapping[str, Any]]:
         """Per image, in the order of the data set: label and probabilities of both models.
 
+        Where the outputs are subclasses, also ``subclass``, its index or None where it is unknown,
+        and their probabilities, ``student subclass`` and ``teacher subclass``.
+
         The processes must have taken turns through the data set.
         """
-        rows: list[dict[str, Any]] = []
-        for labels, student, teacher in self._kept:
-            for index, label in enumerate(labels.tolist()):
-                of_teacher = None if teacher is None else teacher[index].tolist()
-                rows.append(
-                    {"label": label, "student": student[index].tolist(), "teacher": of_teacher}
-                )
+        rows = [
+            dict(zip(columns, values, strict=True))
+            for columns in self._kept
+            for values in zip(*columns.values(), strict=True)
+        ]
         shares = context.gather(rows)
         longest = max(map(len, shares))
         return [share[turn] for turn in range(longest) for share in shares if turn < len(share)]
+
+
+def _list_probabilities(logits: Tensor | None, n: int) -> list[list[float] | None]:
+    return [None] * n if logits is None else logits.detach().float().softmax(1).tolist()

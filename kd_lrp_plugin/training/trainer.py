@@ -370,7 +370,10 @@ class Trainer:
             names = _names(experiment.test_set, loader)
             groups = _groups(experiment.test_set, loader)
             folder.write(
-                "predictions.csv", predictions_csv(predictions, experiment.classes, names, groups)
+                "predictions.csv",
+                predictions_csv(
+                    predictions, experiment.classes, names, groups, experiment.subclasses
+                ),
             )
             weights = experiment.original.state_dict()
             state = {k: v.detach().clone().contiguous() for k, v in weights.items()}

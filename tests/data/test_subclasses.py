@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from kd_lrp_plugin.data.clusters import FoundSubclasses
 from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.data.shortcuts import Marked
 from kd_lrp_plugin.data.subclasses import Subclasses, share_subclasses
-from kd_lrp_plugin.torchdistill import class_weights
+from kd_lrp_plugin.torchdistill import SubclassCrossEntropyLoss, class_weights
 
 
 class Known(Phantom):
@@ -83,6 +84,46 @@ def test_companions_stand_around_it():
     assert torch.equal(around["mask"], apart)
 
 
+def test_known_subclasses_pass_through_markers():
+    images = Known()
+    marked = Marked(images, variants=["random", "none"])
+    data = Subclasses(marked)
+    assert data.subclasses == images.subclasses
+    assert data.subclass_of == images.subclass_of
+    assert data.targets == images.subclass_targets * 2
+    assert data.groups == ["random"] * len(images) + ["none"] * len(images)
+    image, label, found = Companions(data, clean=True, group=True)[3]
+    assert torch.equal(image, marked[3][0])
+    assert torch.equal(found["clean"], images[3][0])
+    assert (label, found["group_name"]) == (images.subclass_targets[3], "random")
+    assert SubclassCrossEntropyLoss(data).subclass_of == images.subclass_of
+    assert not hasattr(Marked(Phantom("train", size=4)), "subclasses")
+
+
+def test_those_of_a_table_are_known():
+    images = Phantom("train", size=8, image_size=48)
+    names = [
+        f"{images.classes[label]} {1 + index // 4}" for index, label in enumerate(images.targets)
+    ]
+    pairs = zip(images.targets, names, strict=True)
+    of_image = [(images.classes[label], name) for label, name in pairs]
+    table = dict(zip(images.names, of_image, strict=True))
+    data = Subclasses(images, table=table)
+    assert [data.subclasses[label] for label in data.targets] == names
+    assert data.known
+    unknown = Subclasses(Phantom("val", size=4), per_class=2)
+    assert share_subclasses(train=data, val=unknown) == (data.subclasses, data.subclass_of)
+    same = Subclasses(images, per_class=2)
+    with pytest.raises(ValueError, match=r"known where they are trained, got \{'train': 'unk"):
+        share_subclasses(train=same, val=data)
+    other = FoundSubclasses(table)
+    other.source = "subclasses-1"
+    with pytest.raises(ValueError, match="'val': 'found as subclasses-1'"):
+        share_subclasses(train=data, val=Subclasses(images, table=other), test=same)
+    with pytest.raises(ValueError, match="got both of them: per_class, table"):
+        Subclasses(images, per_class=2, table=table)
+
+
 def test_class_weights_are_those_of_the_subclasses():
     data = Subclasses(Known(16))
     counts = [data.targets.count(label) for label in range(5)]
@@ -97,7 +138,7 @@ class TestRefusals:
             Subclasses(Phantom("train", size=4))
 
     def test_both_kinds(self):
-        with pytest.raises(ValueError, match="known subclasses or per_class, got both"):
+        with pytest.raises(ValueError, match="got both of them: known subclasses, per_class"):
             Subclasses(Known(), per_class=2)
 
     def test_a_part_of_a_data_set(self):

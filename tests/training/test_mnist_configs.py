@@ -17,6 +17,7 @@ from kd_lrp_plugin.training.check.dry_run import check
 
 MNIST = sorted((CONFIGS / "mnist").rglob("[!_]*.yaml"))
 TAUGHT = [file for file in MNIST if "_from_" in file.stem]
+FOUND = "datasets.found/train.init.kwargs.table.init.kwargs"
 SMALL = ["batch_size=8", "num_workers=0", "train.num_epochs=1"]
 
 
@@ -26,19 +27,29 @@ def root(tmp_path_factory) -> Path:
 
 
 def teach(file: Path, folder: Path) -> list[str]:
-    """Where the config's teacher lies; one with random weights is made there."""
-    teacher = file.stem.partition("_from_")[2]
-    if not teacher:
-        return []
-    torch.save(getattr(mnist, teacher)().state_dict(), folder / "teacher.pt")
-    return [f"models.teacher_model.src_ckpt={folder / 'teacher.pt'}"]
+    """Where the config's models lie, with random weights, and fewer clusters for few images."""
+    values, overrides = resolve_config(file).values, []
+    if "kmeans" in file.stem:
+        torch.save(mnist.mnist_cnn().state_dict(), folder / "plain.pt")
+        overrides += [f"{FOUND}.model.src_ckpt={folder / 'plain.pt'}", f"{FOUND}.per_class=2"]
+        overrides += [f"{key}.kwargs.num_classes=20" for key in list_models(values)]
+        overrides += [f"datasets.found/{part}.init.kwargs.per_class=2" for part in ("val", "test")]
+    if entry := values["models"].get("teacher_model"):
+        outputs = 20 if "kmeans" in file.stem else entry["kwargs"]["num_classes"]
+        torch.save(getattr(mnist, entry["key"])(outputs).state_dict(), folder / "teacher.pt")
+        overrides.append(f"models.teacher_model.src_ckpt={folder / 'teacher.pt'}")
+    return overrides
+
+
+def list_models(values) -> list[str]:
+    return [f"models.{name}" for name in values["models"]]
 
 
 @pytest.mark.parametrize("file", MNIST, ids=lambda file: f"{file.parent.name}/{file.stem}")
 class TestEveryConfig:
     def test_is_that_of_its_name_and_of_the_protocol(self, file):
         values = resolve_config(file).values
-        student, _, teacher = file.stem.partition("_from_")
+        student, _, teacher = file.stem.removesuffix("-kmeans").partition("_from_")
         models = values["models"]
         assert models.get("model", models.get("student_model"))["key"] == student
         assert models.get("teacher_model", {}).get("key", "") == teacher
@@ -63,7 +74,8 @@ class TestEveryConfig:
         trainer.distill(RunSpec(file, overrides, tmp_path / "run", device="cpu"))
         model, summary = load_run(tmp_path / "run")
         assert summary["image_shape"] == [1, 28, 28]
-        outputs = 2 if file.parent.name == "skd" else 10  # even and odd, of ten subclasses
+        parity = "classes: parity" in file.read_text()
+        outputs = 2 if parity else 10  # even and odd, of ten subclasses
         assert model(torch.zeros(2, 1, 28, 28)).shape == (2, outputs)
 
 

@@ -16,7 +16,7 @@ from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.mnist import Mnist
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.evaluation.explain import explain
-from kd_lrp_plugin.evaluation.explain_inputs import ExplainOptions
+from kd_lrp_plugin.evaluation.explain_inputs import ExplainOptions, open_run
 from kd_lrp_plugin.models.factory import build_model
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.relevance.recording import relevance_maps
@@ -227,6 +227,18 @@ def test_prediction_is_of_the_classes_without_the_data(student, tested, tmp_path
     expected = {"even": raw[::2].sum(), "odd": raw[1::2].sum()}
     assert record["all"] == pytest.approx(expected, abs=1e-6)
     assert record["class"] == max(expected, key=expected.__getitem__)
+    assert list(record["subclasses"].values()) == pytest.approx(raw.tolist(), abs=1e-6)
+    assert record["subclass"] == str(raw.argmax())
+
+
+def test_predictions_of_subclasses_stand_beside_those_of_classes(student, teacher, tested):
+    images, digits = tested
+    with (student / "predictions.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["subclass"] for row in rows] == [str(digit) for digit in digits]
+    for role, run in (("student", student), ("teacher", teacher)):
+        found = [[float(row[f"{role} subclass: {digit}"]) for digit in range(10)] for row in rows]
+        np.testing.assert_allclose(found, raw_probabilities(run, images), atol=1e-6)
 
 
 class TestExplanations:
@@ -234,6 +246,27 @@ class TestExplanations:
         methods = ["gradient_activation", "lrp_zplus", "score_cam"]
         explain([student], ExplainOptions(methods=methods, n=2, samples=2, out=tmp_path / "out"))
         assert list((tmp_path / "out").iterdir())
+
+    def test_a_subclass_is_explained_by_its_own_logit(self, student, tested, tmp_path):
+        before = {file.name: file.read_bytes() for file in student.glob("explanations*")}
+        options = ExplainOptions(methods=["lrp_zplus"], n=2, samples=4, subclasses=True)
+        (row,) = [row for row in explain([student], options) if row["model"] == "student"]
+        assert {f.name for f in student.glob("explanations*")} - set(before) == {
+            "explanations-subclasses.json",
+            "explanations-subclasses.png",
+        }
+        assert all((student / name).read_bytes() == data for name, data in before.items())
+        content = json.loads((student / "explanations-subclasses.json").read_text())
+        assert content["explained"] == "the true subclass"
+        run = open_run(student, "run", options)
+        assert run.labels.tolist() == tested[1].tolist()
+        assert run.class_name(7) == "7"
+        images, labels = tested[0][:3], torch.tensor(tested[1][:3])
+        plain = build_model("test_resnet", 10, timm_kwargs={"in_chans": 1}).eval()
+        load_weights(plain, student / "best.pt", strict=True)
+        found = attribute(run.models["student"], images, labels, "lrp_zplus", row["layer"])
+        (expected,) = relevance_maps(plain, images, labels, [row["layer"]], "lrp_zplus")
+        torch.testing.assert_close(found, expected.detach())
 
     def test_the_gradient_is_that_of_the_log_sum_exp(self, student, tested):
         model = loading.load_models(student, ("student",))["student"]

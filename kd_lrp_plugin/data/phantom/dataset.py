@@ -77,6 +77,11 @@ class Phantom(Dataset):
         self._cache: dict[int, tuple[np.ndarray, np.ndarray]] | None = {} if cache else None
         self.targets = [self._label(index) for index in range(size)]
 
+    @property
+    def names(self) -> list[str]:
+        """What tells each image from others: split, seed and index."""
+        return [f"{self.split} {self.seed} {index}" for index in range(self.size)]
+
     def __len__(self) -> int:
         return self.size
 

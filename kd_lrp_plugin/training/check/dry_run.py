@@ -192,7 +192,7 @@ def _check_step(
             experiment.loss(images, targets, supplement)
     with report.at("train.monitor"):
         known = [MONITOR, LAST]
-        if experiment.subclasses and experiment.test_set.known:
+        if experiment.knows_subclasses:
             known.append("val_subclass_accuracy")
         if not experiment.missing_wrapper(experiment.val_loader):
             known += ["val_loss", *(f"val_{name}" for name in meter.latest)]
