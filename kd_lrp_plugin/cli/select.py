@@ -30,7 +30,7 @@ def select(
         list[str] | None,
         typer.Option(
             metavar="QUANTITY=VALUE",
-            help="Such as params=2.5M, macs=300M or latency=20ms; repeatable. "
+            help="Such as params=2.5M, params=1M..2.5M, macs=300M, latency=20ms; repeatable. "
             "Instead of the config's, for a preview: the recorded selection stays.",
         ),
     ] = None,

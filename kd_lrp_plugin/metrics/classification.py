@@ -97,9 +97,7 @@ def classification_metrics(
         truth, predicted, labels=numbers, zero_division=np.nan
     )
     f1 = np.where(support > 0, f1, np.nan)  # scikit-learn: 0 for a class without images
-    auc = [
-        roc_auc_score(truth == k, values[:, k]) if 0 < support[k] < n else math.nan for k in numbers
-    ]
+    auc = _areas(values, truth)
     columns = zip(names, precision, recall, f1, auc, support, strict=True)
     return {
         "n": n,
@@ -123,6 +121,49 @@ def classification_metrics(
             for name, p, r, f, a, s in columns
         ],
     }
+
+
+def macro_auc(
+    probabilities: Float[np.ndarray | Tensor, "n outputs"], labels: Int[np.ndarray | Tensor, " n"]
+) -> float | None:
+    """The ``macro_auc`` of :func:`classification_metrics` alone.
+
+    Of two classes it is the area under the ROC curve.
+
+    Args:
+        probabilities: softmax outputs; each row sums to one.
+        labels: indices of the outputs.
+
+    Returns:
+        The mean over the classes that have images; None where all images are of one class.
+
+    Raises:
+        ValueError: see :func:`classification_metrics`.
+        TypeError: if labels are not integers.
+
+    Example:
+        >>> probabilities = np.array([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3], [0.5, 0.5]])
+        >>> round(macro_auc(probabilities, np.array([0, 0, 0, 1])), 3)
+        0.667
+    """
+    values, truth = (
+        check_probabilities("macro_auc", probabilities),
+        check_labels("macro_auc", labels),
+    )
+    if len(truth) != len(values):
+        got, fix = f"{values.shape} and {truth.shape}", "Give one label per image."
+        raise ValueError(message("macro_auc", "probabilities (n, outputs), labels (n,)", got, fix))
+    check_label_range("macro_auc", truth, values.shape[1])
+    return defined_mean(_areas(values, truth))
+
+
+def _areas(values: Float[np.ndarray, "n outputs"], truth: Int[np.ndarray, " n"]) -> list[float]:
+    """The area under the ROC curve of each class against the rest; nan without one of these."""
+    support = np.bincount(truth, minlength=values.shape[1])
+    return [
+        roc_auc_score(truth == k, values[:, k]) if 0 < count < len(truth) else math.nan
+        for k, count in enumerate(support)
+    ]
 
 
 def _interval(accuracy: float, n: int, resamples: int, seed: int, confidence: float) -> list[float]:

@@ -1,7 +1,7 @@
 """What is ranked and what it costs: budgets, ranks, Pareto front, what a score adds to size."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from kd_lrp_plugin.selection.candidates import Candidate, build_seeded, describe
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 
+Budget = dict[str, tuple[float, float]]  # by cost, the least and the most
 COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9}
 CHECK = "counters_differ_by"  # beside the costs, and no cost itself
 BUDGETS = {  # by the name that users write: the cost, and its units
@@ -69,37 +70,67 @@ def pareto_front(costs: Sequence[Sequence[float]]) -> list[bool]:
     ]
 
 
-def parse_budget(texts: Sequence[str]) -> dict[str, float]:
+def parse_budget(texts: Sequence[str]) -> Budget:
     """Budgets such as ``params=2.5M``, ``macs=300M``, ``latency=20ms``, as numbers and seconds.
 
+    ``params=1M..2.5M`` has a least amount too, and ``params=1M..`` no other; both ends belong to
+    it. So a student can be asked for whose size lies between those of two others.
+
+    Returns:
+        By cost, the least amount (0 where none is given) and the most (infinity).
+
     Raises:
-        ValueError: for an unknown quantity, or a value that is no positive number.
+        ValueError: for an unknown quantity or one given twice, a value that is no positive number,
+            or a least amount above the most.
 
     Example:
-        >>> parse_budget(["params=2.5M", "latency=20ms"])
-        {'parameters': 2500000.0, 'latency': 0.02}
+        >>> parse_budget(["params=1M..2.5M", "latency=20ms"])
+        {'parameters': (1000000.0, 2500000.0), 'latency': (0.0, 0.02)}
     """
-    budget = {}
+    budget: Budget = {}
     for text in texts:
         name, _, value = (part.strip() for part in text.partition("="))
         check_known("budget", name, BUDGETS)
-        cost, units = BUDGETS[name]
-        number = value.rstrip("KMGms")
-        try:
-            amount = float(number) * units[value[len(number) :].strip()]
-        except (ValueError, KeyError):
-            expected = f"{name}=NUMBER with a unit of {[u or 'none' for u in units]}"
-            fix = "For example params=2.5M, macs=300M or latency=20ms."
-            raise ValueError(message("budget", expected, repr(text), fix)) from None
-        if not 0 < amount < math.inf:
-            raise ValueError(message("budget", "a number above 0", repr(text), "Raise it."))
-        budget[cost] = amount
+        cost, _ = BUDGETS[name]
+        first, dots, last = (part.strip() for part in value.partition(".."))
+        least, most = 0.0, math.inf
+        if dots and (first or not last):
+            least = _parse_amount(text, name, first)
+        if last or not dots:
+            most = _parse_amount(text, name, last if dots else first)
+        if least > most:
+            expected = "a least amount below the most"
+            raise ValueError(message("budget", expected, repr(text), "Exchange them."))
+        if cost in budget:
+            fix = f"Write both ends as one: {name}=LEAST..MOST."
+            raise ValueError(message("budget", f"{name} once", repr(list(texts)), fix))
+        budget[cost] = least, most
     return budget
 
 
-def filter_by_budget(
-    budget: Mapping[str, float], costs: Mapping[str, Mapping[str, float]]
-) -> list[str]:
+def _parse_amount(text: str, name: str, value: str) -> float:
+    """A number above 0 with its unit; ``text`` is for messages."""
+    _, units = BUDGETS[name]
+    number = value.rstrip("KMGms")
+    try:
+        amount = float(number) * units[value[len(number) :].strip()]
+    except (ValueError, KeyError):
+        expected = f"{name}=NUMBER with a unit of {[u or 'none' for u in units]}"
+        fix = "For example params=2.5M, params=1M..2.5M, macs=300M or latency=20ms."
+        raise ValueError(message("budget", expected, repr(text), fix)) from None
+    if not 0 < amount < math.inf:
+        raise ValueError(message("budget", "a number above 0", repr(text), "Raise it."))
+    return amount
+
+
+def excess(budget: Budget, cost: Mapping[str, float]) -> float:
+    """How far a candidate lies outside of a budget, as a share of it; 0 or less inside."""
+    shares = [cost[k] / most - 1 for k, (_, most) in budget.items()]
+    shares += [1 - cost[k] / least for k, (least, _) in budget.items() if least]
+    return max(shares, default=0.0)
+
+
+def filter_by_budget(budget: Budget, costs: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The candidates that keep a budget.
 
     Args:
@@ -107,28 +138,32 @@ def filter_by_budget(
         costs: parameters, macs and latency by candidate.
 
     Raises:
-        ValueError: if none does; says what the nearest one needs.
+        ValueError: if none does; says what the nearest one has.
     """
-    kept = [n for n, cost in costs.items() if all(cost[k] <= most for k, most in budget.items())]
+    kept = [name for name, cost in costs.items() if excess(budget, cost) <= 0]
     if not kept:
-        over = {n: max(cost[k] / most for k, most in budget.items()) for n, cost in costs.items()}
-        near = min(over, key=over.__getitem__)
-        fix = f"The nearest is {near}, which needs {_as_written(budget, costs[near])}."
-        got = _as_written(budget, budget)
+        near = min(costs, key=lambda name: excess(budget, costs[name]))
+        has = _as_written({cost: (0.0, costs[near][cost]) for cost in budget})
+        fix = f"The nearest is {near}, which has {has}."
+        got = _as_written(budget)
         raise ValueError(message("budget", "one that some candidate keeps", got, fix))
     return kept
 
 
-def _as_written(budget: Iterable[str], amounts: Mapping[str, float]) -> str:
-    """Amounts as :func:`parse_budget` reads them, rounded up, so that the text admits them."""
+def _as_written(budget: Budget) -> str:
+    """As :func:`parse_budget` reads it, rounded up, so that the text admits what has the most."""
     texts = []
     for name, (cost, units) in BUDGETS.items():
         if cost in budget:
-            text = str(math.ceil(amounts[cost]))
-            if "ms" in units:
-                text = f"{math.ceil(round(1e5 * amounts[cost], 6)) / 100:g}ms"
-            texts.append(f"{name}={text}")
+            least, most = (_write_amount(end, "ms" in units) for end in budget[cost])
+            texts.append(f"{name}={least}..{most}" if budget[cost][0] else f"{name}={most}")
     return ", ".join(texts)
+
+
+def _write_amount(amount: float, in_ms: bool) -> str:
+    if amount == math.inf:
+        return ""
+    return f"{math.ceil(round(1e5 * amount, 6)) / 100:g}ms" if in_ms else str(math.ceil(amount))
 
 
 # --- a ranking ----------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
 from kd_lrp_plugin.selection.cache import ScoreCache
 from kd_lrp_plugin.selection.candidates import Candidate, ScoringSetup, describe_entry
-from kd_lrp_plugin.selection.ranking import filter_by_budget, measure_costs
+from kd_lrp_plugin.selection.ranking import Budget, excess, filter_by_budget, measure_costs
 from kd_lrp_plugin.selection.scoring import Scorer
 from kd_lrp_plugin.selection.spaces import Space
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
@@ -68,7 +68,7 @@ class SearchTask:
     make_candidate: Callable[[MobileNetV2], Candidate]
     setup: ScoringSetup
     trials: int
-    budget: Mapping[str, float] = field(default_factory=dict)
+    budget: Budget = field(default_factory=dict)
 
 
 def search(task: SearchTask, folder: Path, jobs: int = 1) -> SearchResult:
@@ -226,8 +226,8 @@ class SearchWorker:
         costs, problem = self._measure(candidate)
         for key, value in {"candidate": candidate.name, "costs": costs, "problem": problem}.items():
             trial.set_user_attr(key, value)
-        budget = self.task.budget.items()
-        over = max((costs.get(k, UNKNOWN) / most - 1 for k, most in budget), default=0)
+        budget = self.task.budget
+        over = excess(budget, {**dict.fromkeys(budget, UNKNOWN), **costs})
         values: list[float | None] = [None]
         if costs and over <= 0:
             rows = [self.row(candidate, seed) for seed in self.seeds]

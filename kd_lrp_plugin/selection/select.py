@@ -13,6 +13,7 @@ from torch import nn
 from kd_lrp_plugin.models.mobilenetv2 import MobileNetV2
 from kd_lrp_plugin.selection.candidates import Candidate, Entry, ScoringSetup, Teacher
 from kd_lrp_plugin.selection.ranking import (
+    Budget,
     filter_by_budget,
     measure_costs,
     parse_budget,
@@ -110,7 +111,7 @@ class Selection:
         return ScoringSetup(self._teacher(), spec.draw_batches(), [spec.score], tuple(spec.seeds))
 
     @cached_property
-    def budget(self) -> dict[str, float]:
+    def budget(self) -> Budget:
         return parse_budget(self.spec.budget)
 
     def _teacher(self) -> Teacher:
@@ -137,7 +138,9 @@ class Selection:
         self._refuse(problems, len(candidates))
         kept = filter_by_budget(self.budget, costs)
         if over := len(costs) - len(kept):
-            current_progress().note(f"{over} of {len(candidates)} students are over budget")
+            current_progress().note(
+                f"{over} of {len(candidates)} students are outside of the budget"
+            )
         return [candidate for candidate in candidates if candidate.name in kept], costs, problems
 
     def _search(self, space: Space, jobs: int, latency: bool) -> list[dict[str, Any]]:

@@ -38,7 +38,8 @@ class SelectionSpec:
         candidates: the name of a space, the choices of one ({width: [0.5, 1.0], ...}), or a list
             of timm's names and of entries {key: ..., kwargs: ...} of registered models.
         score: of :data:`kd_lrp_plugin.selection.scores.registry.SCORES`.
-        budget: such as ["params=2.5M", "macs=300M", "latency=20ms"].
+        budget: such as ["params=2.5M", "macs=300M", "latency=20ms"], or with a least amount, for
+            an assistant between teacher and student: ["params=1M..2.5M"].
         batch_size: images in a batch.
         batches: how many batches.
         seeds: of the initialisations.

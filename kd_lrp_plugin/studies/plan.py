@@ -16,11 +16,20 @@ COLUMNS = ("configuration", "seed", "state", "folder")  # of the results, beside
 
 # What a measure may be called, beside paths into the maps; see check_measure.
 OF_RUN = (
-    *("test_accuracy", "val_accuracy", "test_loss", "val_loss"),
+    *("test_accuracy", "val_accuracy", "test_auc", "val_auc", "test_loss", "val_loss"),
     *("best_epoch", "epochs", "parameters", "seconds"),
 )
 OF_EPOCH = (
-    *("train_accuracy", "train_loss", "val_accuracy", "val_loss", "epoch", "stage", "lr"),
+    *(
+        "train_accuracy",
+        "train_loss",
+        "val_accuracy",
+        "val_auc",
+        "val_loss",
+        "epoch",
+        "stage",
+        "lr",
+    ),
     *("images_per_second", "memory_mb", "seconds"),
 )
 OF_MODEL = (

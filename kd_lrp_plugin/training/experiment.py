@@ -23,6 +23,9 @@ from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import UNLABELLED, message
 
 MONITOR = "val_accuracy"
+AUC = "val_auc"  # computed where it is the monitor
+OF_PREDICTIONS = (MONITOR, "val_subclass_accuracy", AUC)
+"""Monitors that are the better, the higher, and one measure whatever the criterion is."""
 LAST = "last"  # as a monitor: no epoch is chosen, the last one is kept
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -148,14 +151,19 @@ class Experiment:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode without gradients; no process waits for another inside."""
+        """Evaluation mode of all models, without gradients; no process waits for another inside.
+
+        Also of the teacher, which a run that resumes in its test has given no epoch to begin with.
+        """
         shared = getattr(self.box, self.student_name)
         setattr(self.box, self.student_name, self.student)
         # Batch statistics differ between processes, each of which has seen its share. Those of the
         # first are saved with its weights, so all must evaluate with them.
         for buffer in self.student.buffers():
             self.context.broadcast(buffer)
-        self.student.eval()
+        for model in (self.student, self.original, self.teacher, self.original_teacher):
+            if model is not None:
+                model.eval()
         try:
             with torch.no_grad():
                 yield
@@ -176,7 +184,7 @@ class Experiment:
 
     @property
     def monitor(self) -> str:
-        """The metric that says which epoch is the best: higher for an accuracy, else lower."""
+        """The metric that says which epoch is the best: higher if of predictions, else lower."""
         return self.train.get("monitor", MONITOR)
 
     @property

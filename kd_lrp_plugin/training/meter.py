@@ -40,6 +40,7 @@ class Meter:
         classifies: whether the criterion is given logits; features, say, have no accuracy.
         subclass_of: the class index of each output, where the outputs are subclasses: accuracy and
             predictions are of the classes then, and so is what ``subclass_accuracy`` is beside.
+        auc: whether the summary has :func:`kd_lrp_plugin.metrics.classification.macro_auc`, too.
 
     Attributes:
         latest: the terms of the latest batch.
@@ -52,10 +53,12 @@ class Meter:
         keep: bool = False,
         classifies: bool = True,
         subclass_of: Sequence[int] = (),
+        auc: bool = False,
     ) -> None:
         self.latest: dict[str, Tensor] = {}
         self.images = 0
-        self._keep, self._classifies, self._subclass_of = keep, classifies, subclass_of
+        self._keep, self._classifies, self._subclass_of = keep or auc, classifies, subclass_of
+        self._auc = auc
         self._kept: list[dict[str, list[Any]]] = []  # of each batch, columns of predictions
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._criterion = criterion
@@ -182,7 +185,11 @@ class Meter:
         self._sums[name] = total + mean * n, count + n
 
     def summary(self, prefix: str, context: DistributedContext) -> dict[str, float]:
-        """The means over all processes, under names that begin with ``prefix``."""
+        """The means over all processes, under names that begin with ``prefix``.
+
+        Raises:
+            ValueError: where ``auc`` is asked for, and all images are of one class.
+        """
         parts = context.gather({name: (float(total), n) for name, (total, n) in self._sums.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         means = {}
@@ -194,7 +201,21 @@ class Meter:
                 continue
             if isinstance(term, _COUNTING) and term.zero_maps is not None:
                 means[f"{prefix}_{name}_zero_maps"] = sum(context.gather(float(term.zero_maps)))
+        if self._auc:
+            means[f"{prefix}_auc"] = self._measure_auc(prefix, context)
         return means
+
+    def _measure_auc(self, prefix: str, context: DistributedContext) -> float:
+        from kd_lrp_plugin.metrics.classification import macro_auc  # seconds, and seldom asked for
+
+        rows = self.predictions(context)
+        labels = torch.tensor([row["label"] for row in rows])
+        area = macro_auc(torch.tensor([row["student"] for row in rows]), labels)
+        if area is None:
+            got = f"{len(rows)} images, all of class {rows[0]['label']}"
+            fix = "Monitor val_accuracy, or take other images."
+            raise ValueError(message(f"{prefix}_auc", "images of two classes", got, fix))
+        return area
 
     def predictions(self, context: DistributedContext) -> list[Mapping[str, Any]]:
         """Per image, in the order of the data set: label and probabilities of both models.

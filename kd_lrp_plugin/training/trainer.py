@@ -37,7 +37,7 @@ from kd_lrp_plugin.runs.predictions import predictions_csv
 from kd_lrp_plugin.runs.provenance import list_files
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.dry_run import check
-from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
+from kd_lrp_plugin.training.experiment import AUC, LAST, MONITOR, OF_PREDICTIONS, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.training.state import describe_nonfinite, restore_state, take_state
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
@@ -258,7 +258,7 @@ class Trainer:
         if self.monitor == LAST:
             return metrics["epoch"]
         value = metrics[self.monitor]
-        return value if self.monitor.endswith("accuracy") else -value
+        return value if self.monitor in OF_PREDICTIONS else -value
 
     def _keep_best(self, metrics: Mapping[str, float]) -> bool:
         """Keep the weights of an epoch that is the best so far; of equal ones the lower loss."""
@@ -315,15 +315,17 @@ class Trainer:
     ) -> tuple[dict[str, float], list[Mapping[str, Any]]]:
         """Means of accuracy and every loss term, relevance included; the predictions if kept.
 
+        Where it is the monitor, the area under the ROC curve as well.
+
         One image alone has no relation to others: where the criterion compares samples, a batch
         of one counts for the accuracy only. So does every batch where the loader lacks what the
         training's data set wrapper adds.
         """
         experiment = self.experiment
         redesigned = experiment.student is not experiment.original
-        meter = Meter(experiment.box.criterion, keep, subclass_of=experiment.subclass_of)
+        auc, subclass_of = self.monitor == AUC, experiment.subclass_of
+        meter = Meter(experiment.box.criterion, keep, subclass_of=subclass_of, auc=auc)
         with experiment.evaluating(), meter:
-            experiment.original.eval()
             missing = experiment.missing_wrapper(loader)
             if missing and not self._said_missing:
                 self._said_missing = True

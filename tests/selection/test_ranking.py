@@ -1,5 +1,6 @@
 """Budgets, costs and places; what a ranking says beside the parameter count."""
 
+import math
 import re
 from functools import partial
 
@@ -14,16 +15,49 @@ from kd_lrp_plugin.selection.candidates import Candidate
 class TestBudget:
     def test_is_read_with_its_units(self):
         texts = ["params=2.5M", "macs=300M", "latency=20ms"]
-        expected = {"parameters": 2.5e6, "macs": 3e8, "latency": 0.02}
-        assert ranking.parse_budget(texts) == pytest.approx(expected)
-        assert ranking.parse_budget(["params=410208"]) == {"parameters": 410208}
+        expected = {"parameters": (0, 2.5e6), "macs": (0, 3e8), "latency": (0, 0.02)}
+        assert ranking.parse_budget(texts) == expected
+        assert ranking.parse_budget(["params=410208"]) == {"parameters": (0, 410208)}
 
-    @pytest.mark.parametrize("text", ["params", "params=", "params=x", "params=-1M", "macs=0"])
+    def test_may_have_a_least_amount(self):
+        texts = ["params=0.4M..4.9M", "macs = 10M .. ", "latency=..20ms"]
+        expected = {"parameters": (4e5, 4.9e6), "macs": (1e7, math.inf), "latency": (0, 0.02)}
+        assert ranking.parse_budget(texts) == expected
+        costs = {str(n): {"parameters": n} for n in (399_999, 400_000, 4_900_000, 4_900_001)}
+        kept = ranking.filter_by_budget({"parameters": expected["parameters"]}, costs)
+        assert kept == ["400000", "4900000"]
+        with pytest.raises(
+            ValueError,
+            match=r"got params=1000000\.\.2000000\. .* 399999, which has params=399999\.",
+        ):
+            ranking.filter_by_budget(
+                {"parameters": (1e6, 2e6)}, {"399999": {"parameters": 399_999}}
+            )
+        with pytest.raises(ValueError, match=r"got macs=8\.\.\. .* which has macs=7\."):
+            ranking.filter_by_budget({"macs": (8.0, math.inf)}, {"a": {"macs": 7.0}})
+
+    @pytest.mark.parametrize(
+        ("texts", "words"),
+        [
+            (["params=2M..1M"], "a least amount below the most, got 'params=2M..1M'. Exchange"),
+            (["params=1M..", "params=2M"], "params once, got .* Write both ends as one: params="),
+        ],
+    )
+    def test_that_nobody_could_keep_is_refused(self, texts, words):
+        with pytest.raises(ValueError, match=words):
+            ranking.parse_budget(texts)
+
+    @pytest.mark.parametrize(
+        "text",
+        ["params", "params=", "params=x", "params=-1M", "macs=0", "params=..", "params=0..1M"],
+    )
     def test_that_is_no_number_is_refused(self, text):
         with pytest.raises(ValueError, match=r"budget: expected .*, got '"):
             ranking.parse_budget([text])
 
-    @pytest.mark.parametrize("text", ["latency=20", "latency=2M", "params=3ms", "macs=1KK"])
+    @pytest.mark.parametrize(
+        "text", ["latency=20", "latency=2M", "params=3ms", "macs=1KK", "latency=1..2ms"]
+    )
     def test_in_a_unit_of_something_else_is_refused(self, text):
         with pytest.raises(ValueError, match="with a unit of"):
             ranking.parse_budget([text])
@@ -37,11 +71,11 @@ class TestBudget:
             "a": {"parameters": 3e6, "latency": 0.004},
             "b": {"parameters": 2_257_984.0, "latency": 0.0086712},
         }
-        assert ranking.filter_by_budget({"parameters": 2.5e6}, costs) == ["b"]
-        with pytest.raises(ValueError, match=r"got params=1000000\. .* needs params=2257984\."):
-            ranking.filter_by_budget({"parameters": 1e6}, costs)
+        assert ranking.filter_by_budget({"parameters": (0, 2.5e6)}, costs) == ["b"]
+        with pytest.raises(ValueError, match=r"got params=1000000\. .* has params=2257984\."):
+            ranking.filter_by_budget({"parameters": (0, 1e6)}, costs)
         asked = ranking.parse_budget(["params=2M", "latency=8ms"])
-        with pytest.raises(ValueError, match=r"needs params=2257984, latency=8\.68ms\.") as error:
+        with pytest.raises(ValueError, match=r"has params=2257984, latency=8\.68ms\.") as error:
             ranking.filter_by_budget(asked, costs)
         assert "got params=2000000, latency=8ms." in str(error.value)
         again = ranking.parse_budget(["params=2257984", "latency=8.68ms"])

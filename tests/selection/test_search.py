@@ -83,17 +83,17 @@ def test_a_search_that_is_done_returns_the_same_without_work(look):
     assert len(look.made) == before
 
 
-def test_students_over_budget_are_not_scored(look):
+def test_students_outside_of_the_budget_are_not_scored(look):
     sizes = {str(s): count_parameters(s.build(4)) for s in SPACE}
-    students, *_ = look(25, budget={"parameters": 400_000.0})
+    students, *_ = look(25, budget={"parameters": (250_000.0, 400_000.0)})
     assert students
-    assert all(sizes[name] <= 400_000 for name in [*students, *lines(look.folder)])
+    assert all(250_000 <= sizes[name] <= 400_000 for name in [*students, *lines(look.folder)])
 
 
 def test_a_budget_that_no_student_keeps_names_the_nearest(look):
     smallest = "width0.25-depth0.5-linear"
-    with pytest.raises(ValueError, match=f"nearest is {smallest}, which needs params="):
-        look(40, budget={"parameters": 1.0})
+    with pytest.raises(ValueError, match=f"nearest is {smallest}, which has params="):
+        look(40, budget={"parameters": (0.0, 1.0)})
     assert not (look.folder / "scores.jsonl").exists()
 
 

@@ -68,6 +68,15 @@ class TestStops:
         distill(out)
         assert same(outcome(out), uninterrupted)
 
+    def test_in_the_test_with_a_teacher(self, tmp_path):
+        """Its batch statistics must not be those of the test images, though no epoch begins."""
+        overrides = [*THREE_EPOCHS, *NO_TEACHER]
+        distill(tmp_path / "uninterrupted", None, KD, overrides)
+        with pytest.raises(Stopped):
+            distill(tmp_path / "parts", StopsAt("test"), KD, overrides)
+        distill(tmp_path / "parts", None, KD, overrides)
+        assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "uninterrupted"))
+
     def test_in_every_epoch_with_relevance_and_workers(self, out, with_relevance):
         for moment in ("epoch 1 val", "epoch 2", "epoch 3 val"):
             with pytest.raises(Stopped):

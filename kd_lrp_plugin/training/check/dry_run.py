@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -17,7 +18,7 @@ from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.loaders import share
 from kd_lrp_plugin.training.check.problems import CheckReport, check_keys
 from kd_lrp_plugin.training.check.sections import SEE, build_models, check_sections
-from kd_lrp_plugin.training.experiment import LAST, MONITOR, Experiment
+from kd_lrp_plugin.training.experiment import AUC, LAST, MONITOR, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.preserved import preserved_generators
@@ -191,7 +192,7 @@ def _check_step(
         with experiment.evaluating():
             experiment.loss(images, targets, supplement)
     with report.at("train.monitor"):
-        known = [MONITOR, LAST]
+        known = [MONITOR, AUC, LAST]
         if experiment.knows_subclasses:
             known.append("val_subclass_accuracy")
         if not experiment.missing_wrapper(experiment.val_loader):
@@ -200,6 +201,20 @@ def _check_step(
             fix = "Monitor a term, such as val_ce: with balance the factors change as epochs go."
             raise ValueError(message("monitor", "one measure of all epochs", "val_loss", fix))
         check_known("train.monitor", experiment.monitor, known)
+        if experiment.monitor == AUC:
+            _check_two_classes(experiment)
+
+
+def _check_two_classes(experiment: Experiment) -> None:
+    """Of images of one class there is no ROC curve, which an epoch of training would end with."""
+    for name, loader in (("val", experiment.val_loader), ("test", experiment.test_loader)):
+        dataset = loader.dataset
+        known = getattr(dataset, "class_targets", None) or getattr(dataset, "targets", ())
+        labels = np.asarray(known)
+        if len(labels) and labels.ndim == 1 and len(np.unique(labels)) < 2:
+            fix = "Monitor val_accuracy, or take other images."
+            got = f"{len(labels)} {name} images, all of one"
+            raise ValueError(message("monitor: val_auc", "images of two classes", got, fix))
 
 
 def _step(experiment: Experiment, loss: Tensor, images: Tensor) -> list[str]:
@@ -228,7 +243,6 @@ def _check_evaluation(
     original = experiment.original
     meter = Meter(experiment.box.criterion, subclass_of=experiment.subclass_of)
     with report.at(key_path), experiment.evaluating(), meter:
-        original.eval()
         batch = _collated(loader, _items(loader), experiment.context.device)
         images, targets, supplement = [*batch, {}][:3]
         if experiment.missing_wrapper(loader) or (len(targets) == 1 and meter.compares):

@@ -22,7 +22,7 @@ from kd_lrp_plugin.training.check.problems import (
     is_number,
     section,
 )
-from kd_lrp_plugin.training.experiment import LAST, MONITOR
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, OF_PREDICTIONS
 from kd_lrp_plugin.utils.validation import check_known, message
 
 
@@ -48,9 +48,13 @@ def check_criterion(
 
 
 def _check_term(report: CheckReport, key_path: str, term: Any) -> None:
+    name = key_path.rpartition(".")[2]
     known = losses.LOSS_DICT | losses.LOW_LEVEL_LOSS_DICT | losses.MIDDLE_LEVEL_LOSS_DICT
     with report.at(key_path):
         check_mapping("term", term, "Give criterion and weight.")
+        if name in _METRICS:
+            fix = "Rename it: a metric has this name."
+            raise ValueError(message("term", "a name of its own", repr(name), fix))
         for key in ("criterion", "weight"):
             check_known("key", key, term)
         if not is_number(term["weight"]):
@@ -62,6 +66,7 @@ def _check_term(report: CheckReport, key_path: str, term: Any) -> None:
             losses.get_mid_level_loss(entry, term.get("criterion_wrapper"))
 
 
+_METRICS = ("loss", *(name.removeprefix("val_") for name in OF_PREDICTIONS))
 _Stage = tuple[Mapping[str, Any], ConfigParts]
 
 
@@ -123,7 +128,7 @@ def check_scheduler(
         return
     built = make(trial, **kwargs)
     monitor = parts.train.get("monitor", MONITOR)
-    mode = "max" if monitor == LAST or str(monitor).endswith("accuracy") else "min"
+    mode = "max" if monitor in (LAST, *OF_PREDICTIONS) else "min"
     if isinstance(built, ReduceLROnPlateau) and built.mode != mode:
         got, fix = f"mode {built.mode!r}", f"Set scheduler.kwargs.mode to {mode}."
         raise ValueError(message("scheduler", f"mode {mode!r} for {monitor}", got, fix))

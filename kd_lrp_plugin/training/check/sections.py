@@ -30,7 +30,7 @@ from kd_lrp_plugin.training.check.problems import (
     is_number,
     section,
 )
-from kd_lrp_plugin.training.experiment import LAST, MONITOR, PRECISIONS
+from kd_lrp_plugin.training.experiment import MONITOR, OF_PREDICTIONS, PRECISIONS
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -91,6 +91,8 @@ def build_models(
                     check_scalars("kwargs", make, entry["kwargs"])
             identity = identify_model(report.config, role)
             found = known.get(identity) if known is not None else None
+            if found in built.values():  # a teacher of the same kind would freeze its student
+                found = None
             built[role] = found or build_filled_model(entry, f"models.{role}")
             if known is not None:
                 known[identity] = built[role]
@@ -121,12 +123,10 @@ def _check_train(report: CheckReport, train: Mapping[str, Any]) -> None:
     stages = get_stages(train)
     with report.at("train.monitor"):
         monitor = train.get("monitor", MONITOR)
-        if monitor != LAST and not str(monitor).startswith("val_"):
-            fix = "For example val_accuracy or val_loss."
-            raise ValueError(message("monitor", "a metric of the validation", monitor, fix))
-        if monitor != MONITOR and "stage1" in train:
-            fix = f"Monitor {MONITOR}: the losses of different stages are no one measure."
-            raise ValueError(message("monitor", f"{MONITOR} with stages", monitor, fix))
+        if monitor not in OF_PREDICTIONS and "stage1" in train:
+            fix = "The losses of different stages are no one measure."
+            names = f"one of {list(OF_PREDICTIONS)} with stages"
+            raise ValueError(message("monitor", names, repr(monitor), fix))
     with report.at("train.precision"):
         precision = train.get("precision") or "float32"
         check_known("precision", precision, PRECISIONS)

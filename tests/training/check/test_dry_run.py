@@ -138,8 +138,8 @@ def test_a_wrong_config_is_told_with_its_place(case, tmp_path, monkeypatch):
 
 OVERRIDES = {
     "train.precision=bf16": "precision: expected one of ['bfloat16', 'float16', 'float32']",
-    "train.monitor=val_acc": "monitor: expected one of ['last', 'val_accuracy', 'val_ce', ",
-    "train.monitor=train_loss": "monitor: expected a metric of the validation",
+    "train.monitor=val_acc": "monitor: expected one of ['last', 'val_accuracy', 'val_auc', ",
+    "train.monitor=train_loss": "'val_ce', 'val_loss'], got 'train_loss'. Did you mean 'val_loss'?",
     "train.early_stopping=5": "expected a patience >= 1",
     "train.scheduler={key: ReduceLROnPlateau, kwargs: {}}": "Set scheduler.kwargs.mode to max",
     "train.train_data_loader.kwargs.persistent_workers=true": "Leave it out: workers that live",
