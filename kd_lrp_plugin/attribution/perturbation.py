@@ -35,11 +35,15 @@ def score_cam(
 
     .. math:: R = ReLU(\sum_k \mathrm{softmax}_k(S_c(x \odot s(A^k))) A^k)
 
-    with :math:`s` the channel at the image's size, scaled to [0, 1].
+    with :math:`s` the channel at the image's size, scaled to [0, 1]. Two choices are made that
+    others make differently: channels are enlarged bilinearly without aligned corners
+    (:func:`kd_lrp_plugin.losses.resize_maps`), and the weights of an image are a softmax of the
+    logits over all channels that a mask is made of, so that they sum to one.
 
     Reference:
         Wang et al., CVPR workshops 2020, algorithm 1. The logit of its base line is left out,
-        for a softmax over the channels cancels it. Where a mask is 0 the image is 0, as there:
+        for a softmax over the channels cancels it. The package grad-cam differs in the aligned
+        corners alone. Where a mask is 0 the image is 0, as there:
         after normalisation that is the mean colour. Deviation: a channel that is the same
         everywhere, which no mask can be made of, is left out.
     """

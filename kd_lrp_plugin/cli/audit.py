@@ -52,10 +52,10 @@ def audit(
     Where nothing should tell the class: the share of relevance there, beside its chance level and
     the teacher's; accuracy, and the share of predictions that change, once the region is blurred,
     has the mean colour, or is another image's. With masks also for the most relevant part outside
-    of the object, and the accuracy with the object gone: a model that is still right sees something
-    else. Writes audit.json and audit.png, the images with the largest effect, into each run folder;
-    with --data audit-FOLDER.json and .png. Runs the code that a run's config names, as `explain`
-    does. Examples:
+    of the object, the share of relevance in all that lies outside, and the accuracy with the object
+    gone: a model that is still right sees something else. Writes audit.json and audit.png, the
+    images with the largest effect, into each run folder; with --data audit-FOLDER.json and .png.
+    Runs the code that a run's config names, as `explain` does. Examples:
 
         kd-lrp audit runs/phantom/kd/*/0
 

@@ -29,6 +29,18 @@ def check_data(
         int | None,
         typer.Option(help="How many the values of 16-bit images have, such as 12; else all."),
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A class folder, at any depth; once for each, if they lie deeper."
+        ),
+    ] = None,
+    images: Annotated[
+        str, typer.Option(metavar="NAME", help="Sub-folder of each class folder with its images.")
+    ] = "",
+    masks: Annotated[
+        str, typer.Option(metavar="NAME", help="Sub-folder beside it with masks, to count them.")
+    ] = "",
 ) -> None:
     """Does the test set leak? Faulty files, class balance, duplicates, and a split without them.
 
@@ -40,12 +52,16 @@ def check_data(
         kd-lrp check-data images --out checked
 
         kd-lrp check-data images --out checked --group-by patient --manifest patients.csv
+
+        kd-lrp check-data covid --out checked --images images --masks "lung masks"
     """
     last = "What was read is kept; the same command resumes from there."
     with RichProgress(), errors_in_words(last):
+        from kd_lrp_plugin.data.layout import ClassFolders
         from kd_lrp_plugin.data.leakage import check
 
-        found = check.check_data(root, out, test_share, group_by, manifest, bits)
+        folders = ClassFolders(tuple(classes or ()), images, masks, bits)
+        found = check.check_data(root, out, test_share, group_by, manifest, folders)
     for name in ("splits", "clean"):
         say(f"\n{'given' if name == 'splits' else 'clean split'}\n")
         rows = [

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from kd_lrp_plugin.data.images import ImageLoader, ascii_name, is_text, read_mask
-from kd_lrp_plugin.data.layout import Layout, is_image, read_layout, walk
+from kd_lrp_plugin.data.layout import ClassFolders, Layout, is_image, read_layout, walk
 from kd_lrp_plugin.data.samples import (
     PARTS,
     find_folder,
@@ -39,6 +39,10 @@ _SHOWN = 5  # files or folders named in a message
 class FolderImages(ImageFolder):
     """Images in ``<root>/<split>/<class>/``, RGB or grey; classes are the folders' sorted names.
 
+    With ``images`` and ``masks`` they lie in ``<class>/<images>/`` and their masks, under the same
+    names, in ``<class>/<masks>/``, as in COVID-QU-Ex. With ``classes`` the class folders may lie at
+    any depth below the split, as in LC25000.
+
     Where the data lie: ``root``, or with ``root`` empty ``$KD_LRP_DATA/<name>``. What counts as an
     image of a class, :mod:`kd_lrp_plugin.data.layout` says; what is left out is named in the log.
     How images are read, :mod:`kd_lrp_plugin.data.images` says.
@@ -59,7 +63,8 @@ class FolderImages(ImageFolder):
         part: all, train or validation.
         holdout: share of the split held out, in (0, 1).
         classes: the folders that must be there, in any order; those that look like folders of
-            masks, or like splits, are classes only if they are named here.
+            masks, or like splits, or hold images in several sub-folders, are classes only if they
+            are named here.
         name: sub-folder of ``$KD_LRP_DATA``.
         image_size: side in pixels, see :func:`make_transforms`.
         transform: applied to the PIL image; without it, :func:`make_transforms` with ``augment``.
@@ -78,6 +83,10 @@ class FolderImages(ImageFolder):
             natural groups of the images, such as their hospital or scanner, by which ``evaluate``
             reports the accuracy. A cut may divide these: what it must not, such as a patient, is
             in column ``group``, whatever this says.
+        images: sub-folder of each class folder with its images; what lies beside it is left out.
+        masks: folder with the masks in the place of ``images`` in the path of an image, or without
+            that beside the image; endings may be .png instead. How many images have none, the log
+            tells. None for ``<root>/masks/<split>/<class>/<name>.png``.
 
     Attributes:
         bits: as given.
@@ -87,8 +96,9 @@ class FolderImages(ImageFolder):
     Raises:
         FileNotFoundError: if the folder, the manifest, or an image that it keeps is not there.
         ValueError: for an unknown part, folders that are no class folders, other classes than
-            asked for, a class too small to cut, a manifest without these columns or this split, or
-            an image without one of the natural ``groups``.
+            asked for, a class too small to cut, a manifest without these columns or this split,
+            an image without one of the natural ``groups`` or outside of ``images``, images of a
+            class in several sub-folders, or ``masks`` that no image has.
     """
 
     samples: list[tuple[str, int]]
@@ -111,6 +121,8 @@ class FolderImages(ImageFolder):
         bits: int | None = None,
         channels: int = 3,
         groups: str | None = None,
+        images: str | None = None,
+        masks: str | None = None,
     ) -> None:
         check_known("FolderImages part", part, PARTS)
         check_integer("FolderImages", "image_size", image_size)
@@ -124,12 +136,13 @@ class FolderImages(ImageFolder):
             got = ascii_name(self.folder)
             raise ValueError(message("FolderImages root", "a name in UTF-8", got, "Rename it."))
         self._split = split
+        self._folders = ClassFolders(tuple(classes or ()), images or "", masks or "")
         self._kept = read_kept(manifest, self.folder, split)
         where = self.folder if self._kept else self.folder / split
         if not where.is_dir():
             fix = "Set root in YAML, or KD_LRP_DATA in the environment, to where the data lie."
             raise FileNotFoundError(message("FolderImages", "a folder", f"none at {where}", fix))
-        self._layout = None if self._kept else self._read_layout(where, classes or ())
+        self._layout = None if self._kept else self._read_layout(where)
         found, _ = self.find_classes(where)
         if classes is not None and found != sorted(classes):
             fix = "Rename the folders, or leave classes out."
@@ -156,9 +169,11 @@ class FolderImages(ImageFolder):
         self.targets = [label for _, label in self.samples]
         if groups is not None:
             self.groups = self._read_groups(manifest, groups)
+        if masks:
+            self._tell_unmasked()
 
-    def _read_layout(self, where: Path, classes: Sequence[str]) -> Layout:
-        layout = read_layout(where, classes)
+    def _read_layout(self, where: Path) -> Layout:
+        layout = read_layout(where, self._folders)
         for problem in layout.problems:
             raise ValueError(problem)
         if layout.empty or not layout.classes:
@@ -166,8 +181,10 @@ class FolderImages(ImageFolder):
             fix = "Delete the folder, or put images into it (.png, .jpg, .tif, ...)."
             expected = "one or more in each class folder"
             raise ValueError(message(f"images {where}", expected, got, fix))
-        if layout.ignored:
-            named = [f"{file} ({why})" for file, why in layout.ignored.items()]
+        masks = self._folders.masks  # what is asked for is not left out
+        ignored = {f: why for f, why in layout.ignored.items() if Path(f).name != masks}
+        if ignored:
+            named = [f"{file} ({why})" for file, why in ignored.items()]
             shown = "; ".join(named[:_SHOWN]) + " ..." * (len(named) > _SHOWN)
             logger.warning("%d files or folders of %s left out: %s", len(named), where, shown)
         return layout
@@ -182,9 +199,17 @@ class FolderImages(ImageFolder):
     ) -> list[tuple[str, int]]:
         """The manifest's files of the split; those of the class folders without one."""
         if self._layout:
-            images = self._layout.images
-            return [(os.path.join(directory, *p), class_to_idx[p[0]]) for p in images]
+            images = self._layout.images.items()
+            return [(os.path.join(directory, *path), class_to_idx[name]) for path, name in images]
         rows = [row for row in self._kept if row["split"] == self._split]
+        inner = self._folders.images
+        if outside := [r["file"] for r in rows if inner not in ("", *Path(r["file"]).parts[:-1])]:
+            got = f"{len(outside)} that do not, such as {outside[0]!r}"
+            expected, fix = (
+                f"files that lie in a folder {inner!r}",
+                "Correct images, or leave it out.",
+            )
+            raise ValueError(message("FolderImages manifest", expected, got, fix))
         return sorted((str(self.folder / row["file"]), class_to_idx[row["class"]]) for row in rows)
 
     @property
@@ -193,14 +218,24 @@ class FolderImages(ImageFolder):
         return [Path(file).relative_to(self.folder).as_posix() for file, _ in self.samples]
 
     def mask(self, index: int) -> Bool[np.ndarray, "h w"] | None:
-        """Outline from ``<root>/masks/<split>/<class>/<name>.png``; None where there is none.
+        """The mask of an image, wherever masks lie; None where there is none.
 
         Raises:
             ValueError: if it cannot be read, see :func:`kd_lrp_plugin.data.images.read_mask`.
         """
         path = Path(self.samples[index][0])
-        file = self.folder / "masks" / path.relative_to(self.folder).with_suffix(".png")
+        below = path.relative_to(self.folder)
+        if self._folders.masks:
+            found = self._folders.find_mask(self.folder, below)
+            return read_mask(found, path) if found else None
+        file = self.folder / "masks" / below.with_suffix(".png")
         return read_mask(file, path) if file.is_file() else None
+
+    def _tell_unmasked(self) -> None:
+        files = [os.path.relpath(path, self.folder) for path, _ in self.samples]
+        if count := self._folders.count_unmasked("FolderImages", self.folder, files):
+            some = f"{count:,} of {len(files):,} images of {self.root}"
+            logger.warning("%s have no mask in %r", some, self._folders.masks)
 
     def _read_undivided(self) -> dict[str, str]:
         """By file, the group that a cut must not divide, of column ``group``."""

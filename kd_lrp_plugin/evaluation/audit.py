@@ -86,7 +86,8 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
 
     Returns:
         ``images``; ``relevance``, by role and region the mean share of positive relevance there
-        (``mean``), and the region's share of the image (``chance``); ``replaced``, by role, region
+        (``mean``), and the region's share of the image (``chance``), of images with a mask also
+        for all that lies outside of it, which is not replaced; ``replaced``, by role, region
         and replacement (``blur``, ``mean``, ``swap``: another image's) the accuracy before and
         after (``accuracy_before``, ``accuracy``) and the share of predictions that change
         (``flips``); ``object_removed``, by role, accuracy where the masked object takes the mean of
@@ -131,7 +132,10 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
             outside = find_most_relevant(maps[role], ~sample.masks)
             regions_of[role]["most relevant outside"] = outside
         answers[role] = ask(model, sample.images, regions_of[role], others, before)
-        parts["relevance"][role] = measure_relevance(maps[role], regions_of[role])
+        measured = dict(regions_of[role])
+        if sample.masks is not None:
+            measured["outside the mask"] = ~sample.masks
+        parts["relevance"][role] = measure_relevance(maps[role], measured)
         parts["replaced"][role] = measure_replacements(
             answers[role], sample.labels, regions_of[role]
         )

@@ -19,9 +19,9 @@ high-level loss        ``DisWOTPlusLoss``, with ``balance: gradient`` or without
 auxiliary wrapper      ``ModelWithHeads``, for hints (``Conv2d``) and probes (``linear_probe``)
 pre-epoch processes    by ``!import_call`` of :func:`weight_schedule`
 collate functions      by ``!import_call`` of :func:`mixup`
-models                 ``timm_model``, ``timm_mobilenetv2``; ``mnist_cnn``, ``mnist_mlp``,
-                       ``mnist_assistant``, ``mnist_assistant_small`` for 28 px; and
-                       ``diswot_student``, which chooses one
+models                 ``timm_model``, ``timm_mobilenetv2``, ``ofa_595``; ``mnist_cnn``,
+                       ``mnist_mlp``, ``mnist_assistant``, ``mnist_assistant_small`` for 28 px;
+                       and ``diswot_student``, which chooses one
 datasets               ``phantom``, ``folder_images``, ``csv_images``, ``mnist``; ``marked``, which
                        puts markers on any of them, ``subclasses``, which labels any by
                        subclass, their own or, by :func:`kmeans_subclasses`, those of a model's
@@ -88,6 +88,7 @@ from kd_lrp_plugin.torchdistill.models import (
     mnist_assistant_small,
     mnist_cnn,
     mnist_mlp,
+    ofa_595,
     timm_mobilenetv2,
     timm_model,
 )
@@ -127,6 +128,7 @@ __all__ = [
     "mnist_assistant_small",
     "mnist_cnn",
     "mnist_mlp",
+    "ofa_595",
     "phantom",
     "recorded",
     "recorder",

@@ -1,4 +1,4 @@
-"""Models by name: timm's, MobileNetV2 of any size, MNIST's, the student that chooses itself."""
+"""Models by name: timm's, MobileNetV2, OFA-595, MNIST's, the student that chooses itself."""
 
 import importlib
 import logging
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torchdistill.models.registry import MODEL_DICT, get_model, register_model
 
-from kd_lrp_plugin.models import factory, mnist, mobilenetv2
+from kd_lrp_plugin.models import factory, mnist, mobilenetv2, ofa
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.selection.candidates import Entry
 from kd_lrp_plugin.selection.select import Selection, is_dry_run, load_choice, save_choice
@@ -30,6 +30,7 @@ mnist_assistant_small = register_model(
     strict("mnist_assistant_small")(mnist.mnist_assistant_small), key="mnist_assistant_small"
 )
 
+ofa_595 = register_model(strict("ofa_595")(ofa.ofa_595), key="ofa_595")
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Explanations after training against loops over images, channels and pixels, and Quantus."""
 
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -141,6 +141,26 @@ class TestScoreCam:
             expected = sum(weighted).clamp(min=0)
             # the convolutions of a batch and of a single image differ in the last digits
             torch.testing.assert_close(got[place], expected.float(), rtol=1e-3, atol=1e-4)
+
+    def test_agrees_with_the_package_grad_cam_once_corners_are_not_aligned(self, monkeypatch):
+        package = pytest.importorskip("pytorch_grad_cam", reason="needs the package grad-cam")
+        images, targets = batch(2)
+        model = network()
+        layer = model.get_submodule(LAYER)
+        scores = [package.utils.model_targets.ClassifierOutputTarget(int(t)) for t in targets]
+
+        def maps() -> Tensor:
+            with package.ScoreCAM(model, [layer]) as theirs:
+                theirs.activations_and_grads(images)
+                (channels,) = theirs.activations_and_grads.activations
+                found = theirs.get_cam_image(images, layer, scores, channels.numpy(), None, False)
+            return torch.from_numpy(found).clamp(min=0)
+
+        got = attribute(model, images, targets, "score_cam", LAYER)
+        aligned = maps()
+        monkeypatch.setattr(nn, "UpsamplingBilinear2d", partial(nn.Upsample, mode="bilinear"))
+        torch.testing.assert_close(got, maps().float(), rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(got, aligned.float(), rtol=1e-3, atol=1e-4)
 
     def test_even_channels_are_left_out_and_a_layer_of_them_has_no_relevance(self):
         class Even(nn.Module):

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from kd_lrp_plugin.data.folder import FolderImages, identify_images
-from kd_lrp_plugin.data.layout import read_layout
+from kd_lrp_plugin.data.layout import ClassFolders, read_layout
 from kd_lrp_plugin.data.leakage.check import check_data
 from kd_lrp_plugin.data.leakage.images import list_images
 from kd_lrp_plugin.data.validation import unreadable_images
@@ -148,10 +148,19 @@ def test_a_class_folder_in_a_folder_of_its_name_is_that_class(tmp_path):
     assert (data.classes, len(data)) == (["cat", "dog"], 2)
 
 
-def test_folders_of_patients_below_classes_are_no_classes(tmp_path):
+def test_folders_of_patients_below_classes_are_no_classes_where_these_are_named(tmp_path):
     files = ["Training/cat/p1/1.png", "Training/cat/p2/1.png", "Training/dog/p3/1.png"]
-    data = FolderImages(str(make(tmp_path, *files)))
+    root = make(tmp_path, *files)
+    data = FolderImages(str(root), classes=["cat", "dog"])
     assert (data.classes, len(data)) == (["cat", "dog"], 3)
+    images, _ = list_images(root, ClassFolders(classes=("cat", "dog")))
+    assert [image.label for image in images] == ["cat", "cat", "dog"]
+    words = (
+        r"in one sub-folder, got images of 'cat' in \['p1', 'p2'\].* by images; or .* in classes"
+    )
+    for call in (lambda: FolderImages(str(root)), lambda: list_images(root)):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 def test_classes_called_like_masks_are_classes(tmp_path):
@@ -193,7 +202,8 @@ def test_names_that_are_not_utf8_are_refused_before_any_work(root, tmp_path):
 def test_images_come_in_the_order_of_torchvision(tmp_path):
     names = ["b.png", "k/z.png", "k/b/1.PNG", "k-1/2.jpg", "c.jpeg", "B.png", "a.png"]
     root = make(tmp_path, *(f"Training/{k}/{name}" for k in ("x", "a-", "a") for name in names))
-    assert FolderImages(str(root)).samples == ImageFolder(str(root / "Training")).samples
+    data = FolderImages(str(root), classes=["x", "a-", "a"])
+    assert data.samples == ImageFolder(str(root / "Training")).samples
 
 
 def test_random_trees_are_read_alike_by_training_and_the_check_of_data(tmp_path):

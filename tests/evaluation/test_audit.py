@@ -116,7 +116,8 @@ def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkey
     assert set(found["relevance"]) == {"student", "teacher"}
     outside = "most relevant outside"
     named = {"border", "corners", "background", "marker", outside}
-    assert named == set(found["relevance"]["student"])
+    assert named == set(found["replaced"]["student"])
+    assert named | {"outside the mask"} == set(found["relevance"]["student"])
     shares = [of["chance"] for role in found["relevance"].values() for of in [role[outside]]]
     assert all(0 < share <= 1 / 16 for share in shares)
     assert (tmp_path / "run/audit.png").stat().st_size > 5000

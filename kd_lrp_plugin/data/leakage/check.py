@@ -17,12 +17,14 @@ Where the images are in no splits yet, test images are cut out of what is kept b
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from kd_lrp_plugin.data.layout import PLAIN, ClassFolders
 from kd_lrp_plugin.data.leakage.clean_split import (
     COLUMNS,
     DatasetAudit,
@@ -68,7 +70,7 @@ def check_data(
     test_share: float = 0.2,
     group_by: str | None = None,
     manifest: str | Path | None = None,
-    bits: int | None = None,
+    folders: ClassFolders = PLAIN,
 ) -> dict[str, Any]:
     """Look for duplicates and faulty files; write summary, pairs and clean split to ``out``.
 
@@ -83,7 +85,7 @@ def check_data(
         group_by: column of ``manifest`` whose groups, such as patients, must not be divided.
         manifest: CSV as :func:`kd_lrp_plugin.data.splits.read_groups` takes it; default
             ``<root>/manifest.csv``.
-        bits: as for :class:`kd_lrp_plugin.data.folder.FolderImages`.
+        folders: what is known of the class folders, as for training.
 
     Returns:
         The content of summary.json.
@@ -93,31 +95,40 @@ def check_data(
         FileExistsError: if ``out`` holds something else.
         BlockingIOError: if another process holds it.
         ValueError: for a share outside (0, 1), ``out`` inside ``root``, folders that are no class
-            folders, a manifest that names none of the images, or a set in which nearly all images
-            are alike.
+            folders, masks that no image has, a manifest that names none of the images, or a set in
+            which nearly all images are alike.
         OSError: if something cannot be written.
     """
     root, out = Path(root).expanduser(), Path(out).expanduser()
     if not 0 < test_share < 1:
         raise ValueError(message("check-data", "test_share in (0, 1)", test_share, "Use 0.2."))
+    bits = folders.bits
     if bits is not None:
         check_integer("check-data", "bits", bits, least=9)
     if out.resolve().is_relative_to(root.resolve()):
         fix = "Its pictures would be taken for images of the set."
         raise ValueError(message("check-data: out", f"a folder outside {root}", out, fix))
-    images, ignored = list_images(root)
+    images, ignored = list_images(root, folders)
+    unmasked = None
+    if folders.masks:
+        unmasked = folders.count_unmasked("check-data", root, [image.file for image in images])
     table = Path(manifest).expanduser() if manifest else root / "manifest.csv"
     patients = _patients(images, table, group_by) if group_by else {}
-    options = {
+    options: dict[str, Any] = {
         "root": str(root.resolve()),
         "test_share": None if images[0].split else test_share,
         "group_by": group_by,
         "manifest": str(table.resolve()) if group_by else None,
         "bits": bits,
     }
+    options |= {
+        name: [*value] if isinstance(value, tuple) else value
+        for name, value in asdict(folders).items()
+        if value and name != "bits"
+    }
     with claimed(out, options, OUTPUTS) as cache:
         prints = fingerprints(root, images, cache, bits)
-        state = _state(images, prints, ignored, patients)
+        state = _state(images, prints, ignored, patients, unmasked)
         if before := _answered(out, state):
             return before
         audit = group_images(images, prints, find_duplicates(prints), patients)
@@ -125,6 +136,8 @@ def check_data(
         summary = {"command": get_command(), "options": options, "state": state}
         summary |= count_properties(images, prints, ignored)
         summary |= count_leaks(audit, rows)
+        if folders.masks:
+            summary["masks"] = {"folder": folders.masks, "images_without": unmasked}
         summary["summary"] = summarise_leaks(summary)
         order = _worst_first(audit)
         text = to_csv(SPLIT_COLUMNS, ([row[c] for c in SPLIT_COLUMNS] for row in rows))
@@ -151,9 +164,11 @@ def _state(
     prints: Sequence[Fingerprint],
     ignored: Mapping[str, str],
     patients: Mapping[str, str],
+    unmasked: int | None,
 ) -> str:
     """A digest of all that the answer depends on beside the options."""
-    return hash_contents([images, [one[:-1] for one in prints], ignored, patients, VERSION])
+    known = [images, [one[:-1] for one in prints], ignored, patients, VERSION]
+    return hash_contents(known if unmasked is None else [*known, unmasked])
 
 
 def _answered(out: Path, state: str) -> dict[str, Any] | None:

@@ -24,7 +24,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from kd_lrp_plugin.data.images import DecodedImage, ascii_name, decode_image
-from kd_lrp_plugin.data.layout import arrange, find_alike, is_image, walk
+from kd_lrp_plugin.data.layout import (
+    PLAIN,
+    ClassFolders,
+    Parts,
+    arrange,
+    find_alike,
+    find_class,
+    is_image,
+    walk,
+)
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -67,24 +76,27 @@ class Fingerprint(NamedTuple):
     thumbnail: bytes = bytes(SIDE * SIDE)
 
 
-def list_images(root: Path) -> tuple[list[ImageFile], dict[str, str]]:
+def list_images(
+    root: Path, folders: ClassFolders = PLAIN
+) -> tuple[list[ImageFile], dict[str, str]]:
     """The image files in ``<root>/<split>/<class>/`` or ``<root>/<class>/``, sorted by path.
 
-    What holds more of them decides between the two. What counts as an image of a class is what
-    :mod:`kd_lrp_plugin.data.layout` says, as for training.
+    What holds more of them decides between the two; where class folders lie deeper, ``folders``
+    names them, and the uppermost folders are splits if a class is in two of them. What counts as
+    an image of a class is what :mod:`kd_lrp_plugin.data.layout` says, as for training.
 
     Returns:
         The images, and of what no data set reads, why.
 
     Raises:
         FileNotFoundError: if there are none.
-        ValueError: if the folders are no class folders, or a name is not text in UTF-8.
+        ValueError: if the folders are no class folders, or not those that are named, splits have
+            no class in common and none is called training, or a name is not text in UTF-8.
     """
     tree, masks = walk(root), root / "masks"
     found = [parts for parts in tree.files if parts[0] != masks.name]
     tree = tree._replace(files=found)
-    depths = [len(parts) for parts in found if is_image(parts[-1])]
-    split = sum(depth > 2 for depth in depths) > depths.count(2)
+    split = _has_splits([parts for parts in found if is_image(parts[-1])], folders)
     tops = sorted({parts[0] for parts in found if len(parts) > 2}) if split else [""]
     if alike := find_alike(tops):
         fix = "Put their images into one folder."
@@ -94,14 +106,15 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, str]]:
     ignored |= {file: why for file, why in tree.ignored.items() if file.count("/") == 0}
     images = []
     for top in tops:
-        layout, start = arrange(root, tree, at=(top,) if split else ()), f"{top}/" * split
+        layout = arrange(root, tree, folders, (top,) if split else ())
+        start = f"{top}/" * split
         for problem in layout.problems:
             raise ValueError(problem)
         ignored |= {f"{start}{file}": why for file, why in layout.ignored.items()}
         if layout.classes:
             empty = dict.fromkeys(layout.empty, "a class folder without images")
             ignored |= {f"{start}{name}": why for name, why in empty.items() if name != masks.name}
-        images += [ImageFile(start + "/".join(p), top, p[0]) for p in layout.images]
+        images += [ImageFile(start + "/".join(p), top, name) for p, name in layout.images.items()]
     for parts in found:
         file = ascii_name("/".join(parts))
         if not is_image(parts[-1]):
@@ -113,7 +126,36 @@ def list_images(root: Path) -> tuple[list[ImageFile], dict[str, str]]:
         expected = "images in ROOT/<split>/<class>/ or ROOT/<class>/"
         fix = "Give the folder above the splits or classes."
         raise FileNotFoundError(message("check-data", expected, f"none below {root}", fix))
+    _check_classes(root, images, folders)
     return sorted(images, key=lambda image: image.file.split("/")), dict(sorted(ignored.items()))
+
+
+def _has_splits(images: Sequence[Parts], folders: ClassFolders) -> bool:
+    """Whether the uppermost folders are splits, rather than classes or what holds some of them."""
+    if not folders.classes:
+        depths = [len(parts) - bool(folders.images) for parts in images]
+        return sum(depth > 2 for depth in depths) > depths.count(2)
+    homes: dict[str, set[str]] = {}
+    for parts in images:
+        if parts[0] in folders.classes:
+            return False
+        if depth := find_class(parts[:-1], folders.classes):
+            homes.setdefault(parts[depth], set()).add(parts[0])
+    tops = set().union(*homes.values())
+    return len(tops) == 1 or any(len(found) > 1 for found in homes.values())
+
+
+def _check_classes(root: Path, images: Sequence[ImageFile], folders: ClassFolders) -> None:
+    named = sorted({image.label for image in images})
+    if folders.classes and named != sorted(folders.classes):
+        fix = "Correct the names, or leave classes out."
+        expected = f"classes {sorted(folders.classes)}"
+        raise ValueError(message(f"images {root}", expected, named, fix))
+    of_split = {split: [*of] for split, of in by_class((i.split, i.label) for i in images).items()}
+    trained = any(split.lower().startswith("train") for split in of_split)
+    if len(of_split) > 1 and not trained and sum(map(len, of_split.values())) == len(named):
+        fix = "If these folders are no splits, name the class folders in classes."
+        raise ValueError(message(f"images {root}", "splits that share a class", of_split, fix))
 
 
 def fingerprint(file: str | Path, bits: int | None = None) -> Fingerprint:

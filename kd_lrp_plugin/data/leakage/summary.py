@@ -107,6 +107,9 @@ def summarise_leaks(summary: Mapping[str, Any]) -> str:
         )
     if groups["images_without"]:
         lines.append(f"{groups['images_without']:,} images are in no group of the manifest.")
+    if masks := summary.get("masks"):
+        count, total = masks["images_without"], summary["images"]
+        lines.append(f"{count:,} of the {total:,} images have no mask in {masks['folder']!r}.")
     if bad := len(summary["unreadable"]):
         lines.append(f"{bad:,} image files cannot be read; training would stop there.")
     sets = {frozenset(classes) for classes in summary["splits"].values()}
