@@ -20,7 +20,7 @@ from torch import Tensor, nn
 EPSILON = 1e-7
 GAMMA = 0.25
 PLAIN = ("grad_cam", "gradient_activation")
-LRP = ("lrp_epsilon", "lrp_zplus", "lrp_gamma", "lrp_composite")
+LRP = ("lrp_epsilon", "lrp_zplus", "lrp_gamma", "lrp_composite", "attn_lrp")
 
 
 def stab(z: Tensor) -> Tensor:
@@ -68,6 +68,7 @@ CONVOLUTION_RULE = {
     "lrp_zplus": zplus,
     "lrp_gamma": gamma,
     "lrp_composite": zplus,
+    "attn_lrp": epsilon,
 }
 LINEAR_RULE = {**CONVOLUTION_RULE, "lrp_composite": epsilon}
 
@@ -246,6 +247,9 @@ class Walk:
         shape = (*x.value.shape[:2], 1, 1)
         return self.add_node(value, (x, lambda g: (g.reshape(shape) / pixels).expand_as(x.value)))
 
+    def halved(self, x: Node) -> Node:
+        return self.add_node(x.value, (x, lambda grad: grad / 2))
+
     def product(self, x: Node, gate: Node) -> Node:
         """``x * gate``; the gate is a constant to LRP."""
         to_x = (x, lambda grad: grad * gate.value)
@@ -325,29 +329,36 @@ def dense_block(walk: Walk, block: nn.Module, x: Node) -> Node:
 
 
 def visformer_attention(walk: Walk, attention: nn.Module, x: Node) -> Node:
-    """Softmax weights are constants to LRP: relevance passes through the values alone."""
+    """Softmax weights are constants to LRP: relevance passes through the values alone.
+
+    To AttnLRP they are not, and half of the relevance of each product goes to each operand.
+    """
     h, w = x.value.shape[2:]
     heads, size = attention.num_heads, attention.head_dim
 
     def split(qkv: Tensor) -> tuple[Tensor, ...]:
         return tuple(qkv.reshape(len(qkv), 3, heads, size, h * w).unbind(1))  # n, heads, size, hw
 
-    def weights(qkv: Tensor) -> Tensor:
+    def scores(qkv: Tensor) -> Tensor:
         q, k, _ = split(qkv)
-        return (torch.einsum("bhdi,bhdj->bhij", q, k) * attention.scale).softmax(-1)
+        return torch.einsum("bhdi,bhdj->bhij", q, k) * attention.scale
 
-    def mix(qkv: Tensor, attend: Tensor | None = None) -> Tensor:
-        attend = weights(qkv) if attend is None else attend
+    def mix(qkv: Tensor, attend: Tensor) -> Tensor:
         mixed = torch.einsum("bhij,bhdj->bhdi", attend, split(qkv)[2])
         return mixed.reshape(len(qkv), heads * size, h, w)
 
+    def softmax(z: Tensor) -> Tensor:
+        return z.softmax(-1)
+
     qkv = walk.conv(x, attention.qkv)
+    if walk.method == "attn_lrp":
+        attend = walk.plainly(softmax, walk.halved(walk.plainly(scores, qkv)))
+        return walk.conv(walk.halved(walk.plainly(mix, qkv, attend)), attention.proj)
     if walk.is_lrp:
-        constant = walk.add_node(weights(qkv.value))
-        y = walk.plainly(mix, qkv, constant)
+        attend = walk.add_node(softmax(scores(qkv.value)))
     else:
-        y = walk.plainly(mix, qkv)
-    return walk.conv(y, attention.proj)
+        attend = walk.plainly(softmax, walk.plainly(scores, qkv))
+    return walk.conv(walk.plainly(mix, qkv, attend), attention.proj)
 
 
 def visformer_block(walk: Walk, block: nn.Module, x: Node) -> Node:

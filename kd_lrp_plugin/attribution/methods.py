@@ -82,7 +82,7 @@ def attribute(
         images: as the model takes them.
         targets: one class index per image.
         method: a name of :data:`ATTRIBUTIONS`.
-        layer: name of a module with output (n, c, h, w).
+        layer: name of a module, as for :func:`kd_lrp_plugin.relevance.recording.record`.
 
     Returns:
         Maps on the CPU, of the layer's size or, for methods without one, the images'.

@@ -16,6 +16,7 @@ METHODS = (
     "lrp_zplus",
     "lrp_gamma",
     "lrp_composite",
+    "attn_lrp",
 )
 ATTRIBUTIONS = (*METHODS, "lime", "rise", "score_cam")
 SCORES = (

@@ -1,7 +1,9 @@
 """The autograd graph of a recorded forward pass: its relevance functions, and the walk over it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -23,8 +25,11 @@ LINEAR_OPERATIONS = frozenset({
 """Autograd operations at which the gradient hands relevance back as it should be."""
 # fmt: on
 CHANGE_OF_A_VIEW = "CopySlices"
-PRODUCTS = frozenset({"Mul", "Div", "Bmm"})
+MATRIX_PRODUCT = "Bmm"
+PRODUCTS = frozenset({"Mul", "Div", MATRIX_PRODUCT})
 """Linear, too, as long as one operand carries no relevance."""
+SOFTMAX = "Softmax"
+FUSED_ATTENTION = "ScaledDotProduct"
 REENTRANT_CHECKPOINT = "CheckpointFunctionBackward"
 WITHOUT_CHECKPOINTING = (
     "Switch gradient checkpointing off while the model is recorded: its second forward pass "
@@ -34,6 +39,10 @@ WITHOUT_CHECKPOINTING = (
 WITH_A_RULE = (
     "Make it a module (such as nn.ReLU), choose layers behind it, or the method "
     "gradient_activation."
+)
+OF_ATTENTION = (
+    "Of attentions those of timm with attn_drop have a rule: choose layers behind this one, or "
+    "the method gradient_activation."
 )
 
 
@@ -57,12 +66,15 @@ class LayerRule:
         switch: whether a relevance pass is on.
         rule: ``rule(g, *tensors)`` gives the factor of the source; None if no relevance flows.
         overwrites: whether the layer's output tensor itself may be handed on, instead of a copy.
+        owns: operations between the rule and the matrix product in front of it, this included,
+            which only the rule makes right.
     """
 
     name: str
     switch: Switch
     rule: Callable[..., Tensor] | None
     overwrites: bool
+    owns: frozenset[str] = frozenset()
 
 
 class RelevanceFunction(torch.autograd.Function):
@@ -151,6 +163,9 @@ def find_carriers(
     """
     wanted = {get_grad_node(target) for target in targets}
     carriers: dict[Any, bool] = {}
+    consumers: Counter[Any] = Counter()
+    owners: list[Any] = []
+    unowned: dict[Any, ValueError] = {}
     stack = [get_grad_node(logits)]
     # Depth first and from the end, without recursion: a deep network has thousands of nodes.
     while stack:
@@ -158,40 +173,82 @@ def find_carriers(
         if node is None or node in carriers:
             stack.pop()
             continue
-        inputs = [following for following, _ in node.next_functions]
-        if is_relevance_function(node):
-            inputs = inputs[1:2] if node.layer_rule.rule is not None else []
+        inputs = _list_inputs(node)
         if waiting := [i for i in inputs if i is not None and i not in carriers]:
             stack.extend(waiting)
             continue
         carried = [carriers.get(i, False) for i in inputs]
         carriers[node] = any(carried) or node in wanted
-        if any(carried) and not is_relevance_function(node):
-            _check_operation(node, carried, method, is_gradient)
-            if _get_kind(node) == CHANGE_OF_A_VIEW and not is_gradient:
+        if any(carried):
+            consumers.update(compress(inputs, carried))
+            if is_relevance_function(node):
+                owners += [node] if node.layer_rule.owns else []
+            elif error := _find_error(node, carried, method, is_gradient):
+                if _get_kind(node) not in (SOFTMAX, MATRIX_PRODUCT) or _is_someone_s_own(node):
+                    raise error
+                unowned[node] = error
+            elif _get_kind(node) == CHANGE_OF_A_VIEW and not is_gradient:
                 _check_change_of_view(node, carriers, method)
         stack.pop()
+    for owner in owners:
+        for node in _find_owned(owner, carriers, consumers, method):
+            unowned.pop(node, None)
+    if unowned:
+        raise next(iter(unowned.values()))
     return carriers
 
 
-def _check_operation(node: Any, carried: list[bool], method: str, is_gradient: bool) -> None:
-    """Raise ``ValueError`` unless the gradient of ``node`` hands relevance back as it should."""
+def _list_inputs(node: Any) -> list[Any]:
+    """The nodes that relevance may flow on to."""
+    inputs = [following for following, _ in node.next_functions]
+    if is_relevance_function(node):
+        return inputs[1:2] if node.layer_rule.rule is not None else []
+    return inputs
+
+
+def _find_owned(
+    owner: Any, carriers: dict[Any, bool], consumers: Counter[Any], method: str
+) -> list[Any]:
+    """The operations of an attention that the rule ``owner`` makes right, back to the product.
+
+    All relevance on the way must be the owner's: nothing else may read what lies there, or add to
+    it. In between, every operation hands on a part that does not depend on how much there is.
+    """
+    layer_rule, owned, node = owner.layer_rule, [], owner
+    while _get_kind(node) != MATRIX_PRODUCT:
+        carried = [i for i in _list_inputs(node) if carriers.get(i, False)]
+        if len(carried) != 1 or consumers[carried[0]] != 1:
+            expected = "one product of two matrices in front, read by nothing else"
+            fix = "Choose another method, such as lrp_epsilon, or layers behind this one."
+            got = f"{node.name()} of {len(carried)} inputs"
+            raise ValueError(message(f"{method} at {layer_rule.name!r}", expected, got, fix))
+        (node,) = carried
+        owned += [node] if _get_kind(node) in layer_rule.owns else []
+    return owned
+
+
+def _find_error(
+    node: Any, carried: list[bool], method: str, is_gradient: bool
+) -> ValueError | None:
+    """None if the gradient of ``node`` hands relevance back as it should."""
     operation = node.name().removeprefix("torch::autograd::").rstrip("0123456789")
     if operation == REENTRANT_CHECKPOINT:
-        got = "gradient checkpointing behind the layer"
-        raise ValueError(
-            message(method, "a forward pass that runs once", got, WITHOUT_CHECKPOINTING)
-        )
+        expected, fix = "a forward pass that runs once", WITHOUT_CHECKPOINTING
+        return ValueError(message(method, expected, "gradient checkpointing behind the layer", fix))
+    if operation.startswith(FUSED_ATTENTION):
+        fix = "Leave the choice of torch.nn.attention.sdpa_kernel to the recording."
+        return ValueError(message(method, "attention as separate operations", operation, fix))
     if is_gradient and not getattr(node, "_saved_training", False):
-        return  # the gradient is right everywhere but through the statistics of a batch
+        return None  # the gradient is right everywhere but through the statistics of a batch
     kind = _get_kind(node)
     if _is_someone_s_own(node):
         operation += " of a function of its own"
     elif kind in LINEAR_OPERATIONS or (
         kind in PRODUCTS and sum(carried) == 1 and not (kind == "Div" and not carried[0])
     ):
-        return
-    raise ValueError(message(method, "operations that have a rule", operation, WITH_A_RULE))
+        return None
+    fix = OF_ATTENTION if kind in (SOFTMAX, MATRIX_PRODUCT) else WITH_A_RULE
+    return ValueError(message(method, "operations that have a rule", operation, fix))
 
 
 def _is_someone_s_own(node: Any) -> bool:

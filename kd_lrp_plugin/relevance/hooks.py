@@ -6,7 +6,7 @@ the ordinary way, except during a relevance pass, when it follows the rule to th
 So whoever takes a gradient during a relevance pass gets relevance.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,21 +15,26 @@ from weakref import WeakSet
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils import parametrize
 
 from kd_lrp_plugin.relevance import rules
+from kd_lrp_plugin.relevance.attention import is_attention, serve_attention
 from kd_lrp_plugin.relevance.graph import find_carriers, get_grad_node, refuse_checkpointing
+from kd_lrp_plugin.relevance.layer_hooks import FusedNormInput, LayerHooks
 from kd_lrp_plugin.relevance.layer_rules import (
     ACTIVATIONS,
-    GATES,
     HARD_SIGMOIDS,
+    LAYER_NORMS,
     LINEAR_LAYERS,
+    SIGMOIDS,
     LayerRules,
     has_readable_weight,
     is_plain_convolution,
     runs_as,
 )
+from kd_lrp_plugin.relevance.layouts import Layout, find_layout
 from kd_lrp_plugin.relevance.methods import Method
 from kd_lrp_plugin.utils.validation import message
 
@@ -38,18 +43,18 @@ _RECORDED: WeakSet[nn.Module] = WeakSet()
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "memory_efficient")
 """Attributes of timm's, transformers' and torchvision's modules that run them twice."""
 
-Serve = Callable[[Any, Any], Tensor | None]
-
 
 class Propagation:
     """The rules of one method on one model, and the target layers where relevance is read.
 
     Attributes:
-        outputs: of each target layer in the latest forward pass, by name.
+        outputs: of each target layer in the latest forward pass, by name, as maps (n, c, h, w).
+        layouts: of the tensors that the model has in their place.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], method: Method, name: str) -> None:
         self.outputs: dict[str, Tensor] = {}
+        self.layouts: dict[str, Layout] = {}
         self._model = model
         self._layers = layers
         self._method = method
@@ -57,9 +62,10 @@ class Propagation:
         self._rules = LayerRules(method, {model.get_submodule(layer) for layer in layers})
         self._frozen = not any(parameter.requires_grad for parameter in model.parameters())
         self._versions: dict[str, int] = {}
+        self._image_shape: Sequence[int] | None = None
         self._autocast = WideAutocast()
         self._fused_norms: list[FusedNormInput] = []
-        self._undo: list[Callable[[], None]] = []
+        self._hooks = LayerHooks(name)
         # A checkpointed part of the model runs a second time, in the backward pass: not recorded.
         self._is_over = False
 
@@ -72,11 +78,11 @@ class Propagation:
         try:
             _RECORDED.add(self._model)
             self._install()
-            yield
+            with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
+                yield
         finally:
             _RECORDED.discard(self._model)
-            while self._undo:
-                self._undo.pop()()
+            self._hooks.undo()
             self._forget_calls()
 
     @contextmanager
@@ -92,110 +98,81 @@ class Propagation:
 
     def _install(self) -> None:
         modules = dict(self._model.named_modules())
-        self._undo.append(self._model.register_forward_pre_hook(self._begin).remove)
-        self._undo.append(self._model.register_forward_hook(self._end, always_call=True).remove)
-        self._undo.append(self._end)
+        begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        self._hooks.add(begin.remove)
+        self._hooks.add(self._model.register_forward_hook(self._end, always_call=True).remove)
+        self._hooks.add(self._end)
         for name, module in modules.items():
             if "parametrizations" not in name.split("."):  # these make weights, not features
+                self._prepare(module)
                 self._install_rule(name, module)
         for name in self._layers:
             # Behind the hooks of the user: the next layer reads what they return.
             hook = partial(self._remember, name)
-            self._undo.append(modules[name].register_forward_hook(hook).remove)
+            self._hooks.add(modules[name].register_forward_hook(hook).remove)
+
+    def _prepare(self, module: nn.Module) -> None:
+        """Let the module run once, spare its input, and hand out the weights that it computes."""
+        for attribute in CHECKPOINTING:
+            if getattr(module, attribute, None) is True:
+                self._hooks.set(module, attribute, False)
+        if getattr(module, "inplace", False):
+            self._hooks.add(module.register_forward_pre_hook(self._spare_input).remove)
+        if parametrize.is_parametrized(module, "weight"):
+            self._watch_weight(module)
 
     def _install_rule(self, name: str, module: nn.Module) -> None:
         """Every kind of layer, and what stands behind it."""
-        lrp = not self._method.is_gradient
-        layer_rules = self._rules
-        for attribute in CHECKPOINTING:
-            if getattr(module, attribute, None) is True:
-                self._set(module, attribute, False)
-        if getattr(module, "inplace", False):
-            self._undo.append(module.register_forward_pre_hook(self._spare_input).remove)
-        if parametrize.is_parametrized(module, "weight"):
-            self._watch_weight(module)
-        if hasattr(module, "fused_attn"):  # timm's attention
-            self._set(module, "fused_attn", False)  # the fused one has no second derivative
-            dropout = module.attn_drop
-            if lrp and isinstance(dropout, nn.Module):
-                gate = partial(layer_rules.serve_gate, name)
-                self._put_behind(name, dropout, lambda _, output: gate(output))
+        hooks, method, layer_rules = self._hooks, self._method, self._rules
+        lrp = not method.is_gradient
+        gates = SIGMOIDS if method.through_weights else (*SIGMOIDS, nn.Softmax)
+        if is_attention(module):
+            serve_attention(name, module, method, hooks, layer_rules)
         elif isinstance(module, nn.Conv2d):
             if is_plain_convolution(module):
-                self._put_behind(name, module, partial(layer_rules.serve_convolution, name, module))
+                hooks.put_behind(name, module, partial(layer_rules.serve_convolution, name, module))
             elif lrp:
                 expected = (
                     "a convolution with zero padding, its own weights and its class's forward"
                 )
-                self._refuse(name, module, expected)
+                hooks.refuse(name, module, expected)
         elif isinstance(module, BatchNorm):
             self._install_norm(name, module)
         elif isinstance(module, nn.Linear):
             if runs_as(module, *LINEAR_LAYERS) and has_readable_weight(module):
-                self._put_behind(name, module, partial(layer_rules.serve_linear, name, module))
+                hooks.put_behind(name, module, partial(layer_rules.serve_linear, name, module))
             elif lrp:
-                self._refuse(name, module, "a linear layer with its own weights and forward")
-        elif lrp and runs_as(module, *GATES):
+                hooks.refuse(name, module, "a linear layer with its own weights and forward")
+        elif runs_as(module, *LAYER_NORMS) and has_readable_weight(module):
+            if not method.is_grad_cam:
+                hooks.put_behind(name, module, partial(layer_rules.serve_layer_norm, name, module))
+        elif lrp and runs_as(module, *gates):
             gate = partial(layer_rules.serve_gate, name)
-            self._put_behind(name, module, lambda _, output: gate(output))
+            hooks.put_behind(name, module, lambda _, output: gate(output))
         elif lrp and runs_as(module, *ACTIVATIONS):
-            self._put_behind(
-                name, module, partial(layer_rules.serve_activation, rules.activation, name)
-            )
+            serve = partial(layer_rules.serve_activation, rules.activation, name)
+            hooks.put_behind(name, module, serve)
         elif runs_as(module, *HARD_SIGMOIDS):
-            self._put_behind(
-                name,
-                module,
-                partial(layer_rules.serve_activation, rules.hard_sigmoid_gradient, name),
-            )
+            serve = partial(layer_rules.serve_activation, rules.hard_sigmoid_gradient, name)
+            hooks.put_behind(name, module, serve)
 
     def _install_norm(self, name: str, module: BatchNorm) -> None:
         serve = partial(self._rules.serve_norm, name, module)
         if runs_as(module, BatchNormAct2d) and has_readable_weight(module):
             fused = FusedNormInput(name, serve)
             hook = module.register_forward_pre_hook(fused.keep, with_kwargs=True)
-            self._undo.append(hook.remove)
+            self._hooks.add(hook.remove)
             self._fused_norms.append(fused)
             drop: Any = module.drop
-            self._put_behind(name, drop, fused.serve_drop)
-            self._put_behind(name, module, fused.check)
+            self._hooks.put_behind(name, drop, fused.serve_drop)
+            self._hooks.put_behind(name, module, fused.check)
         elif runs_as(module, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and (
             has_readable_weight(module)
         ):
-            self._put_behind(name, module, serve)
+            self._hooks.put_behind(name, module, serve)
         elif not self._method.is_gradient or module.training:
             # over several processes, or with more than the norm
-            self._refuse(name, module, "a batch norm of PyTorch or timm, within one process")
-
-    def _put_behind(self, name: str, module: nn.Module, serve: Serve) -> None:
-        """Let ``serve(input, output)`` replace the output of ``module`` behind a target layer."""
-
-        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-            # What runs without gradients, as within a reentrant checkpoint, has no graph to serve.
-            if not self.outputs or self._is_over or not torch.is_grad_enabled():
-                return None
-            if next(iter(module._forward_hooks)) != handle.id:
-                fix = "Register hooks before the recording begins, or without prepend."
-                got = "another hook in front"
-                expected = "the layer's output as it is"
-                raise ValueError(message(f"layer {name!r}", expected, got, fix))
-            refuse_checkpointing(f"layer {name!r}")
-            return serve(_get_input(args, kwargs), output)
-
-        # In front of the hooks of the user, which may change the output: what they do is then
-        # part of the graph, as it would be between this layer and the next.
-        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-        self._undo.append(handle.remove)
-
-    def _refuse(self, name: str, module: nn.Module, expected: str) -> None:
-        def serve(*_: object) -> None:
-            fix = "Choose another method, or layers behind this one."
-            got = type(module).__name__
-            if "forward" in vars(module):
-                got += " with a forward of the instance's own"
-            raise ValueError(message(f"{self._name} at {name!r}", expected, got, fix))
-
-        self._put_behind(name, module, serve)
+            self._hooks.refuse(name, module, "a batch norm of PyTorch or timm, within one process")
 
     def _watch_weight(self, module: nn.Module) -> None:
         def keep(_: nn.Module, __: tuple, weight: Tensor) -> None:
@@ -204,22 +181,19 @@ class Propagation:
 
         parametrization = module.get_submodule("parametrizations.weight")
         handle = parametrization.register_forward_hook(keep)
-        self._undo.append(handle.remove)
-
-    def _set(self, module: nn.Module, name: str, value: object) -> None:
-        found = getattr(module, name)
-        self._undo.append(lambda: setattr(module, name, found))
-        setattr(module, name, value)
+        self._hooks.add(handle.remove)
 
     # --- during a forward pass --------------------------------------------------------------------
 
-    def _begin(self, module: nn.Module, inputs: tuple) -> None:
-        self._is_over = False
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._is_over = self._hooks.is_recording = False
+        inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 4)
+        self._image_shape = next((x.shape for x in inputs), None)
         self.outputs.clear()
         self._forget_calls()
 
     def _end(self, *_: object) -> None:
-        self._is_over = True
+        self._is_over, self._hooks.is_recording = True, False
         self._autocast.restore()
 
     def _forget_calls(self) -> None:
@@ -229,17 +203,14 @@ class Propagation:
 
     def _spare_input(self, module: nn.Module, inputs: tuple) -> None:
         if self.outputs and module.inplace:
-            self._set(module, "inplace", False)
+            self._hooks.set(module, "inplace", False)
 
-    def _remember(self, name: str, module: nn.Module, inputs: tuple, output: object) -> Any:
+    def _remember(self, name: str, module: nn.Module, inputs: tuple, output: Any) -> Any:
         """Keep the output of a target layer, with a graph from there on."""
         if self._is_over:
             return None
         where = f"layer {name!r}"
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            fix = "Choose a layer before pooling and flattening."
-            raise ValueError(message(where, "an output (n, c, h, w)", got, fix))
+        layout = find_layout(self._model, name, output, self._image_shape)
         if name in self.outputs:
             fix = "Choose a layer that runs once."
             raise ValueError(message(where, "one call in a forward pass", "a second", fix))
@@ -252,10 +223,12 @@ class Propagation:
             # Through a frozen model that starts here, nothing else ever flows back: the
             # ordinary graph need not be kept.
             self._rules.without_gradient = self._frozen and not output.requires_grad
-        kept = output if output.requires_grad else output.detach().requires_grad_()
-        self.outputs[name] = kept
+        maps = layout.to_maps(output)
+        kept = maps if maps.requires_grad else maps.detach().requires_grad_()
+        self.outputs[name], self.layouts[name] = kept, layout
         self._versions[name] = kept._version
-        return kept
+        self._hooks.is_recording = True
+        return layout.from_maps(kept, output)
 
     # --- checks before a relevance pass -----------------------------------------------------------
 
@@ -285,37 +258,6 @@ class Propagation:
                 raise ValueError(message(f"layer {name!r}", "a way from the logits", got, fix))
 
 
-class FusedNormInput:
-    """The input of timm's norm that holds its activation, for one call.
-
-    The value before the activation passes through the norm's ``drop`` and is served there; what
-    the norm has read is seen in front of the norm only.
-    """
-
-    def __init__(self, name: str, serve: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self._name = name
-        self._serve = serve
-        self._source: Tensor | None = None
-
-    def keep(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._source = _get_input(args, kwargs)
-
-    def forget(self) -> None:
-        self._source = None
-
-    def serve_drop(self, _: object, output: Tensor) -> Tensor | None:
-        return None if self._source is None else self._serve(self._source, output)
-
-    def check(self, source: object, _: object) -> None:
-        """Raise ``ValueError`` if a hook has changed the input after it was kept."""
-        kept, self._source = self._source, None
-        if kept is not None and kept is not source:
-            fix = "Register hooks before the recording begins."
-            got = "another hook behind it that changes the input"
-            expected = "the hook of the recording to be the last"
-            raise ValueError(message(f"layer {self._name!r}", expected, got, fix))
-
-
 class WideAutocast:
     """Autocast that casts up to float32 from a target layer on, until the forward pass ends."""
 
@@ -337,8 +279,3 @@ class WideAutocast:
             if torch.get_autocast_dtype(kind) == torch.float32:  # else the model has restored it
                 torch.set_autocast_dtype(kind, found)
         self._found.clear()
-
-
-def _get_input(args: tuple, kwargs: dict) -> Any:
-    """The one input of a layer, which may be called by keyword."""
-    return args[0] if args else next(iter(kwargs.values()), None)

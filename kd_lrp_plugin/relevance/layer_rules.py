@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
 from timm.layers import activations as timm_act
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.linear import Linear as TimmLinear
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from kd_lrp_plugin.relevance import batch_norm, linear_maps, rules
+from kd_lrp_plugin.relevance import linear_maps, norms, rules
 from kd_lrp_plugin.relevance.graph import LayerRule, RelevanceFunction, Switch
 from kd_lrp_plugin.relevance.linear_maps import LinearMap
 from kd_lrp_plugin.relevance.methods import Method
@@ -30,9 +31,13 @@ ACTIVATIONS = (
     timm_act.GELU, timm_act.GELUTanh, timm_act.PReLU,
 )
 """Elementwise modules that hand relevance on unchanged."""
-GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, timm_act.Sigmoid, timm_act.HardSigmoid)
-"""Modules whose output is a factor, not a feature: no relevance flows through them."""
+SIGMOIDS = (nn.Sigmoid, nn.Hardsigmoid, timm_act.Sigmoid, timm_act.HardSigmoid)
+"""Modules whose output is a factor, not a feature: no relevance flows through them. So is that of
+softmax, but for methods that have relevance flow through the weights of an attention."""
 HARD_SIGMOIDS = (nn.Hardsigmoid, timm_act.HardSigmoid)
+LAYER_NORMS_2D = (LayerNorm2d, LayerNorm2dFp32)
+"""Those over the channels of maps (n, c, h, w)."""
+LAYER_NORMS = (nn.LayerNorm, LayerNorm, LayerNormFp32, *LAYER_NORMS_2D)
 CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 LINEAR_LAYERS = (nn.Linear, TimmLinear)
 # fmt: on
@@ -142,7 +147,7 @@ class LayerRules:
 
     def serve_norm(self, name: str, module: BatchNorm, raw: Tensor, output: Tensor) -> Tensor:
         """A batch norm, together with the convolution that ``raw`` is the output of, if any."""
-        tensors = batch_norm.norm_tensors(module, self._read_weight(module), raw)
+        tensors = norms.norm_tensors(module, self._read_weight(module), raw)
         call = self._take_convolution(name, raw)
         if call is None:
             rule = _apply_norm(module.eps)
@@ -158,6 +163,20 @@ class LayerRules:
             *((call.source, output) if needs_output else (None, None)),
             *tensors,
         )
+
+    def serve_layer_norm(self, name: str, module: Any, source: Tensor, output: Tensor) -> Tensor:
+        weight, eps = self._read_weight(module), module.eps
+        is_2d = runs_as(module, *LAYER_NORMS_2D)
+        axes = (1,) if is_2d else tuple(range(-len(module.normalized_shape), 0))
+
+        def rule(g: Tensor, weight: Tensor | None, x: Tensor) -> Tensor:
+            if weight is not None and is_2d:
+                weight = weight[:, None, None]
+            return norms.layer_norm_factor(g, weight, x, axes, eps)
+
+        # The output for maps is a view, which is nobody's to hand on.
+        layer_rule = LayerRule(name, self.switch, rule, overwrites=not is_2d)
+        return self._insert(layer_rule, output, source, weight, source)
 
     def _take_convolution(self, name: str, raw: Tensor) -> ConvolutionCall | None:
         """The convolution to be taken as one layer with the norm that reads ``raw``."""
@@ -192,6 +211,11 @@ class LayerRules:
     def serve_gate(self, name: str, output: Tensor) -> Tensor:
         return self._insert(LayerRule(name, self.switch, None, overwrites=False), output, None)
 
+    def serve_product(self, name: str, owns: frozenset[str], output: Tensor) -> Tensor:
+        """Half for each factor of the product in front; ``owns`` as in :class:`LayerRule`."""
+        layer_rule = LayerRule(name, self.switch, rules.uniform, overwrites=False, owns=owns)
+        return self._insert(layer_rule, output, output)
+
     def _insert(
         self, layer_rule: LayerRule, output: Tensor, source: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
@@ -212,7 +236,7 @@ def _apply_affine(
 
     def apply(g: Tensor, weight: Tensor, x: Any, y: Any, *norm: Tensor | None) -> Tensor:
         if eps is not None:
-            weight = weight * batch_norm.norm_scale(eps, *norm).view(-1, 1, 1, 1)
+            weight = weight * norms.norm_scale(eps, *norm).view(-1, 1, 1, 1)
         return rule(g, x, y, weight, linear_map)
 
     return apply
@@ -220,6 +244,6 @@ def _apply_affine(
 
 def _apply_norm(eps: float) -> Callable[..., Tensor]:
     def apply(g: Tensor, *norm: Tensor | None) -> Tensor:
-        return g * batch_norm.norm_scale(eps, *norm).view(-1, *[1] * (g.ndim - 2))
+        return g * norms.norm_scale(eps, *norm).view(-1, *[1] * (g.ndim - 2))
 
     return apply

@@ -30,16 +30,25 @@ class Method:
         convolution: rule for convolutions, each with the batch norm behind it.
         linear: rule for linear layers.
         pooled: whether a channel's factor is averaged over the map first, as Grad-CAM does.
+        through_weights: whether relevance flows through the weights of an attention, too, to its
+            queries and keys (AttnLRP); otherwise they are factors, and it flows through the values
+            alone (CP-LRP, Ali et al., ICML 2022). Plain gradients flow everywhere.
     """
 
     convolution: Rule
     linear: Rule
     pooled: bool = False
+    through_weights: bool = False
 
     @property
     def is_gradient(self) -> bool:
         """Whether the factors are plain gradients, for which every operation is allowed."""
         return self.convolution is gradient and self.linear is gradient
+
+    @property
+    def is_grad_cam(self) -> bool:
+        """Whether the channels' weights are plain gradients, so that no layer has a rule."""
+        return self.is_gradient and self.pooled
 
     @property
     def needs_output(self) -> bool:
@@ -54,3 +63,4 @@ METHODS.register(Method(epsilon, epsilon), "lrp_epsilon")
 METHODS.register(Method(zplus, zplus), "lrp_zplus")
 METHODS.register(Method(gamma, gamma), "lrp_gamma")
 METHODS.register(Method(zplus, epsilon), "lrp_composite")
+METHODS.register(Method(epsilon, epsilon, through_weights=True), "attn_lrp")

@@ -65,13 +65,15 @@ def record(
     target layer on only. Under ``torch.autocast`` a forward pass continues in float32 from the
     first target layer that runs, so that features, logits, maps and their derivative are float32.
     Gradient checkpointing that a module's attribute switches (timm's ``set_grad_checkpointing``) is
-    off meanwhile. When the context closes, the model is as it was.
+    off meanwhile, and so is fused attention, which has no second derivative. When the context
+    closes, the model is as it was.
 
     Args:
         model: any module that ends in logits (n, classes). Of a ``DistributedDataParallel`` the
             module inside is recorded.
-        layers: names of modules with output (n, c, h, w), or "auto" for one per reduction of the
-            image, without the last (:func:`~kd_lrp_plugin.relevance.target_layers.choose_layers`).
+        layers: names of modules with output (n, c, h, w), (n, h, w, c) or of tokens (n, l, c), or
+            "auto" for one per reduction of the image or quarter of the depth, without the last
+            (:func:`~kd_lrp_plugin.relevance.target_layers.choose_layers`).
         method: a name of :data:`kd_lrp_plugin.relevance.methods.METHODS`.
 
     Yields:
@@ -113,7 +115,10 @@ class Recording:
 
     @property
     def activations(self) -> list[Float[Tensor, "n c h w"]]:
-        """Output of each target layer, in the model's graph: features for a relation loss."""
+        """Output of each target layer as maps, in the model's graph: features for a relation loss.
+
+        Of tokens those of the patches, on their grid.
+        """
         self._propagation.check_recorded()
         return [self._propagation.outputs[layer] for layer in self.layers]
 
@@ -139,14 +144,16 @@ class Recording:
 
         Raises:
             ValueError: if targets and logits do not fit, if a layer is not on the way to the
-                logits, if the method has no rule for an operation on this way, or if activation
-                times gradient cancels at a layer, as it does in front of a layer norm.
+                logits, if the method has no rule for an operation on this way, if activation
+                times gradient cancels at a layer, as it does in front of some norms, or if all
+                relevance of a layer is on its class tokens, which no map shows.
 
         Reference:
             The thesis, eq. 2.5-2.6 (Grad-CAM) and 2.17-2.18 (activation times gradient). For
             Grad-CAM the gradient form (Selvaraju et al., ICCV 2017, eq. 1-2) replaces the
             weights of the last layer, which exist per channel only behind global average
-            pooling. Deviation: no relevance flows through the statistics of a batch.
+            pooling. Deviation: no relevance flows through the statistics of a batch, nor, but for
+            Grad-CAM, through the deviation of a layer norm.
         """
         logits = find_logits("maps", logits)
         if logits.ndim != 2:
@@ -172,6 +179,7 @@ class Recording:
         graph = {"create_graph": create_graph, "retain_graph": True}
         with self._propagation.relevance_pass(), _naming_changes(self.method):
             factors = captum.attribute(scores, grad_kwargs=graph)
+        self._check_patches(factors, targets)
         if METHODS[self.method].pooled:
             factors = [factor.mean((2, 3), keepdim=True) for factor in factors]
         with torch.set_grad_enabled(create_graph):
@@ -182,14 +190,27 @@ class Recording:
             return maps if signed else [m.relu() for m in maps]
 
     @torch.no_grad()
+    def _check_patches(self, factors: Sequence[Tensor], targets: Tensor) -> None:
+        """Raise ``ValueError`` where other tokens than those of patches have all relevance."""
+        if targets.is_floating_point() and not targets.any():
+            return  # nothing is asked for
+        for layer, factor in zip(self.layers, factors, strict=True):
+            if self._propagation.layouts[layer].prefix and not factor.any():
+                got = "none: all of it is on the class tokens, which alone are read behind it"
+                fix = "Choose a layer in front of the last attention."
+                where = f"{self.method} at layer {layer!r}"
+                raise ValueError(message(where, "relevance of the patches", got, fix))
+
+    @torch.no_grad()
     def _check_cancellation(self, terms: list[Tensor], maps: list[Tensor]) -> None:
         """Raise ``ValueError`` where the sums over channels are all rounding.
 
         What reads a layer only through a norm over its channels does not depend on their common
         scale, so that by Euler's theorem on homogeneous functions their activations times
-        gradients sum to zero, at every position. Measured rather than looked up in the graph, for
-        such norms are written in many ways (LayerNorm, RMSNorm, by hand), also behind other
-        operations. A norm over the positions, too (GroupNorm), makes only the total of a map zero.
+        gradients sum to zero, at every position. A LayerNorm has a rule against that. Others are
+        measured rather than looked up in the graph, for they are written in many ways (RMSNorm, by
+        hand), also behind other operations. A norm over the positions, too (GroupNorm), makes only
+        the total of a map zero.
         """
         sizes = [(m.abs().sum(), term.abs().sum()) for m, term in zip(maps, terms, strict=True)]
         cancels = torch.stack([m < CANCELLATION * term for m, term in sizes])
@@ -198,7 +219,7 @@ class Recording:
         index = int(cancels.int().argmax())
         got = f"sums over channels that cancel, {float(sizes[index][0] / sizes[index][1]):.0e} of"
         fix = (
-            "In front of a norm over channels such as LayerNorm they do whatever the weights. "
+            "In front of a norm over channels such as RMSNorm they do whatever the weights. "
             "Choose a layer behind that norm, or the method grad_cam."
         )
         where = f"{self.method} at layer {self.layers[index]!r}"
@@ -302,9 +323,6 @@ def _check_as_written(model: nn.Module) -> None:
 
 
 def _get_layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:
-    if getattr(model, "output_fmt", "NCHW") not in ("NCHW", None):
-        got = f"{type(model).__name__}, whose maps are {model.output_fmt}"
-        raise ValueError(message("record", "layers with output (n, c, h, w)", got, "Use a CNN."))
     if layers == "auto":
         return choose_layers(model)
     names = [layers] if isinstance(layers, str) else list(layers)

@@ -132,6 +132,11 @@ def activation(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return g * (y / stabilize(x))
 
 
+def uniform(g: Tensor) -> Tensor:
+    """A product of two matrices hands half to each (Achtibat et al., ICML 2024, prop. 3.3)."""
+    return g / 2
+
+
 def hard_sigmoid_gradient(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The plain gradient, written out because PyTorch cannot differentiate its own again."""
     return g * ((x > -3) & (x < 3)) / 6

@@ -26,17 +26,18 @@ _CHOSEN: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 def choose_layers(model: nn.Module) -> list[str]:
     """Names of one layer per reduction of the image, without the last, in the order they run.
 
-    Of timm's models ``feature_info`` tells them. Other models are run once, on zeros, and for
-    each reduction by a power of two the last stage with maps of that size is taken: the last to
-    run of the modules closest to the root. The choice is logged, and kept for as long as the
-    model lives, so that recording a step costs no forward pass more.
+    Of timm's models ``feature_info`` tells them; of isotropic ones, such as ViT, the blocks that
+    end a quarter of the depth are taken, without the last. Other models are run once, on zeros,
+    and for each reduction by a power of two the last stage with maps of that size is taken: the
+    last to run of the modules closest to the root. The choice is logged, and kept for as long as
+    the model lives, so that recording a step costs no forward pass more.
 
     Args:
         model: the model, in any mode; its modes, buffers and the random numbers are left as they
             are. A model inside a wrapper, such as torchdistill's auxiliary ones, is found there.
 
     Returns:
-        Names of modules with output (n, c, h, w).
+        Names of modules whose output is, or becomes, maps (n, c, h, w).
 
     Raises:
         ValueError: if the model does not run on zeros of the usual sizes, or it has no maps, or
@@ -69,15 +70,27 @@ def resolve_layers(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 def _choose_by_feature_info(model: nn.Module) -> list[str]:
-    """timm's own word on its stages, also of a timm model inside a wrapper."""
+    """timm's own word on its stages, also of a timm model inside a wrapper.
+
+    Of an isotropic model, whose stages are its blocks, those that end a quarter of its depth.
+    """
     for prefix, module in model.named_modules():
         info = getattr(module, "feature_info", None)
         if not info or not all(isinstance(e, dict) and "reduction" in e for e in info):
             continue
         last = max(entry["reduction"] for entry in info)
         by_reduction = {e["reduction"]: e["module"] for e in info if e["reduction"] < last}
-        return [f"{prefix}.{name}" if prefix else name for name in by_reduction.values()]
+        names = list(by_reduction.values()) or _list_quarters([e["module"] for e in info])
+        if not set(names) <= {name for name, _ in module.named_modules()}:
+            continue  # as of Twins, whose stages are no modules
+        return [f"{prefix}.{name}" if prefix else name for name in names]
     return []
+
+
+def _list_quarters(blocks: Sequence[str]) -> list[str]:
+    """The blocks that end the first three quarters of the depth."""
+    ends = sorted({math.ceil(len(blocks) * quarter / 4) for quarter in (1, 2, 3)})
+    return [blocks[end - 1] for end in ends if end < len(blocks)]
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ def recorder(
     losses that need it.
 
     Args:
-        layers: see :func:`kd_lrp_plugin.relevance.recording.record`.
-        method: see :data:`kd_lrp_plugin.relevance.methods.METHODS`.
+        layers: see :func:`kd_lrp_plugin.relevance.recording.record`; of a transformer its blocks
+            or stages.
+        method: see :data:`kd_lrp_plugin.relevance.methods.METHODS`; ``attn_lrp`` for AttnLRP.
         view: "clean" runs a frozen teacher on the image without its marker, which ``companions``
             adds, while the student sees the marked one: its logits, maps and predictions are those
             of the clean image. A loader without the wrapper counts the accuracy only, of marked

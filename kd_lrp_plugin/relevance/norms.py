@@ -1,4 +1,4 @@
-"""Batch norm as the affine map that relevance sees."""
+"""Batch norm and layer norm as the affine maps that relevance sees."""
 
 from typing import Any
 
@@ -50,3 +50,21 @@ def norm_scale(
         variance = batch_variance(raw)
     scale = (variance + eps).rsqrt()
     return scale if weight is None else scale * weight
+
+
+def layer_norm_factor(
+    g: Tensor, weight: Tensor | None, x: Tensor, axes: tuple[int, ...], eps: float
+) -> Tensor:
+    r"""The factor in front of a layer norm, whose deviation counts as a constant.
+
+    .. math:: h = g \gamma / \sigma, \quad g_x = h - \mathrm{mean}(h)
+
+    over the normalised axes. So the relevance in front is that behind, without the bias; of the
+    plain gradient it would be zero, for the norm does not depend on the scale of its input. As
+    in :func:`norm_scale` the deviation stays in the graph.
+
+    Source: Achtibat et al., ICML 2024 (AttnLRP), proposition 3.4. Deviation: none.
+    """
+    scale = (x.var(axes, correction=0, keepdim=True) + eps).rsqrt()
+    h = g * scale if weight is None else g * weight * scale
+    return h - h.mean(axes, keepdim=True)

@@ -1,0 +1,122 @@
+"""Hooks and attributes that are set on a model's layers, all of them undone at the end."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_lrp_plugin.relevance.graph import refuse_checkpointing
+from kd_lrp_plugin.utils.validation import message
+
+Serve = Callable[[Any, Any], Tensor | None]
+
+
+class LayerHooks:
+    """What stands behind and in front of layers, while a forward pass is recorded.
+
+    Args:
+        method: for messages.
+
+    Attributes:
+        is_recording: whether the forward pass has reached a target layer, and goes on.
+    """
+
+    def __init__(self, method: str) -> None:
+        self.is_recording = False
+        self._method = method
+        self._undo: list[Callable[[], object]] = []
+
+    def add(self, undo: Callable[[], object]) -> None:
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def set(self, module: nn.Module, name: str, value: object) -> None:
+        found = getattr(module, name)
+        self.add(lambda: setattr(module, name, found))
+        setattr(module, name, value)
+
+    def put_behind(self, name: str, module: nn.Module, serve: Serve) -> None:
+        """Let ``serve(input, output)`` replace the output of ``module`` behind a target layer."""
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
+            if not self._is_serving():
+                return None
+            if next(iter(module._forward_hooks)) != handle.id:
+                fix = "Register hooks before the recording begins, or without prepend."
+                got = "another hook in front"
+                expected = "the layer's output as it is"
+                raise ValueError(message(f"layer {name!r}", expected, got, fix))
+            refuse_checkpointing(f"layer {name!r}")
+            return serve(get_input(args, kwargs), output)
+
+        # In front of the hooks of the user, which may change the output: what they do is then
+        # part of the graph, as it would be between this layer and the next.
+        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+        self.add(handle.remove)
+
+    def put_before(self, module: nn.Module, serve: Callable[[Tensor], Tensor]) -> None:
+        """Let ``serve(input)`` replace the only input of ``module`` behind a target layer."""
+
+        def hook(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not self._is_serving():
+                return None
+            if args:
+                return (serve(args[0]), *args[1:]), kwargs
+            first = next(iter(kwargs))
+            return args, {**kwargs, first: serve(kwargs[first])}
+
+        self.add(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def refuse(self, name: str, module: nn.Module, expected: str) -> None:
+        def serve(*_: object) -> None:
+            fix = "Choose another method, or layers behind this one."
+            got = type(module).__name__
+            if "forward" in vars(module):
+                got += " with a forward of the instance's own"
+            raise ValueError(message(f"{self._method} at {name!r}", expected, got, fix))
+
+        self.put_behind(name, module, serve)
+
+    def _is_serving(self) -> bool:
+        # What runs without gradients, as within a reentrant checkpoint, has no graph to serve.
+        return self.is_recording and torch.is_grad_enabled()
+
+
+class FusedNormInput:
+    """The input of timm's norm that holds its activation, for one call.
+
+    The value before the activation passes through the norm's ``drop`` and is served there; what
+    the norm has read is seen in front of the norm only.
+    """
+
+    def __init__(self, name: str, serve: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._name = name
+        self._serve = serve
+        self._source: Tensor | None = None
+
+    def keep(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._source = get_input(args, kwargs)
+
+    def forget(self) -> None:
+        self._source = None
+
+    def serve_drop(self, _: object, output: Tensor) -> Tensor | None:
+        return None if self._source is None else self._serve(self._source, output)
+
+    def check(self, source: object, _: object) -> None:
+        """Raise ``ValueError`` if a hook has changed the input after it was kept."""
+        kept, self._source = self._source, None
+        if kept is not None and kept is not source:
+            fix = "Register hooks before the recording begins."
+            got = "another hook behind it that changes the input"
+            expected = "the hook of the recording to be the last"
+            raise ValueError(message(f"layer {self._name!r}", expected, got, fix))
+
+
+def get_input(args: tuple, kwargs: dict) -> Any:
+    """The one input of a layer, which may be called by keyword."""
+    return args[0] if args else next(iter(kwargs.values()), None)
