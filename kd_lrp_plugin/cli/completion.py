@@ -37,6 +37,7 @@ SCORES = (
     "bn_log_variance",
 )
 ROLES = ("student", "teacher")
+FORMATS = ("onnx", "timm", "pt2")
 _VALUES = {"method": METHODS, "score": SCORES}  # by the last key of an override
 
 
@@ -46,6 +47,10 @@ def complete_attribution(incomplete: str) -> list[str]:
 
 def complete_role(incomplete: str) -> list[str]:
     return [name for name in ROLES if name.startswith(incomplete)]
+
+
+def complete_format(incomplete: str) -> list[str]:
+    return [name for name in FORMATS if name.startswith(incomplete)]
 
 
 def complete_override(ctx: typer.Context, incomplete: str) -> list[str]:

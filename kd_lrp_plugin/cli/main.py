@@ -21,6 +21,7 @@ try:
         distill,
         evaluate,
         explain,
+        export,
         predict,
         report,
         select,
@@ -69,6 +70,7 @@ else:
     app.command()(evaluate.evaluate)
     app.command()(select.select)
     app.command()(predict.predict)
+    app.command()(export.export)
     app.command()(study.study)
     app.command()(check_data.check_data)
     app.command()(explain.explain)

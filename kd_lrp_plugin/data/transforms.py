@@ -96,6 +96,105 @@ def preparation(
     return arguments.pop("bits", None), make_transforms(**arguments)
 
 
+def describe_transform(
+    where: str, transform: Any, image_shape: Sequence[int], bits: int | None = None
+) -> dict[str, Any]:
+    """A transform as a policy that JSON can hold and any language can follow.
+
+    In this order: an image in RGB is made grey (``grey``, ITU-R 601 luma) and of ``channels``, its
+    sides take the lengths of ``resize`` (height and width, or one number, the shorter side) by
+    ``interpolation``, with antialiasing, as Pillow does it; its centre of ``crop`` (height, width)
+    is taken; [0, 255] becomes [0, 1]; ``mean`` is subtracted and ``std`` divides, by channel.
+    ``size`` (height, width) is what must come out. None stands for a step that there is not.
+
+    Args:
+        where: who asks, for messages.
+        transform: torchvision's, or a ``Compose`` of them.
+        image_shape: channels, height and width of what comes out.
+        bits: of the images, see :func:`kd_lrp_plugin.data.images.read_image`.
+
+    Returns:
+        The policy, for :func:`build_transform`.
+
+    Raises:
+        ValueError: for a step, or an order of steps, that this cannot say; names the step.
+
+    Example:
+        >>> describe_transform("mine", make_transforms(32), (3, 32, 32))["resize"]
+        [32, 32]
+    """
+    channels, *size = image_shape
+    policy: dict[str, Any] = {"channels": channels, "grey": channels == 1, "bits": bits}
+    policy |= {"resize": None, "interpolation": None, "crop": None, "size": list(size)}
+    readers: dict[type, Callable[[Any], dict[str, Any] | None]] = {
+        transforms.Grayscale: lambda step: _describe_grey(step, channels),
+        transforms.Resize: _describe_resize,
+        transforms.CenterCrop: lambda step: {"crop": list(step.size)},
+        transforms.ToTensor: lambda _: {"mean": [0.0] * channels, "std": [1.0] * channels},
+        transforms.Normalize: lambda step: _describe_normalisation(step, channels),
+    }
+    order = list(readers)
+    fix = "Use Grayscale, Resize, CenterCrop, ToTensor and Normalize of torchvision, in this order."
+    left = order
+    for step in getattr(transform, "transforms", [transform]):
+        found = readers[type(step)](step) if type(step) in left else None
+        if found is None:
+            raise ValueError(message(where, "a transform that can be written down", step, fix))
+        left = order[order.index(type(step)) + 1 :]
+        policy |= found
+    if "mean" not in policy:
+        raise ValueError(message(where, "a transform that ends in a tensor", transform, fix))
+    return policy
+
+
+def _describe_grey(step: transforms.Grayscale, channels: int) -> dict[str, Any] | None:
+    return {"grey": True} if step.num_output_channels == channels else None
+
+
+def _describe_resize(step: transforms.Resize) -> dict[str, Any] | None:
+    if step.max_size is not None:
+        return None
+    sides = [step.size] if isinstance(step.size, int) else list(step.size)
+    resize = sides if len(sides) == 2 else sides[0]
+    return {"resize": resize, "interpolation": step.interpolation.value}
+
+
+def _describe_normalisation(step: transforms.Normalize, channels: int) -> dict[str, Any] | None:
+    values = {"mean": [float(v) for v in step.mean], "std": [float(v) for v in step.std]}
+    return values if {len(v) for v in values.values()} == {channels} else None
+
+
+def build_transform(policy: Mapping[str, Any]) -> Callable[[Image.Image], Any]:
+    """The transform that :func:`describe_transform` has described, of an image in RGB.
+
+    It raises ``ValueError`` for an image that does not come out in the policy's size.
+
+    Example:
+        >>> policy = describe_transform("mine", make_transforms(32), (3, 32, 32))
+        >>> build_transform(policy)(Image.new("RGB", (9, 9))).shape
+        torch.Size([3, 32, 32])
+    """
+    steps: list[Any] = [transforms.Grayscale(policy["channels"])] if policy["grey"] else []
+    if policy["resize"] is not None:
+        kind = transforms.InterpolationMode(policy["interpolation"])
+        steps.append(transforms.Resize(policy["resize"], kind))
+    if policy["crop"] is not None:
+        steps.append(transforms.CenterCrop(policy["crop"]))
+    steps += [transforms.ToTensor(), transforms.Normalize(policy["mean"], policy["std"])]
+    prepare = transforms.Compose(steps)
+
+    def prepare_and_check(image: Image.Image) -> Any:
+        prepared = prepare(image)
+        if list(prepared.shape[1:]) != list(policy["size"]):
+            got = " x ".join(map(str, prepared.shape[1:]))
+            expected = f"an image that comes out as {' x '.join(map(str, policy['size']))} pixels"
+            fix = "The model takes this size alone: cut or scale the image."
+            raise ValueError(message("preprocessing", expected, got, fix))
+        return prepared
+
+    return prepare_and_check
+
+
 def choose_transform(
     where: str,
     transform: Callable[[Image.Image], Any] | None,

@@ -1,13 +1,8 @@
-"""The full evaluation of a finished run, and its predictions on new images."""
+"""The full evaluation of a finished run."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kd_lrp_plugin.data.images import read_image
-from kd_lrp_plugin.losses import fold_logits
 from kd_lrp_plugin.metrics.agreement import compare_predictions
 from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.metrics.efficiency import cost
@@ -15,61 +10,9 @@ from kd_lrp_plugin.metrics.groups import group_metrics
 from kd_lrp_plugin.metrics.subclasses import effective_subclasses
 from kd_lrp_plugin.plots.figures import confusion_figure, reliability_figure
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.runs.loading import (
-    build_untrained,
-    load_models,
-    load_transform,
-    read_model_entries,
-)
+from kd_lrp_plugin.runs.loading import build_untrained, read_model_entries
 from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
 from kd_lrp_plugin.utils.files import write_json
-from kd_lrp_plugin.utils.validation import message
-
-
-def predict(
-    folder: str | Path, images: Sequence[str | Path], safe: bool = False
-) -> list[dict[str, Any]]:
-    """What the student of a run makes of image files.
-
-    Args:
-        folder: a finished run.
-        images: files.
-        safe: see :func:`load_run`.
-
-    Returns:
-        One record per image: file, class and its probability, and all probabilities by class; an
-        output beyond the classes has a name of its own. Of a run with subclasses also ``subclass``,
-        the likeliest of all, and under ``subclasses`` all of theirs, which add up to the classes'.
-
-    Raises:
-        FileNotFoundError: if there is no run or no image.
-        ValueError: for a file that is no image, outputs that are not finite, or a run whose files
-            are damaged.
-    """
-    run = RunFolder(folder)
-    summary = run.summary()
-    model = load_models(folder, ("student",), safe, fold=False)["student"]
-    subclass_of = summary.get("subclass_of")
-    bits = (summary["preprocessing"] or {}).get("bits")
-    prepare = load_transform(folder, safe)
-    records = []
-    for file in images:
-        batch = prepare(read_image(file, bits, "predict"))[None]
-        with torch.no_grad():
-            logits = model(batch)[0]
-        if not logits.isfinite().all():
-            fix = "The student cannot handle this image: train it again, or leave the image out."
-            raise ValueError(message(f"predict {file}", "finite outputs", logits.tolist(), fix))
-        of_classes = fold_logits(logits[None], subclass_of)[0] if subclass_of else logits
-        names = name_outputs(summary["classes"], len(of_classes))
-        by_class = dict(zip(names, of_classes.softmax(0).tolist(), strict=True))
-        best = max(by_class, key=by_class.__getitem__)
-        record = {"file": str(file), "class": best, "probability": by_class[best], "all": by_class}
-        if subclass_of:
-            found = dict(zip(summary["subclasses"], logits.softmax(0).tolist(), strict=True))
-            record |= {"subclass": max(found, key=found.__getitem__), "subclasses": found}
-        records.append(record)
-    return records
 
 
 def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> dict[str, Any]:

@@ -16,7 +16,12 @@ from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.relevance.recording import record
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.runs.loading import load_models, load_test_set, load_transform
+from kd_lrp_plugin.runs.loading import (
+    load_as_trained,
+    load_models,
+    load_test_set,
+    load_transform,
+)
 from kd_lrp_plugin.runs.predictions import Predictions, name_outputs, read_predictions
 from kd_lrp_plugin.utils.files import check_keys, hash_contents, name_folders, read_json
 from kd_lrp_plugin.utils.progress import current_progress
@@ -158,18 +163,14 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
         summary = {**summary, "classes": predictions.outputs}
     labels = predictions.labels
     fold = not options.subclasses
-    models = load_models(folder, options.roles, options.safe, fold)  # imports dependencies as well
+    load = load_models if fold else load_as_trained
+    models = load(folder, options.roles, options.safe)  # imports dependencies as well
     for method in options.methods:
         check_known("method", method, ATTRIBUTIONS)
     if not models:
         fix = "Leave --model out."
         raise ValueError(message(str(folder), "a run with a teacher", "one without", fix))
-    test_set = load_test_set(folder, options.safe)
-    named = "class_targets" if summary.get("subclass_of") and fold else "targets"
-    if len(test_set) != len(labels) or list(getattr(test_set, named, labels)) != [*labels]:
-        got = f"{len(test_set)} images, or other classes"
-        fix = "Put the data back, or test the student again."
-        raise ValueError(message(str(folder), f"the {len(labels)} test images", got, fix))
+    test_set = load_tested_images(run, labels, options.safe, fold)
     opened = LoadedRun(
         folder=run,
         name=name,
@@ -212,6 +213,30 @@ def _take_subclasses(run: RunFolder, predictions: Predictions) -> Predictions:
     )
 
 
+def load_tested_images(
+    run: RunFolder, labels: Int[np.ndarray, " n"], safe: bool = False, fold: bool = True
+) -> Any:
+    """The test set of a run, which must be the one that it was tested on.
+
+    Args:
+        run: finished.
+        labels: in its predictions.csv.
+        safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
+        fold: whether the labels are classes where the outputs are subclasses.
+
+    Raises:
+        FileNotFoundError: if the images are gone.
+        ValueError: if there are others, or of other classes.
+    """
+    test_set = load_test_set(run.path, safe)
+    named = "class_targets" if run.summary().get("subclass_of") and fold else "targets"
+    if len(test_set) != len(labels) or list(getattr(test_set, named, labels)) != [*labels]:
+        got = f"{len(test_set)} images, or other classes"
+        fix = "Put the data back, or test the student again."
+        raise ValueError(message(str(run.path), f"the {len(labels)} test images", got, fix))
+    return test_set
+
+
 def _check_predictions(run: LoadedRun, role: str, indices: Sequence[int], images: Tensor) -> None:
     if role not in run.probabilities:  # features were compared: there is no record of logits
         return
@@ -232,12 +257,12 @@ def _find_layers(model: nn.Module, asked: Sequence[str]) -> list[str]:
         with record(model, [*asked]) as recording:
             return recording.layers
     try:
-        return _choose_layer(model)
+        return choose_layer(model)
     except ValueError:  # methods without layers do not mind; of the others it is said why
         return [INPUT]
 
 
-def _choose_layer(model: nn.Module) -> list[str]:
+def choose_layer(model: nn.Module) -> list[str]:
     """The deepest before the last reduction."""
     with record(model, "auto") as recording:
         return recording.layers[-1:]
@@ -251,7 +276,7 @@ def _find_methods(run: LoadedRun, role: str, methods: Sequence[str], tried: Samp
         try:
             for layer in run.layers[role]:
                 if layer == INPUT and ATTRIBUTIONS[method].layered:
-                    _choose_layer(model)  # raises what left the model without one
+                    choose_layer(model)  # raises what left the model without one
                 attribute(model, tried.images[:1], tried.labels[:1], method, layer)
         except ValueError as error:
             refused[method] = error
@@ -346,7 +371,7 @@ def _display_test_image(run: LoadedRun, index: int) -> DisplayImage:
         found = run.test_set.image(index)
     else:
         found = run.test_set.loader(run.test_set.samples[index][0])
-    small = _shrink(found)
+    small = shrink_picture(found)
     find = getattr(run.test_set, "mask", None)
     mask = find(index) if find else None
     if mask is not None:
@@ -354,7 +379,7 @@ def _display_test_image(run: LoadedRun, index: int) -> DisplayImage:
     return DisplayImage(name, np.asarray(small), image, mask)
 
 
-def _shrink(picture: Image.Image) -> Image.Image:
+def shrink_picture(picture: Image.Image) -> Image.Image:
     copy = picture.convert("RGB")
     copy.thumbnail((SIDE, SIDE))
     return copy
@@ -380,7 +405,7 @@ def read_images(
         bits, prepare = bits_by_run[run.name], transforms[run.name]
         return [
             DisplayImage(
-                Path(file).stem, np.asarray(_shrink(picture)), prepare(picture), known=False
+                Path(file).stem, np.asarray(shrink_picture(picture)), prepare(picture), known=False
             )
             for file, picture in zip(images, pictures[bits], strict=True)
         ]

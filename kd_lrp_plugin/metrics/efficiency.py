@@ -7,7 +7,7 @@ the model and torch's random state stay as they were. Hooks on the model run on 
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "measure_latency",
+    "measure_side_by_side",
     "megabytes",
     "memory_access_cost",
 ]
@@ -156,6 +157,45 @@ def measure_latency(
     _check_batch_sizes("measure_latency", [batch_size])
     with copied(model, image_size, channels) as (copy_of_model, image):
         return _latency(copy_of_model, image, batch_size, seconds)
+
+
+def measure_side_by_side(
+    calls: Mapping[str, Callable[[], object]], seconds: float = 1.0
+) -> dict[str, float]:
+    """Median time of each of several calls, which take turns, with one thread of PyTorch.
+
+    What else the machine does meanwhile slows all of them alike.
+
+    Args:
+        calls: by name; what they compute with beside PyTorch must have one thread already.
+        seconds: for each call, warm-up excluded.
+
+    Returns:
+        Seconds by name.
+
+    Example:
+        >>> calls = {"short": lambda: 1, "long": lambda: sum(range(9999))}
+        >>> times = measure_side_by_side(calls, 0.01)
+        >>> times["short"] < times["long"]
+        True
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    try:
+        for call in [*calls.values()] * WARM_UP:
+            call()
+        stop = time.perf_counter() + seconds * len(calls)
+        turn = 0
+        while turn < LEAST_REPEATS or time.perf_counter() < stop:
+            for name, call in calls.items():
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
+            turn += 1
+    finally:
+        torch.set_num_threads(threads)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def cost(

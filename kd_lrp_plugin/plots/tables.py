@@ -130,6 +130,38 @@ def audit_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
+def export_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The models of ``export.json``, a row each."""
+    return [
+        {
+            "model": row["model"],
+            "accuracy": row["accuracy"],
+            "agreement": row["agreement"],
+            "logits differ by": f"{row['largest_difference']:.1e}",
+            "MB": row["megabytes"],
+            "ms per image": row["latency_ms"],
+        }
+        for row in record["models"]
+    ]
+
+
+def describe_export(record: Mapping[str, Any]) -> str:
+    """How the models of ``export.json`` were compared, and how int8 was chosen."""
+    text = (
+        f"On the {record['images']:,} test images; agreement with the student in PyTorch; one "
+        "image at one thread, in turn."
+    )
+    if of_int8 := record.get("int8"):
+        text += (
+            f" int8: {of_int8['float_layers']} of {of_int8['layers']} layers with weights in float "
+            f"give an agreement of {of_int8['validation_agreement']:.3f} on "
+            f"{of_int8['validation_images']:,} validation images "
+            f"(asked for: {of_int8['agreement_bound']:g}); ranges of "
+            f"{of_int8['calibration_images']:,} training images."
+        )
+    return text
+
+
 def primary_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The primary comparison of a study, a row for each configuration that it is compared with.
 

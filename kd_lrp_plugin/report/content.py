@@ -16,6 +16,7 @@ from kd_lrp_plugin.report.sections import (
     list_audits,
     list_explain_commands,
     list_explanations,
+    list_exports,
     list_groups,
     list_map_sheets,
     quote_command,
@@ -52,7 +53,7 @@ def gather(
     tracked = current_progress().track(named, "reading", len(named))
     runs = [_read_run(path, name) for path, name in tracked]
     sheets = list_map_sheets(runs, maps)
-    audits = list_audits(runs)
+    audits, exports = list_audits(runs), list_exports(runs)
     models, data = _list_models(runs), _list_data(runs)
     shapes = dict.fromkeys(tuple(run["summary"]["image_shape"][1:]) for run in runs)
     chosen = read_selection(runs, selection)
@@ -75,6 +76,7 @@ def gather(
         "sheets": sheets,
         "groups": list_groups(runs),
         "audits": audits,
+        "exports": exports,
         "explained": list_explanations(runs),
         "metrics_of_maps": METRICS,
         "unevaluated": [run["folder"] for run in runs if run["evaluation"] is None],
@@ -89,6 +91,7 @@ def gather(
                 *list_explain_commands(runs, studies, maps),
                 *(of["command"] for of in audits if of["command"]),
             ],
+            [of["command"] for of in exports],
         ),
     }
 
@@ -334,6 +337,7 @@ def _list_steps(
     leaks: Mapping[str, Any] | None,
     selection: Mapping[str, Any] | None,
     explain: Sequence[str],
+    export: Sequence[str | None],
 ) -> list[dict[str, Any]]:
     """The commands that make all of this again, in an order that works."""
     folders = [run["folder"] for run in runs]
@@ -345,6 +349,7 @@ def _list_steps(
         ("Study", [study["command"] for study in studies]),
         ("Explain", explain),
         ("Studies, with the figures of maps", [s["command"] for s in studies] if explain else []),
+        ("Export", export),
     ]
     known = [(name, list(dict.fromkeys(filter(None, commands)))) for name, commands in steps]
     return [{"name": name, "commands": commands} for name, commands in known if commands]

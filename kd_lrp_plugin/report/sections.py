@@ -11,7 +11,9 @@ from kd_lrp_plugin.attribution.summary import records
 from kd_lrp_plugin.plots.figures import selection_figure
 from kd_lrp_plugin.plots.tables import (
     audit_rows,
+    describe_export,
     describe_primary,
+    export_rows,
     group_rows,
     primary_rows,
     study_rows,
@@ -191,6 +193,26 @@ def list_audits(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return audits
+
+
+def list_exports(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What ``kd-lrp export`` has written into run folders."""
+    exports = []
+    for run in runs:
+        for file in sorted(Path(run["folder"]).glob("*/export.json")):
+            found = _read_mapping(file) or {}
+            with _naming(file):
+                exports.append(
+                    {
+                        "name": f"{run['name']} as {found['format']}",
+                        "folder": shorten_path(file.parent),
+                        "rows": export_rows(found),
+                        "words": describe_export(found),
+                        "output": found["output"],
+                        "command": get_command(found),
+                    }
+                )
+    return exports
 
 
 def list_groups(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

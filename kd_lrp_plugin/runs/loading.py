@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from kd_lrp_plugin.config.build import build_model_entry, construct, get_stages
 from kd_lrp_plugin.config.document import Document, resolve_config
 from kd_lrp_plugin.config.nodes import walk_pairs
 from kd_lrp_plugin.config.safety import unsafe_tags
-from kd_lrp_plugin.data.transforms import preparation
+from kd_lrp_plugin.data.transforms import describe_transform, preparation
 from kd_lrp_plugin.losses import fold_logits
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.runs.provenance import check_weights_file
@@ -43,10 +44,7 @@ def load_run(folder: str | Path, safe: bool = False) -> tuple[nn.Module, dict[st
 
 
 def load_models(
-    folder: str | Path,
-    roles: Sequence[str] = ("student", "teacher"),
-    safe: bool = False,
-    fold: bool = True,
+    folder: str | Path, roles: Sequence[str] = ("student", "teacher"), safe: bool = False
 ) -> dict[str, nn.Module]:
     """The models of a run folder as they stood at its end, in evaluation mode.
 
@@ -63,7 +61,6 @@ def load_models(
         folder: a finished run.
         roles: "student" and "teacher"; a run without a teacher has none to load.
         safe: see :func:`load_run`.
-        fold: whether models of subclasses return logits of the classes, or else as they are.
 
     Returns:
         By role, those that the run has, students first.
@@ -73,6 +70,20 @@ def load_models(
             longer where they were.
         ValueError: for a config that is not safe, if it must be, a teacher whose weights were
             not read from a file, or weights of another model.
+    """
+    models = load_as_trained(folder, roles, safe)
+    if subclass_of := RunRecord(folder).summary().get("subclass_of"):
+        for model in models.values():
+            model.register_forward_hook(partial(_report_classes, tuple(subclass_of)))
+    return models
+
+
+def load_as_trained(
+    folder: str | Path, roles: Sequence[str] = ("student", "teacher"), safe: bool = False
+) -> dict[str, nn.Module]:
+    """As :func:`load_models`, but of a run with subclasses the models return the logits of these.
+
+    Args and errors are those of :func:`load_models`.
     """
     run = RunRecord(folder)
     summary = run.summary()
@@ -87,8 +98,6 @@ def load_models(
         load_weights(models[role], file, f"{role} of {run.path}", strict=True)
         _check_finite(models[role], f"{role} of {run.path}")
         models[role].eval()
-        if (subclass_of := summary.get("subclass_of")) and fold:
-            models[role].register_forward_hook(partial(_report_classes, tuple(subclass_of)))
     return models
 
 
@@ -134,7 +143,14 @@ def _find_teacher_file(run: RunRecord, entry: Mapping[str, Any]) -> Path:
 
 
 def load_transform(folder: str | Path, safe: bool = False) -> Callable[[Image.Image], Tensor]:
-    """How a run prepares images for its models in validation.
+    """How a run prepares images for its models in validation; see :func:`load_preparation`."""
+    return load_preparation(folder, safe)[1]
+
+
+def load_preparation(
+    folder: str | Path, safe: bool = False
+) -> tuple[int | None, Callable[[Image.Image], Tensor]]:
+    """How a run reads images, and prepares them for its models in validation.
 
     A transform of the config's own, such as torchvision's ``Compose``, is built from the config,
     without its images where they are not needed for it.
@@ -143,50 +159,87 @@ def load_transform(folder: str | Path, safe: bool = False) -> Callable[[Image.Im
         folder: a finished run.
         safe: see :func:`load_run`.
 
+    Returns:
+        ``bits`` of :func:`kd_lrp_plugin.data.images.read_image`, and the transform of an image in
+        RGB.
+
     Raises:
         FileNotFoundError: if the folder holds no finished run.
         ValueError: if the transform is not known, or the config is not safe, if it must be.
     """
-    run = RunRecord(folder)
+    bits, prepare, summary = _find_transform(RunRecord(folder), safe)
+    mode = "RGB" if summary["preprocessing"] or summary["image_shape"][0] != 1 else "L"
+    return bits, lambda image: prepare(image.convert(mode))
+
+
+def load_policy(folder: str | Path, safe: bool = False) -> dict[str, Any]:
+    """How a run prepares images in validation, as JSON can hold it.
+
+    Args:
+        folder: a finished run.
+        safe: see :func:`load_run`.
+
+    Returns:
+        The policy of :func:`kd_lrp_plugin.data.transforms.describe_transform`.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+        ValueError: if the transform is not known or cannot be written down; names the step.
+    """
+    bits, prepare, summary = _find_transform(RunRecord(folder), safe)
+    where = f"preprocessing of {folder}"
+    return describe_transform(where, prepare, summary["image_shape"], bits)
+
+
+def _find_transform(run: RunRecord, safe: bool) -> tuple[int | None, Any, dict[str, Any]]:
+    """``bits``, the transform and the run's summary."""
     summary = run.summary()
     if summary["preprocessing"] is not None:
-        _, known = preparation(summary["preprocessing"])
-        return lambda image: known(image.convert("RGB"))
-    prepare = _build_transform(_read_config(run, safe), f"transform of {run.path}")
-    mode = "L" if summary["image_shape"][0] == 1 else "RGB"
-    return lambda image: prepare(image.convert(mode))
+        return *preparation(summary["preprocessing"]), summary
+    return *_build_transform(_read_config(run, safe), f"transform of {run.path}"), summary
 
 
-def _build_transform(config: Document, where: str) -> Any:
+def _build_transform(config: Document, where: str) -> tuple[int | None, Any]:
     train = config.values.get("train") or {}
     stage = next(iter(get_stages(train).values()))
     name = str(stage["val_data_loader"]["dataset_id"])
     nodes = {key: node for key, (_, node) in walk_pairs(config.root).items()}
     node: yaml.Node | None = nodes["datasets"]
-    for key in (name, "init", "kwargs", "transform"):
+    for key in (name, "init", "kwargs"):
         pairs = walk_pairs(node) if node is not None else {}
         node = pairs[key][1] if key in pairs else None
-    if node is not None:  # so the images need not be here
+    given = {key: pair[1] for key, pair in walk_pairs(node).items()} if node is not None else {}
+    if "transform" in given:  # so the images need not be here
         parts = config.only("dependencies").root
-        title = yaml.ScalarNode("tag:yaml.org,2002:str", "transform")
-        parts.value = [*parts.value, (title, node)]
-        found = construct(replace(config, root=parts))["transform"]
+        found = [
+            (yaml.ScalarNode("tag:yaml.org,2002:str", key), given[key])
+            for key in ("transform", "bits")
+            if key in given
+        ]
+        parts.value = [*parts.value, *found]
+        dataset = SimpleNamespace(**construct(replace(config, root=parts)))
     else:
         dataset = _build_dataset(config, name)
         while hasattr(dataset, "dataset"):  # a subset
             dataset = dataset.dataset
-        found = getattr(dataset, "transform", None)
-    if not callable(found):
+    prepare = getattr(dataset, "transform", None)
+    if not callable(prepare):
         fix = "Load the model with runs.loading.load_run, and prepare the images as in training."
-        raise ValueError(message(where, f"a transform of {name!r}", repr(found), fix))
-    return found
+        raise ValueError(message(where, f"a transform of {name!r}", repr(prepare), fix))
+    return getattr(dataset, "bits", None), prepare
 
 
 def load_test_set(folder: str | Path, safe: bool = False) -> Any:
-    """The data set that a run was tested on, built from its config; the others are not touched.
+    """The data set that a run was tested on; see :func:`load_data_set`."""
+    return load_data_set(folder, "test", safe)
+
+
+def load_data_set(folder: str | Path, part: str, safe: bool = False) -> Any:
+    """A data set of a run, built from its config; the others are not touched.
 
     Args:
         folder: a run.
+        part: "train" or "val", those of the first stage, or "test".
         safe: see :func:`load_run`.
 
     Raises:
@@ -196,7 +249,11 @@ def load_test_set(folder: str | Path, safe: bool = False) -> Any:
     run = RunRecord(folder)
     run.summary()
     config = _read_config(run, safe)
-    name = construct(config.only("test"))["test"]["test_data_loader"]["dataset_id"]
+    if part == "test":
+        name = construct(config.only("test"))["test"]["test_data_loader"]["dataset_id"]
+    else:
+        stage = next(iter(get_stages(config.values.get("train") or {}).values()))
+        name = str(stage[f"{part}_data_loader"]["dataset_id"])
     return _build_dataset(config, name)
 
 

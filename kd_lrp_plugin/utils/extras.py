@@ -19,6 +19,7 @@ EXTRAS = {
         "typer",
     ),
     "search": ("optuna",),
+    "export": ("onnx", "onnxruntime", "onnxscript"),
 }
 
 

@@ -147,6 +147,12 @@ FUNCTIONS = {
     "from kd_lrp_plugin.data.leakage import check": "cli",
     "from kd_lrp_plugin.metrics.classification import classification_metrics": "cli",
     "from kd_lrp_plugin.selection.search import search": "search",
+    "from kd_lrp_plugin.evaluation.export.onnx_graph import check_installed; check_installed()": (
+        "export"
+    ),
+    "from kd_lrp_plugin.evaluation.export.onnx_graph import open_session; open_session(None)": (
+        "export"
+    ),
     "from kd_lrp_plugin.attribution.perturbation import lime; import torch; "
     "lime(torch.nn.Identity(), torch.rand(1, 3, 8, 8), torch.tensor([0]))": "cli",
 }
@@ -176,5 +182,5 @@ def test_the_extras_are_those_of_pyproject():
     for extra, listed in EXTRAS.items():
         assert names(project["optional-dependencies"][extra]) == set(listed)
         assert not names(project["dependencies"]) & set(listed)
-    assert project["optional-dependencies"]["all"] == ["kd-lrp-plugin[cli,search]"]
+    assert project["optional-dependencies"]["all"] == ["kd-lrp-plugin[cli,search,export]"]
     assert "kd-lrp-plugin[all]" in project["optional-dependencies"]["test"]

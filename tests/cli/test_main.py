@@ -15,12 +15,13 @@ import kd_lrp_plugin
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS
 from kd_lrp_plugin.cli import completion
 from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.evaluation.export.export import FORMATS
 from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.selection.scores.registry import SCORES
 
 COMMANDS = (
     *("distill", "check", "evaluate", "select", "predict", "study", "check-data", "explain"),
-    *("report", "configs"),
+    *("report", "configs", "export"),
 )
 HEAVY = ("torch", "torchvision", "timm", "captum", "numpy", "scipy", "matplotlib", "torchdistill")
 TOLD = (
@@ -73,6 +74,7 @@ class TestCompletion:
         assert set(completion.METHODS) == set(METHODS)
         assert set(completion.ATTRIBUTIONS) == set(ATTRIBUTIONS)
         assert set(completion.SCORES) == set(SCORES)
+        assert completion.FORMATS == FORMATS
 
     @pytest.mark.parametrize(
         ("typed", "offered"),
@@ -80,6 +82,7 @@ class TestCompletion:
             ("kd-lrp explain RUN --method lrp_c", ["lrp_composite"]),
             ("kd-lrp explain RUN --method ", list(completion.ATTRIBUTIONS)),
             ("kd-lrp explain RUN --model t", ["teacher"]),
+            ("kd-lrp export RUN --format o", ["onnx"]),
             ("kd-lrp configs phantom/kd/", ["phantom/kd/test_resnet_from_resnet10t"]),
             (f"kd-lrp distill {KD} --set image", ["image_size="]),
             (

@@ -21,7 +21,7 @@ from kd_lrp_plugin.data.images import decode_image, read_image, read_mask
 from kd_lrp_plugin.data.leakage.images import fingerprint
 from kd_lrp_plugin.data.transforms import make_transforms, preparation, preprocessing
 from kd_lrp_plugin.data.validation import unreadable_images
-from kd_lrp_plugin.evaluation import evaluate, explain_inputs
+from kd_lrp_plugin.evaluation import explain_inputs, predict, predictors
 from kd_lrp_plugin.runs.record import RunRecord
 
 PILLOW = int(PIL.__version__.partition(".")[0])
@@ -195,8 +195,8 @@ def test_predict_and_explain_see_what_training_sees(name, ending, tmp_path, monk
         given.append(images)
         return torch.zeros(1, 2)
 
-    monkeypatch.setattr(evaluate, "load_run", lambda *_, **__: (model, summary))
-    evaluate.predict(tmp_path, [data.samples[0][0]])
+    monkeypatch.setattr(predictors, "load_run", lambda *_, **__: (model, summary))
+    predict.predict(tmp_path, [data.samples[0][0]])
     assert torch.equal(given[0][0], data[0][0])
     run = SimpleNamespace(name="run", summary=summary, folder=SimpleNamespace(path=tmp_path))
     (shown,) = explain_inputs.read_images([run], [data.samples[0][0]])(run)

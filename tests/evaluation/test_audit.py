@@ -19,7 +19,7 @@ from kd_lrp_plugin.evaluation.audit import (
     measure_replacements,
     replace_region,
 )
-from kd_lrp_plugin.evaluation.evaluate import predict
+from kd_lrp_plugin.evaluation.predict import predict
 from kd_lrp_plugin.models.factory import build_model
 
 MARKED = CONFIGS / "phantom_marked/kd/test_resnet_from_resnet10t.yaml"

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
-from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.evaluation import evaluate, predict
 from kd_lrp_plugin.runs import loading, predictions
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training import trainer
@@ -68,7 +68,7 @@ class TestPredict:
     def test_a_file_gets_what_the_student_says(self, run, tmp_path):
         data = Phantom("test", size=2, image_size=48)
         data.image(0).save(tmp_path / "one.png")
-        (record,) = evaluate.predict(run, [tmp_path / "one.png"])
+        (record,) = predict.predict(run, [tmp_path / "one.png"])
         model, summary = loading.load_run(run)
         with torch.no_grad():
             expected = model(data[0][0][None])[0].softmax(0)
@@ -78,9 +78,9 @@ class TestPredict:
     def test_a_file_that_is_no_image_and_a_folder_that_is_no_run_are_named(self, run, tmp_path):
         (tmp_path / "text.png").write_text("no image")
         with pytest.raises(ValueError, match=r"text\.png"):
-            evaluate.predict(run, [tmp_path / "text.png"])
+            predict.predict(run, [tmp_path / "text.png"])
         with pytest.raises(FileNotFoundError, match="nowhere"):
-            evaluate.predict("nowhere", [tmp_path / "text.png"])
+            predict.predict("nowhere", [tmp_path / "text.png"])
 
 
 class TestAHeadWiderThanTheClasses:
@@ -95,7 +95,7 @@ class TestAHeadWiderThanTheClasses:
         about = json.loads((tmp_path / "run/environment.json").read_text())
         del about["outputs"]
         (tmp_path / "run/environment.json").write_text(json.dumps(about))
-        (record,) = evaluate.predict(tmp_path / "run", [tmp_path / "one.png"])
+        (record,) = predict.predict(tmp_path / "run", [tmp_path / "one.png"])
         assert record["class"] == "output 4"
         assert record["probability"] == pytest.approx(1)
         assert list(record["all"]) == [*summary["classes"], "output 4"]
@@ -175,7 +175,7 @@ class TestEvaluate:
         # Its transform is the config's own, and built from there.
         pixels = np.random.default_rng(0).integers(0, 255, (48, 48, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "one.png")
-        (record,) = evaluate.predict(tmp_path / "run", [tmp_path / "one.png"])
+        (record,) = predict.predict(tmp_path / "run", [tmp_path / "one.png"])
         model, summary = loading.load_run(tmp_path / "run")
         assert summary["preprocessing"] is None
         with torch.no_grad():

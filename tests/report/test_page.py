@@ -306,6 +306,31 @@ assert "hostile_module" not in sys.modules
         with pytest.raises(ValueError, match=r"audit-elsewhere\.json"):
             written([kd], tmp_path / "page.html")
 
+    def test_exports_are_shown_with_their_command(self, kd, tmp_path):
+        row = {"model": "onnxruntime", "file": "student.onnx", "accuracy": 0.7654}
+        row |= {"agreement": 0.9876, "largest_difference": 3.21e-5}
+        small = {**row, "model": "onnxruntime int8", "megabytes": 0.432, "latency_ms": 0.321}
+        of_int8 = {"float_layers": 8, "layers": 53, "calibration_images": 128}
+        of_int8 |= {"agreement_bound": 0.98, "validation_agreement": 0.985}
+        export = {
+            "format": "onnx",
+            "command": ["kd-lrp", "export", "my run"],
+            "images": 533,
+            "output": "logits of the classes",
+            "models": [{**row, "megabytes": 1.6, "latency_ms": 0.66}, small],
+            "int8": {**of_int8, "validation_images": 296},
+        }
+        (kd / "export-onnx").mkdir()
+        (kd / "export-onnx/export.json").write_text(json.dumps(export))
+        found = written([kd], tmp_path / "page.html")
+        for figure in ("0.765", "0.988", "3.2e-05", "0.432", "0.321", "8 of 53 layers", "0.985"):
+            assert figure in found.text
+        assert "kd-lrp export 'my run'" in found.text
+        assert ("href", "#exports") in found.links
+        (kd / "export-onnx/export.json").write_text('{"format": "onnx"}')
+        with pytest.raises(ValueError, match=r"export\.json"):
+            written([kd], tmp_path / "page.html")
+
     def test_a_primary_comparison_is_shown_with_what_was_registered(self, study, tmp_path):
         content = json.loads((study / "study.json").read_text())
         difference = {

@@ -11,7 +11,7 @@ from small_runs import BASELINE, CPU, LRP, SMALL
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
-from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.evaluation import evaluate, predict
 from kd_lrp_plugin.evaluation.audit import AuditOptions, audit
 from kd_lrp_plugin.evaluation.explain import explain
 from kd_lrp_plugin.evaluation.explain_inputs import ExplainOptions
@@ -69,7 +69,7 @@ def test_evaluation_costs_it_with_one_channel(run):
 def test_prediction_reads_any_file_as_training_did(run, tmp_path, mode):
     data = Phantom("test", size=1, image_size=48, channels=1)
     data.image(0).convert(mode).save(tmp_path / "one.png")
-    (record,) = evaluate.predict(run, [tmp_path / "one.png"])
+    (record,) = predict.predict(run, [tmp_path / "one.png"])
     model, _ = loading.load_run(run)
     with torch.no_grad():
         expected = model(data[0][0][None])[0].softmax(0)
@@ -160,7 +160,7 @@ def test_a_transform_of_ones_own_is_built_again_for_prediction(tmp_path):
     trainer.distill(RunSpec(BASELINE, overrides, tmp_path / "run", device="cpu"))
     data = Phantom("test", size=1, image_size=48)
     data.image(0).save(tmp_path / "one.png")
-    (record,) = evaluate.predict(tmp_path / "run", [tmp_path / "one.png"])
+    (record,) = predict.predict(tmp_path / "run", [tmp_path / "one.png"])
     model, summary = loading.load_run(tmp_path / "run")
     assert summary["preprocessing"] is None
     grey = data.image(0).convert("L").resize((40, 40), Image.Resampling.BILINEAR)

@@ -14,7 +14,7 @@ from kd_lrp_plugin.attribution.methods import attribute
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.mnist import Mnist
-from kd_lrp_plugin.evaluation import evaluate
+from kd_lrp_plugin.evaluation import evaluate, predict
 from kd_lrp_plugin.evaluation.explain import explain
 from kd_lrp_plugin.evaluation.explain_inputs import ExplainOptions, open_run
 from kd_lrp_plugin.models.factory import build_model
@@ -221,7 +221,7 @@ def test_evaluation_is_of_the_classes(student, tested):
 def test_prediction_is_of_the_classes_without_the_data(student, tested, tmp_path):
     picture = Image.fromarray(np.arange(784, dtype=np.uint8).reshape(28, 28))
     picture.save(tmp_path / "one.png")
-    (record,) = evaluate.predict(student, [tmp_path / "one.png"])
+    (record,) = predict.predict(student, [tmp_path / "one.png"])
     prepared = loading.load_transform(student)(picture)[None]
     raw = raw_probabilities(student, prepared)[0]
     expected = {"even": raw[::2].sum(), "odd": raw[1::2].sum()}
