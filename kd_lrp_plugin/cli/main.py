@@ -22,6 +22,7 @@ try:
         evaluate,
         explain,
         export,
+        init,
         predict,
         report,
         select,
@@ -65,6 +66,7 @@ else:
         for handler in logging.getLogger().handlers:
             handler.setLevel(logging.INFO if verbose else logging.WARNING)
 
+    app.command()(init.init)
     app.command()(distill.distill)
     app.command()(check.check)
     app.command()(evaluate.evaluate)

@@ -5,6 +5,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kd_lrp_plugin.models.heads import classifier_path
+from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -118,6 +120,24 @@ def read_weights(
         fix = "Save model.state_dict(), bare or under the key 'model'."
         raise ValueError(message(where, "a state dict", f"other content in {str(path)!r}", fix))
     return dict(state), tuple(container.get("classes") or ())
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """What tells tensors from others, by names, types, shapes and bytes.
+
+    Example:
+        >>> state = {"weight": torch.zeros(2)}
+        >>> hash_state(state) == hash_state({"weight": torch.zeros(2)})
+        True
+        >>> hash_state(state) == hash_state({"weight": torch.ones(2)})
+        False
+    """
+    parts: list[Any] = []
+    for key, tensor in state.items():
+        plain = tensor.detach().cpu().contiguous()
+        parts += [[key, str(plain.dtype), list(plain.shape)]]
+        parts += [plain.reshape(-1).view(torch.uint8).numpy().tobytes()]
+    return hash_contents(*parts)
 
 
 def _difference(key: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:

@@ -167,6 +167,24 @@ class RunFolder(RunRecord):
         config = files.read_text(self / "config.yaml", RENAME)
         trust.remember(config, self.module_folder)
 
+    def note_files(self, found: Mapping[str, str]) -> None:
+        """Note what tells further files that the run begins with from others.
+
+        Args:
+            found: by key path in the config, such as those of weights that timm has fetched.
+
+        Raises:
+            FileExistsError: if they are not those that the run began with.
+        """
+        if differs := self.changed({"files": dict(found)}):
+            got = f"{self.path}, which began with others: {'; '.join(differs)}"
+            fix = "Put them back into timm's cache, or choose another --out."
+            raise FileExistsError(message("run folder", "the weights it began with", got, fix))
+        about = self.read_environment()
+        if found:
+            about["files"] = {**about.get("files", {}), **found}
+            files.write_json(self / "environment.json", about)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Note what the files of :data:`OUTPUTS` are, then write the summary."""
         about = self.read_environment()

@@ -294,5 +294,6 @@ def read_model_entries(
 
 def build_untrained(role: str, entries: Mapping[str, Mapping[str, Any]]) -> nn.Module:
     entry = entries[role]
-    kwargs = {key: value for key, value in entry["kwargs"].items() if key != "weights"}
+    initial = ("weights", "pretrained")  # those of the run's end take their place
+    kwargs = {key: value for key, value in entry["kwargs"].items() if key not in initial}
     return build_model_entry({**entry, "kwargs": kwargs}, f"models.{role}")

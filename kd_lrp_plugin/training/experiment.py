@@ -17,6 +17,7 @@ from kd_lrp_plugin.config.build import Assembly, check_classes, get_stages
 from kd_lrp_plugin.data.subclasses import share_subclasses
 from kd_lrp_plugin.data.transforms import preprocessing
 from kd_lrp_plugin.data.validation import check_same_classes
+from kd_lrp_plugin.models.factory import get_pretrained_hash
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.training.box import Datasets, build_box, check_head
 from kd_lrp_plugin.utils.distributed import DistributedContext
@@ -46,6 +47,7 @@ class Experiment:
         preprocessing: see :func:`kd_lrp_plugin.data.transforms.preprocessing`.
         test_set: the data set of the test.
         knows_subclasses: whether validation images have known ones.
+        pretrained: by key path, the hash of the weights of timm that a model begins with.
     """
 
     def __init__(self, assembly: Assembly, context: DistributedContext, seed: int = 0) -> None:
@@ -78,7 +80,10 @@ class Experiment:
         self.knows_subclasses = bool(self.subclasses) and parts["val"].known
         self.preprocessing = preprocessing(parts["val"])
         models = {}
+        self.pretrained: dict[str, str] = {}
         for role, built in assembly.models.items():
+            if found := get_pretrained_hash(built.module):
+                self.pretrained[f"models.{role}.pretrained"] = found
             check_classes(built, content["models"][role], f"models.{role}", self.outputs)
             # Depthwise convolutions take less time so, on CPUs too.
             models[role] = built.module.to(context.device).to(memory_format=torch.channels_last)

@@ -93,6 +93,7 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         _keep_threads(context, folder)
         run = Trainer(_build(spec, config, context), folder, spec.seed)
+        context.run_on_rank_zero(lambda: folder.note_files(run.experiment.pretrained))
         state = context.run_on_rank_zero(lambda: folder.checkpoints.load(describe_nonfinite))
         if context.rank == 0:
             folder.add_session(_describe_session(spec, context))

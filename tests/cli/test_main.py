@@ -21,7 +21,7 @@ from kd_lrp_plugin.selection.scores.registry import SCORES
 
 COMMANDS = (
     *("distill", "check", "evaluate", "select", "predict", "study", "check-data", "explain"),
-    *("report", "configs", "export"),
+    *("report", "configs", "export", "init"),
 )
 HEAVY = ("torch", "torchvision", "timm", "captum", "numpy", "scipy", "matplotlib", "torchdistill")
 TOLD = (

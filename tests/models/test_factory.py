@@ -137,8 +137,8 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=r"head: expected one of .*Did you mean 'flatten_mlp'"):
             build_model(SMALL, 3, "flaten_mlp")
 
-    def test_pretrained_is_refused_with_the_way_out(self):
-        with pytest.raises(ValueError, match=r"'pretrained'. Nothing is downloaded: give weights="):
+    def test_pretrained_in_timm_kwargs_is_refused_with_the_way_out(self):
+        with pytest.raises(ValueError, match=r"'pretrained'. Give pretrained to build_model"):
             build_model(SMALL, 3, timm_kwargs={"pretrained": True})
         build_model(SMALL, 3, timm_kwargs={"pretrained": False})
 

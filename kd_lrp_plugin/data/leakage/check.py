@@ -37,6 +37,7 @@ from kd_lrp_plugin.data.leakage.images import (
     VERSION,
     Fingerprint,
     ImageFile,
+    ImageList,
     claimed,
     count_properties,
     fingerprints,
@@ -99,32 +100,55 @@ def check_data(
             which nearly all images are alike.
         OSError: if something cannot be written.
     """
-    root, out = Path(root).expanduser(), Path(out).expanduser()
-    if not 0 < test_share < 1:
-        raise ValueError(message("check-data", "test_share in (0, 1)", test_share, "Use 0.2."))
-    bits = folders.bits
-    if bits is not None:
-        check_integer("check-data", "bits", bits, least=9)
-    if out.resolve().is_relative_to(root.resolve()):
-        fix = "Its pictures would be taken for images of the set."
-        raise ValueError(message("check-data: out", f"a folder outside {root}", out, fix))
+    root = Path(root).expanduser()
     images, ignored = list_images(root, folders)
     unmasked = None
     if folders.masks:
         unmasked = folders.count_unmasked("check-data", root, [image.file for image in images])
     table = Path(manifest).expanduser() if manifest else root / "manifest.csv"
     patients = _patients(images, table, group_by) if group_by else {}
-    options: dict[str, Any] = {
-        "root": str(root.resolve()),
-        "test_share": None if images[0].split else test_share,
+    about: dict[str, Any] = {
         "group_by": group_by,
         "manifest": str(table.resolve()) if group_by else None,
-        "bits": bits,
     }
-    options |= {
+    about |= {
         name: [*value] if isinstance(value, tuple) else value
         for name, value in asdict(folders).items()
         if value and name != "bits"
+    }
+    listed = ImageList(images, ignored, patients, unmasked)
+    return check_images(root, out, listed, about, test_share, folders.bits)
+
+
+def check_images(
+    root: Path,
+    out: str | Path,
+    listed: ImageList,
+    about: Mapping[str, Any],
+    test_share: float = 0.2,
+    bits: int | None = None,
+) -> dict[str, Any]:
+    """What :func:`check_data` does, of images that are listed already.
+
+    Args:
+        listed: images below ``root``, one or more.
+        about: how they were listed and grouped, as JSON; an ``out`` of other words is refused.
+        root, out, test_share, bits: as for :func:`check_data`.
+    """
+    out = Path(out).expanduser()
+    if not 0 < test_share < 1:
+        raise ValueError(message("check-data", "test_share in (0, 1)", test_share, "Use 0.2."))
+    if bits is not None:
+        check_integer("check-data", "bits", bits, least=9)
+    if out.resolve().is_relative_to(root.resolve()):
+        fix = "Its pictures would be taken for images of the set."
+        raise ValueError(message("check-data: out", f"a folder outside {root}", out, fix))
+    images, ignored, patients, unmasked = listed
+    options: dict[str, Any] = {
+        "root": str(root.resolve()),
+        "test_share": None if images[0].split else test_share,
+        **about,
+        "bits": bits,
     }
     with claimed(out, options, OUTPUTS) as cache:
         prints = fingerprints(root, images, cache, bits)
@@ -136,8 +160,8 @@ def check_data(
         summary = {"command": get_command(), "options": options, "state": state}
         summary |= count_properties(images, prints, ignored)
         summary |= count_leaks(audit, rows)
-        if folders.masks:
-            summary["masks"] = {"folder": folders.masks, "images_without": unmasked}
+        if unmasked is not None:
+            summary["masks"] = {"folder": about["masks"], "images_without": unmasked}
         summary["summary"] = summarise_leaks(summary)
         order = _worst_first(audit)
         text = to_csv(SPLIT_COLUMNS, ([row[c] for c in SPLIT_COLUMNS] for row in rows))

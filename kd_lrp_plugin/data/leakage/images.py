@@ -52,6 +52,18 @@ class ImageFile(NamedTuple):
     label: str
 
 
+class ImageList(NamedTuple):
+    """Images, of what lies beside them why it is left out, and patients by file, if known.
+
+    ``unmasked`` is how many of them have no mask; None where no masks are asked for.
+    """
+
+    images: Sequence[ImageFile]
+    ignored: Mapping[str, str]
+    patients: Mapping[str, str]
+    unmasked: int | None = None
+
+
 class Fingerprint(NamedTuple):
     """What is kept of an image.
 
@@ -253,6 +265,7 @@ def count_properties(
         "splits": by_class((image.split or "no split", image.label) for image in images),
         "sizes": dict(sizes.most_common(20)),
         "smallest_and_largest_side": [int(sides.min()), int(sides.max())] if len(sides) else [],
+        "median_shorter_side": float(np.median(sides.min(1))) if len(sides) else None,
         "modes": dict(modes.most_common()),
         "formats": dict(formats.most_common()),
         "unreadable": {
