@@ -62,8 +62,8 @@ def summary(
 def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of :func:`kd_lrp_plugin.evaluation.explain.explain` as a table, a column per metric.
 
-    Beside each group of metrics its chance level, the number of images, and of how many of them
-    the map has no relevance.
+    First the metrics, each group beside its chance level; then, for each group, the number of
+    images, and of how many of them the map has no relevance.
     """
     several = len({row["run"] for row in rows}) > 1
     table = []
@@ -71,20 +71,68 @@ def records(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         metrics = row["metrics"]
         line = {"run": row["run"]} if several else {}
         line |= {key: row[key] for key in ("model", "method", "layer")}
+        counts: dict[str, Any] = {}
         for names in (INSIDE, ("attribution_similarity",), FAITHFUL, ("randomised",)):
             for name in names:
                 line[name] = metrics.get(name, {}).get("mean")
+                if name == INSIDE[0]:
+                    line["inside, chance level"] = metrics.get(name, {}).get("chance")
                 if name in FAITHFUL:
                     line[f"{name} chance level"] = metrics[name]["chance"]
             first = metrics.get(names[0], {})
-            if names == INSIDE:
-                line["inside, chance level"] = first.get("chance")
-            line[f"n ({names[0]})"] = first.get("n")
-            line[f"no relevance ({names[0]})"] = first.get("undefined")
-        table.append(line)
+            counts[f"n ({names[0]})"] = first.get("n")
+            counts[f"no relevance ({names[0]})"] = first.get("undefined")
+        table.append(line | counts)
     columns = dict.fromkeys(column for line in table for column in line)
     used = [column for column in columns if any(line[column] is not None for line in table)]
     return [{column: line[column] for column in used} for line in table]
+
+
+_SHORT = {
+    "relevance_mass_accuracy": "inside",
+    "rank_accuracy": "rank",
+    "pointing_game": "point",
+    "attribution_similarity": "alike",
+    "insertion": "insert",
+    "deletion": "delete",
+    "randomised": "random",
+}
+BRIEFLY = (
+    "\n".join(f"{short}: {METRICS[name]}" for name, short in _SHORT.items())
+    + "\nchance: of inside, what maps get that know nothing of the image"
+)
+
+
+def brief(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The means of :func:`records` as tables for a terminal of 100 columns.
+
+    Returns:
+        A table for each run, model and layer under its heading, a line per method; columns are
+        explained by :data:`BRIEFLY`. A teacher that runs share has one, under all their names.
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    runs: dict[tuple, list[str]] = {}
+    first: dict[tuple, Mapping[str, Any]] = {}
+    for row in rows:
+        own = row["run"] if row["model"] == "student" else None
+        key = (own, row["model"], row["weights"], row["layer"], row["method"])
+        first.setdefault(key, row)
+        runs.setdefault(key, []).append(str(row["run"]))
+    for key, row in first.items():
+        names = runs[key] if len(runs[key]) < 4 else [f"{len(runs[key])} runs"]
+        heading = f"{row['model']} of {', '.join(names)}, layer {row['layer']}"
+        groups.setdefault(heading, []).append(row)
+    return {heading: [_shorten(row) for row in group] for heading, group in groups.items()}
+
+
+def _shorten(row: Mapping[str, Any]) -> dict[str, Any]:
+    line: dict[str, Any] = {"method": row["method"]}
+    for name, short in _SHORT.items():
+        metric = row["metrics"].get(name, {})
+        line[short] = metric.get("mean")
+        if name == INSIDE[0]:
+            line["chance"] = metric.get("chance")
+    return line
 
 
 def by_layer(rows: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ def evaluate(
         kd-lrp evaluate runs/phantom/kd/*/0
     """
     rows, details = [], []
+    costs: dict = {}  # of an architecture that runs share, measured once
     with RichProgress() as progress, errors_in_words():
         from kd_lrp_plugin.evaluation.evaluate import evaluate
         from kd_lrp_plugin.runs.folder import RunFolder
@@ -37,7 +38,7 @@ def evaluate(
             RunFolder(run).summary()  # all are finished, or none is evaluated
         check_trusted(runs, trust, safe)
         for run in progress.track(runs, "evaluating", len(runs)):
-            found = evaluate(run, resamples, safe)
+            found = evaluate(run, resamples, safe, costs)
             roles = [role for role in ("student", "teacher") if role in found]
             rows += [_row(str(run), role, found[role]) for role in roles]
             details.append(found)

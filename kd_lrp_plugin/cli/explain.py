@@ -18,7 +18,7 @@ def explain(
         list[str] | None,
         typer.Option(
             help="Such as grad_cam, lrp_composite, score_cam, lime or rise; repeatable. "
-            "Default: all that can handle the model.",
+            "Default: all that can handle the model, of them only those that --quick leaves.",
             autocompletion=complete_attribution,
         ),
     ] = None,
@@ -51,6 +51,15 @@ def explain(
     out: Annotated[
         Path | None, typer.Option(help="Folder for maps.png and explanations.csv of all runs.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick/--full",
+            help="Leave out what asks a model hundreds of times for a map (Score-CAM, LIME, RISE), "
+            "unless --method names it. Two runs of 60 images take about a minute; with --full "
+            "many times as long.",
+        ),
+    ] = True,
     subclasses: Annotated[
         bool,
         typer.Option(
@@ -93,10 +102,14 @@ def explain(
                 device=context.device,
                 safe=safe,
                 subclasses=subclasses,
+                quick=quick,
             )
             rows = explain.explain(runs, options)
+    for heading, part in summary.brief(rows).items():
+        say(f"\n{heading}\n")
+        say(tables.table(part))
     if rows:
-        say(tables.table(summary.records(rows)))
+        say(f"\n{summary.BRIEFLY}")
     if len({row["layer"] for row in rows} - {"input"}) > 1:
         for figure in ("relevance_mass_accuracy", "rank_accuracy", "pointing_game"):
             say(f"\n{figure}: {summary.METRICS[figure]}\n")

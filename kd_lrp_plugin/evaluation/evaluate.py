@@ -12,10 +12,14 @@ from kd_lrp_plugin.plots.figures import confusion_figure, reliability_figure
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import build_untrained, read_model_entries
 from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
-from kd_lrp_plugin.utils.files import write_json
+from kd_lrp_plugin.utils.files import get_command, write_json
+
+Costs = dict[tuple[object, ...], dict[str, Any]]
 
 
-def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> dict[str, Any]:
+def evaluate(
+    folder: str | Path, resamples: int = 2000, safe: bool = False, costs: Costs | None = None
+) -> dict[str, Any]:
     """Everything that can be said of a run from its predictions on the test set and its models.
 
     Writes ``evaluation.json``, ``confusion.png`` and ``reliability.png`` into the run folder.
@@ -24,6 +28,8 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         folder: a finished run.
         resamples: of the bootstrap interval of the accuracy.
         safe: see :func:`load_run`.
+        costs: of architectures that were measured before, which are not measured again, so that
+            times of one network do not differ by chance; added to.
 
     Returns:
         By "student", and "teacher" where the run has one: the metrics of
@@ -34,7 +40,7 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         :func:`~kd_lrp_plugin.metrics.subclasses.effective_subclasses`, and "subclasses_used", each
         class' own. Under
         "student_and_teacher" those of
-        :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`.
+        :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`. The file has the command, too.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
@@ -52,7 +58,13 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
         found[role] = classification_metrics(values, labels, outputs, resamples)
         channels, height, width = summary["image_shape"]
         size = (height, width)
-        found[role]["cost"] = cost(build_untrained(role, entries), size, channels)
+        model = build_untrained(role, entries)
+        shapes = tuple((name, tuple(t.shape)) for name, t in model.state_dict().items())
+        key = (entries[role]["key"], repr(model), shapes, size, channels)
+        measured = {} if costs is None else costs
+        if key not in measured:
+            measured[key] = cost(model, size, channels)
+        found[role]["cost"] = dict(measured[key])
         if predictions.groups:
             teacher = probabilities.get("teacher") if role == "student" else None
             groups = predictions.groups
@@ -74,5 +86,6 @@ def evaluate(folder: str | Path, resamples: int = 2000, safe: bool = False) -> d
     confusion, reliability = confusion_figure(matrices, names), reliability_figure(curves)
     run.put("confusion.png", lambda file: confusion.savefig(file, format="png"))
     run.put("reliability.png", lambda file: reliability.savefig(file, format="png"))
-    write_json(run / "evaluation.json", found)  # last: with it, all is there
+    content = {**found, "command": get_command()}
+    write_json(run / "evaluation.json", content)  # last: with it, all is there
     return found

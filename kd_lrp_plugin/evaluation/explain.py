@@ -2,7 +2,8 @@
 
 ``RUN/explanations.json`` is written again after each method: ``rows``, one per model, method, layer
 and number of samples, each with ``metrics`` (:func:`kd_lrp_plugin.attribution.summary.summary`) and
-``randomisation``. A row that is there is not computed again.
+``randomisation``. A row that is there, of this run or another of the command with the same model,
+is not computed again. ``without`` has by model and method why there is none.
 """
 
 import json
@@ -10,7 +11,6 @@ import time
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from kd_lrp_plugin.attribution.localisation import (
 )
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.attribution.randomisation import randomisation
-from kd_lrp_plugin.attribution.summary import FAITHFUL, INSIDE, METRICS, flat, summary
+from kd_lrp_plugin.attribution.summary import FAITHFUL, INSIDE, flat, summary
 from kd_lrp_plugin.evaluation.explain_inputs import (
     DisplayImage,
     ExplainOptions,
@@ -40,14 +40,14 @@ from kd_lrp_plugin.evaluation.explain_inputs import (
     read_images,
     sample_indices,
 )
+from kd_lrp_plugin.evaluation.explain_records import get_file, read_rows
+from kd_lrp_plugin.evaluation.explain_trials import Trial
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.files import (
-    check_keys,
     get_command,
     hash_contents,
     put,
-    read_json,
     write_json,
     write_text,
 )
@@ -59,18 +59,8 @@ with imports_of_an_extra():
 
 MOST = 1000  # images for the metrics of quick methods, without --samples
 FEW = 32  # for what asks the model hundreds of times
-SIDE_BY_SIDE = ("grad_cam", "lrp_composite")  # of several runs, without --method
-FILE = "explanations.json"
-OF_SUBCLASSES = "explanations-subclasses.json"  # the same of subclasses
+ROWS = 32  # of the picture of several runs, at most, but for a single image
 _INSIDE = dict(zip(INSIDE, (relevance_mass_accuracy, rank_accuracy, pointing_game), strict=True))
-ROW: dict[str, type | tuple[type, ...]] = {  # what is read of one, with the types of its values
-    "model": str,
-    "method": str,
-    "layer": str,
-    "samples": (int, NoneType),
-    "weights": str,
-    "metrics": dict,
-}
 _FAITHFUL = dict(zip(FAITHFUL, (insertion, deletion), strict=True))
 
 
@@ -111,7 +101,8 @@ def explain(
     if options.out is not None:
         _check_out(Path(options.out))
     named = list_runs([Path(folder) for folder in folders])
-    runs = [open_run(folder, name, options) for folder, name in named]
+    trials: dict[tuple[str, ...], Trial] = {}
+    runs = [open_run(folder, name, options, trials) for folder, name in named]
     if len({run.test_hash for run in runs}) > 1:
         counts = {run.name: len(run.labels) for run in runs}
         fix = "Compare runs of one data set; explain the others by themselves."
@@ -122,6 +113,7 @@ def explain(
         rows = []
     else:
         display = choose_images(runs[0], options.n)
+        explainer.announce(runs, options.samples)
         rows = [row for run in runs for row in explainer.rows(run, options.samples)]
     for run in runs:
         ending = f"{'-subclasses' * run.of_subclasses}{'-images' if options.images else ''}"
@@ -130,8 +122,7 @@ def explain(
     if options.out is not None:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        methods = options.methods or SIDE_BY_SIDE
-        _save(out / "maps.png", explainer.draw_all(runs, [display(run) for run in runs], methods))
+        _save(out / "maps.png", explainer.draw_all(runs, [display(run) for run in runs]))
         if not options.images:
             write_text(out / "explanations.csv", flat(rows))
         write_json(out / "maps.json", {"command": get_command()})
@@ -143,26 +134,53 @@ class Explainer:
 
     def __init__(self) -> None:
         self._maps: dict[tuple, Tensor] = {}
-        self._made: dict[tuple, dict[str, Any]] = {}
+        self._known: dict[tuple, dict[str, Any]] = {}
         self._chance_levels: dict[tuple, Tensor] = {}
+        self._indices: dict[tuple, list[int]] = {}
 
     # --- metrics ------------------------------------------------------------------------------
 
+    def announce(self, runs: Sequence[LoadedRun], samples: int | None) -> None:
+        """Take over the rows that runs have, and say how long the others will take."""
+        for run in runs:
+            for row in read_rows(run)["rows"]:
+                self._keep_row(run, row)
+        seconds: dict[tuple, float] = {}
+        for run in runs:
+            images = len(self._list_indices(run, samples))
+            few = min(images, samples or FEW)
+            for role, method, layer, _ in _list_jobs(run):
+                key = _get_key(run, run.hashes[role], method, layer, samples)
+                if key not in self._known:
+                    seconds[key] = run.trials[role].estimate(method, images, few)
+        if seconds:
+            total = sum(seconds.values())
+            about = f"{total / 60:.0f} min" if total >= 100 else f"{max(total, 1):.0f} s"
+            words = f"metrics: {len(seconds)} rows to make, about {about}; then the pictures"
+            current_progress().note(words)
+
+    def _list_indices(self, run: LoadedRun, samples: int | None) -> list[int]:
+        key = (run.test_hash, str(run.summary["preprocessing"]), samples)
+        if key not in self._indices:
+            self._indices[key] = sample_indices(run, samples or MOST)
+        return self._indices[key]
+
+    def _keep_row(self, run: LoadedRun, row: dict[str, Any]) -> None:
+        """For another run with this model: all of it but what compares it with a teacher."""
+        metrics = {k: v for k, v in row["metrics"].items() if k != "attribution_similarity"}
+        key = _get_key(run, row["weights"], row["method"], row["layer"], row["samples"])
+        self._known[key] = deepcopy({**row, "metrics": metrics})
+
     def rows(self, run: LoadedRun, samples: int | None) -> list[dict[str, Any]]:
         """The run's rows for what is asked; those that are new are written as they are made."""
-        content = _read_rows(run)
-        jobs = [
-            (role, method, index)
-            for role in run.models
-            for index in range(len(run.layers[role]))
-            for method in run.methods[role]
-            if ATTRIBUTIONS[method].layered or index == 0
-        ]
+        content = read_rows(run)
+        reasons = {role: trial.without for role, trial in run.trials.items()}
+        content["without"] = {**content.get("without", {}), **reasons}
+        jobs = _list_jobs(run)
         sample: Sample | None = None
         few = samples or FEW
         found = []
-        for role, method, index in current_progress().track(jobs, "explaining", len(jobs)):
-            layer = _get_layer(run, role, method, index)
+        for role, method, layer, index in current_progress().track(jobs, "explaining", len(jobs)):
             key = {"model": role, "method": method, "layer": layer, "samples": samples}
             row = next((r for r in content["rows"] if key.items() <= r.items()), None)
             if row is not None and row["weights"] != run.hashes[role]:
@@ -172,32 +190,28 @@ class Explainer:
             compared = row["metrics"].get("attribution_similarity", {}) if row else {}
             if row is None or (taught and compared.get("teacher") != run.hashes["teacher"]):
                 if sample is None:
-                    sample = make_sample(run, sample_indices(run, samples or MOST), run.device)
+                    sample = make_sample(run, self._list_indices(run, samples), run.device)
                 if row is None:
-                    row = {
-                        **key,
-                        **self._make_row(run, role, method, layer, sample, few),
-                    }
+                    known = _get_key(run, run.hashes[role], method, layer, samples)
+                    if known not in self._known:
+                        made = self._make_row(run, role, method, layer, sample, few)
+                        self._keep_row(run, {**key, **made})
+                    row = {**deepcopy(self._known[known]), **key}
                     content["rows"].append(row)
                 if taught:
                     other = _get_layer(run, "teacher", method, index)
-                    alike = self._compare_with_teacher(
-                        run, method, (layer, other), sample, samples or FEW
-                    )
+                    alike = self._compare_with_teacher(run, method, (layer, other), sample, few)
                     row["metrics"]["attribution_similarity"] = {
                         **alike,
                         "teacher": run.hashes["teacher"],
                     }
-                write_json(_get_file(run), {**content, "command": get_command()})
+                write_json(get_file(run), {**content, "command": get_command()})
             found.append({"run": run.name, **row})
         return found
 
     def _make_row(
         self, run: LoadedRun, role: str, method: str, layer: str, sample: Sample, few: int
     ) -> dict[str, Any]:
-        known = (run.hashes[role], method, layer, len(sample.labels), few)
-        if known in self._made:
-            return deepcopy(self._made[known])
         started = time.monotonic()
         model, slow = run.models[role], ATTRIBUTIONS[method].slow
         sample = sample.first(few) if slow else sample
@@ -218,7 +232,7 @@ class Explainer:
             again = randomisation(model, *arguments, points=2 if slow else 4)
             curve = [{"down_to": name} | summary(values) for name, values in again.items()]
             metrics["randomised"] = summary(list(again.values())[-1])
-        made = {
+        return {
             "weights": run.hashes[role],
             "images": len(sample.labels),
             "map": list(maps.shape[1:]),
@@ -226,8 +240,6 @@ class Explainer:
             "metrics": metrics,
             "randomisation": curve,
         }
-        self._made[known] = deepcopy(made)
-        return made
 
     def _compare_with_teacher(
         self, run: LoadedRun, method: str, layers: tuple[str, str], sample: Sample, few: int
@@ -288,14 +300,12 @@ class Explainer:
         return map_figure(rows, f"Relevance of the predicted class: {layers}")
 
     def draw_all(
-        self,
-        runs: Sequence[LoadedRun],
-        displayed: Sequence[Sequence[DisplayImage]],
-        wanted: Sequence[str],
+        self, runs: Sequence[LoadedRun], displayed: Sequence[Sequence[DisplayImage]]
     ) -> Figure:
-        """A row per image and method, a column per model."""
-        able = _list_common_methods(runs)
-        methods = [method for method in wanted if method in able] or able
+        """A row per image and method, a column per model; all methods, of as many images as fit."""
+        methods = _list_common_methods(runs)
+        shown = max(1, ROWS // len(methods))
+        displayed = [images[:shown] for images in displayed]
         columns = {}
         teachers = {run.hashes["teacher"] for run in runs if "teacher" in run.models}
         pictured: set[str] = set()
@@ -353,47 +363,26 @@ def _list_common_methods(runs: Sequence[LoadedRun]) -> list[str]:
     return [method for method in lists[0] if all(method in other for other in lists)]
 
 
+def _list_jobs(run: LoadedRun) -> list[tuple[str, str, str, int]]:
+    """Model, method, layer and its number, one for each row."""
+    return [
+        (role, method, _get_layer(run, role, method, index), index)
+        for role in run.models
+        for index in range(len(run.layers[role]))
+        for method in run.methods[role]
+        if ATTRIBUTIONS[method].layered or index == 0
+    ]
+
+
+def _get_key(
+    run: LoadedRun, weights: str, method: str, layer: str, samples: int | None
+) -> tuple[object, ...]:
+    """What rows of one model have in common, whichever run they are of."""
+    return str(run.summary["preprocessing"]), weights, method, layer, samples
+
+
 def _get_layer(run: LoadedRun, role: str, method: str, index: int) -> str:
     return run.layers[role][index] if ATTRIBUTIONS[method].layered else INPUT
-
-
-def read_explanations(folder: Path, name: str = FILE) -> dict[str, Any]:
-    """The content of a run's ``explanations.json``, intact.
-
-    Args:
-        folder: of the run.
-        name: of the file.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is damaged.
-    """
-    file = folder / name
-    fix = "Rename it, and run kd-lrp explain again: it computes the metrics again."
-    content = read_json(file, fix, rows=list)
-    for row in content["rows"]:
-        check_keys(file, row, fix, **ROW)
-        for metric in row["metrics"].values():
-            check_keys(file, metric, fix, mean=(float, int, NoneType), n=int)
-    return content
-
-
-def _read_rows(run: LoadedRun) -> dict[str, Any]:
-    """What is known of the run already; not what other definitions of the metrics gave."""
-    file = _get_file(run)
-    explained = f"the true {'subclass' if run.of_subclasses else 'class'}"
-    empty = {"test_set": run.test_hash, "explained": explained, "about": METRICS}
-    content = read_explanations(run.folder.path, file.name) if file.is_file() else empty
-    if content.get("about") != METRICS:
-        content = empty
-    if content.get("test_set") != run.test_hash:
-        fix = "Rename it to explain the run again."
-        raise ValueError(message(str(file), "metrics of this run", "those of another", fix))
-    return {"rows": [], **content}
-
-
-def _get_file(run: LoadedRun) -> Path:
-    return run.folder / (OF_SUBCLASSES if run.of_subclasses else FILE)
 
 
 def _check_out(out: Path) -> None:

@@ -1,7 +1,7 @@
 """Finished runs opened to be explained, and images of their test sets to explain them with."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
+from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS
 from kd_lrp_plugin.data.images import read_image
-from kd_lrp_plugin.relevance.recording import record
+from kd_lrp_plugin.evaluation.explain_trials import SLOW, Trial, find_layers, try_methods
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import (
     load_as_trained,
@@ -49,7 +49,7 @@ class LoadedRun:
         probabilities: by role, as they are in predictions.csv.
         layers: by role, the target layers; those at one index belong together. The input for a
             model that has none.
-        methods: by role, those that can handle the model.
+        trials: by role, of the methods.
         of_subclasses: whether labels, outputs and names of classes are those of subclasses.
     """
 
@@ -63,8 +63,13 @@ class LoadedRun:
     labels: Int[np.ndarray, " n"]
     probabilities: dict[str, Float[np.ndarray, "n outputs"]]
     layers: dict[str, list[str]]
-    methods: dict[str, list[str]]
+    trials: dict[str, Trial] = field(default_factory=dict)
     of_subclasses: bool = False
+
+    @property
+    def methods(self) -> dict[str, list[str]]:
+        """By role, those that can handle the model."""
+        return {role: trial.methods for role, trial in self.trials.items()}
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +122,7 @@ class ExplainOptions:
         device: to compute on.
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
         subclasses: explain subclasses, of models that have an output for each, and not classes.
+        quick: leave out methods that take long, unless they are named or the only ones.
 
     Raises:
         ValueError: for an unknown role, or no images.
@@ -132,6 +138,7 @@ class ExplainOptions:
     device: torch.device | str = "cpu"
     safe: bool = False
     subclasses: bool = False
+    quick: bool = False
 
     def __post_init__(self) -> None:
         for role in self.roles:
@@ -141,7 +148,12 @@ class ExplainOptions:
             raise ValueError(message("explain", "one model and image at least", got, ""))
 
 
-def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRun:
+def open_run(
+    folder: str | Path,
+    name: str,
+    options: ExplainOptions,
+    trials: dict[tuple[str, ...], Trial] | None = None,
+) -> LoadedRun:
     """A finished run with its models, checked against its predictions.
 
     Args:
@@ -149,6 +161,8 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
         name: to call it by.
         options: methods that are named must work; without any, all are tried, and those that do
             not work are noted.
+        trials: of models that were opened before, which are not tried again; those of this run
+            are added.
 
     Raises:
         FileNotFoundError: if there is no finished run, or no file of a teacher's weights.
@@ -182,7 +196,6 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
         labels=labels,
         probabilities=predictions.probabilities,
         layers={},
-        methods={},
         of_subclasses=options.subclasses,
     )
     indices = list(islice(interleave_classes(labels), TRIED))
@@ -192,9 +205,21 @@ def open_run(folder: str | Path, name: str, options: ExplainOptions) -> LoadedRu
         _check_predictions(opened, role, indices, tried.images)
         weights = [tensor.cpu().numpy().tobytes() for tensor in model.state_dict().values()]
         opened.hashes[role] = hash_contents(summary["image_shape"], *weights)
-        opened.layers[role] = _find_layers(model, options.layers)
-        opened.methods[role] = _find_methods(opened, role, options.methods, tried)
+        opened.layers[role] = find_layers(model, options.layers)
+        key = (opened.hashes[role], *opened.layers[role])
+        known = {} if trials is None else trials
+        if key not in known:
+            few = (tried.images, tried.labels, options.methods, options.quick)
+            known[key] = try_methods(model, opened.layers[role], *few)
+            _note_refusals(f"{role} of {run.path}", known[key])
+        opened.trials[role] = known[key]
     return opened
+
+
+def _note_refusals(model: str, trial: Trial) -> None:
+    for method, why in trial.without.items():
+        if why != SLOW:
+            current_progress().note(f"{model}, without {method}: {why}")
 
 
 def _take_subclasses(run: RunFolder, predictions: Predictions) -> Predictions:
@@ -249,43 +274,6 @@ def _check_predictions(run: LoadedRun, role: str, indices: Sequence[int], images
         got = f"probabilities that differ by up to {off:.2f}"
         where = f"{role} of {run.folder.path}"
         raise ValueError(message(where, "the predictions in predictions.csv", got, fix))
-
-
-def _find_layers(model: nn.Module, asked: Sequence[str]) -> list[str]:
-    """Those asked for, which must be there; else the one chosen, or the input if none can be."""
-    if asked:
-        with record(model, [*asked]) as recording:
-            return recording.layers
-    try:
-        return choose_layer(model)
-    except ValueError:  # methods without layers do not mind; of the others it is said why
-        return [INPUT]
-
-
-def choose_layer(model: nn.Module) -> list[str]:
-    """The deepest before the last reduction."""
-    with record(model, "auto") as recording:
-        return recording.layers[-1:]
-
-
-def _find_methods(run: LoadedRun, role: str, methods: Sequence[str], tried: Sample) -> list[str]:
-    """The methods asked for, each of which must work; of all methods, those that do."""
-    refused: dict[str, ValueError] = {}
-    model = run.models[role]
-    for method in methods or ATTRIBUTIONS:
-        try:
-            for layer in run.layers[role]:
-                if layer == INPUT and ATTRIBUTIONS[method].layered:
-                    choose_layer(model)  # raises what left the model without one
-                attribute(model, tried.images[:1], tried.labels[:1], method, layer)
-        except ValueError as error:
-            refused[method] = error
-    able = [method for method in methods or ATTRIBUTIONS if method not in refused]
-    if refused and (methods or not able):
-        raise next(iter(refused.values()))
-    for method, why in refused.items():
-        current_progress().note(f"{role} of {run.folder.path}, without {method}: {why}")
-    return able
 
 
 def make_sample(

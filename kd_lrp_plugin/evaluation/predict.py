@@ -14,7 +14,8 @@ from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.data.images import ascii_name, read_image
 from kd_lrp_plugin.data.layout import is_image, walk
 from kd_lrp_plugin.data.splits import find_column, read_table
-from kd_lrp_plugin.evaluation.explain_inputs import choose_layer, shrink_picture
+from kd_lrp_plugin.evaluation.explain_inputs import shrink_picture
+from kd_lrp_plugin.evaluation.explain_trials import choose_layer
 from kd_lrp_plugin.evaluation.predictors import Predictor, open_predictor
 from kd_lrp_plugin.losses import fold_logits
 from kd_lrp_plugin.plots.maps import MapRow, map_figure

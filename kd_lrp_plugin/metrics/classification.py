@@ -41,7 +41,8 @@ def classification_metrics(
 
     A class without images has no recall, F1 and AUC: they are None, and the means over classes
     (``balanced_accuracy``, ``macro_f1``, ``macro_auc``) leave it out. A class that is never
-    predicted has no precision (None); its F1 is 0. Nothing in the result is nan.
+    predicted has no precision (None), and ``macro_precision`` leaves it out;
+    its F1 is 0. Nothing in the result is nan.
 
     Args:
         probabilities: softmax outputs; each row sums to one.
@@ -54,7 +55,8 @@ def classification_metrics(
 
     Returns:
         A record that JSON can hold: ``n``, ``accuracy``, ``accuracy_interval`` ([low, high],
-        percentile bootstrap over images), ``balanced_accuracy`` (mean recall), ``macro_f1``,
+        percentile bootstrap over images), ``balanced_accuracy`` (mean recall), ``macro_precision``,
+        ``macro_f1``,
         ``macro_auc`` (one class against the rest; None where all images are of one class),
         ``log_loss`` (in nats, no probability below 2.2e-16), ``calibration_error`` (expected,
         of the largest probability, 15 even bins), ``confusion_matrix`` (rows: true classes) and
@@ -104,6 +106,7 @@ def classification_metrics(
         "accuracy": accuracy,
         "accuracy_interval": _interval(accuracy, n, resamples, seed, confidence),
         "balanced_accuracy": defined_mean(recall),
+        "macro_precision": defined_mean(precision),
         "macro_f1": defined_mean(f1),
         "macro_auc": defined_mean(auc),
         "log_loss": float(log_loss(truth, values, labels=numbers)),

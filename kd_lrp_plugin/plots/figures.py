@@ -1,10 +1,13 @@
 """Plain records become figures. Nothing here knows of models, tensors or files."""
 
 import itertools
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from kd_lrp_plugin.plots.text import PLAIN, plain_legend, plain_text
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
@@ -19,6 +22,8 @@ CAPTION = "Relevance is laid over the image, each map divided by its own maximum
 def list_quantities(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names x of values ``train_x`` and ``val_x``: accuracy, loss, then as they appear.
 
+    A term that is the loss wherever it has a value, as the only one with weight 1 is, is left out.
+
     Example:
         >>> list_quantities([{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "val_accuracy": 0.5}])
         ['accuracy', 'loss']
@@ -26,7 +31,21 @@ def list_quantities(records: Sequence[Mapping[str, Any]]) -> list[str]:
     # A dict, as a set in the order of appearance: a term may join in a later stage.
     parts = [key.partition("_") for record in records for key in record]
     names = dict.fromkeys(name for part, _, name in parts if part in ("train", "val"))
-    return sorted(names, key=lambda name: {"accuracy": 0, "loss": 1}.get(name, 2))
+    different = [name for name in names if name == "loss" or not _is_loss(records, name)]
+    return sorted(different, key=lambda name: {"accuracy": 0, "loss": 1}.get(name, 2))
+
+
+def _is_loss(records: Sequence[Mapping[str, Any]], name: str) -> bool:
+    pairs = [
+        (record.get(f"{part}_{name}"), record.get(f"{part}_loss"))
+        for record in records
+        for part in ("train", "val")
+    ]
+    known = [(value, loss) for value, loss in pairs if value is not None]
+    # The loss is a mean of sums, a term a sum of means: they are rounded differently.
+    return bool(known) and all(
+        loss is not None and math.isclose(value, loss, rel_tol=1e-5) for value, loss in known
+    )
 
 
 def curves_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
@@ -191,11 +210,11 @@ def reliability_figure(
         sums = [np.histogram(confidences, edges, weights=w)[0] for w in (confidences, correct)]
         means, accuracies = (values[used] / counts[used] for values in sums)
         (line,) = upper.plot(means, accuracies, "o-", markersize=4, label=name)
-        drawn[name] = line
+        drawn[f"{name} ({len(correct):,} images)"] = line
         lower.stairs(counts, edges, color=line.get_color(), linewidth=1.5)
     upper.set(xlim=(0, 1), ylim=(0, 1.02))
     upper.set_ylabel("accuracy", fontsize=9)
-    plain_legend(upper, drawn.values(), drawn, fontsize=8, loc="upper left")
+    plain_legend(upper, drawn.values(), drawn, fontsize=8, loc="best")
     upper.grid(alpha=0.3)
     lower.set_yscale("symlog", linthresh=1)
     lower.set_ylabel("images", fontsize=9)
@@ -204,6 +223,80 @@ def reliability_figure(
     if title:
         figure.suptitle(plain_text(title, lines=True), fontsize=12, **PLAIN)
     return figure
+
+
+def roc_figure(
+    scores: Mapping[str, Any], labels: Any, classes: Sequence[str], title: str = ""
+) -> Figure:
+    """A panel per class: the share of its images found over the share of others taken for it.
+
+    Args:
+        scores: from a model's name to its probabilities, a row per image and a column per class.
+        labels: the class of each image.
+        classes: names of the first columns; only classes with and without images are drawn.
+        title: above the figure.
+
+    Returns:
+        A figure of its own, outside of pyplot. Panels say how many images are of the class, the
+        legend the area under each curve.
+
+    Raises:
+        ValueError: if there is no model, no class that some but not all images are of, or not a
+            row per image.
+
+    Example:
+        >>> figure = roc_figure({"student": [[0.9, 0.1], [0.2, 0.8]]}, [0, 1], ["no", "yes"])
+        >>> figure.get_axes()[0].get_title()
+        'no\\n1 of 2 images'
+
+    Reference:
+        Fawcett, Pattern Recognition Letters 2006, algorithm 1. Deviation: none.
+    """
+    truth = np.asarray(labels)
+    tables = {name: np.asarray(values, dtype=float) for name, values in scores.items()}
+    shapes = {name: values.shape for name, values in tables.items()}
+    drawn = [k for k in range(len(classes)) if 0 < (truth == k).sum() < len(truth)]
+    fits = all(len(s) == 2 and s[0] == len(truth) and s[1] >= len(classes) for s in shapes.values())
+    if not tables or not drawn or not fits:
+        expected = "probabilities of every image and class, and images of two classes"
+        got = f"{shapes} for {len(truth)} images and {len(classes)} classes"
+        fix = "Give all predictions of a test set."
+        raise ValueError(f"roc_figure: expected {expected}, got {got}. {fix}")
+    width = min(4, len(drawn))
+    height = -(-len(drawn) // width)
+    figure = Figure(figsize=(2.7 * width, 3.0 * height + 0.4), dpi=120, layout="constrained")
+    axes = figure.subplots(height, width, squeeze=False).flat
+    for k, ax in zip(drawn, axes, strict=False):
+        ax.plot([0, 1], [0, 1], "--", color="0.5", linewidth=1)
+        curves = {}
+        for name, values in tables.items():
+            false, found = _find_rates(values[:, k], truth == k)
+            (line,) = ax.plot(false, found, linewidth=1.5)
+            curves[f"{name}, area {np.trapezoid(found, false):.3f}"] = line
+        plain_legend(ax, curves.values(), curves, fontsize=7, loc="lower right")
+        name = textwrap.fill(plain_text(classes[k]), 24)
+        count = f"{(truth == k).sum():,} of {len(truth):,} images"
+        ax.set_title(f"{name}\n{count}", fontsize=9, **PLAIN)
+        ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+        ax.grid(alpha=0.3)
+    for ax in figure.get_axes()[len(drawn) :]:
+        ax.set_visible(False)
+    figure.supxlabel("false positive rate", fontsize=9)
+    figure.supylabel("true positive rate", fontsize=9)
+    if title:
+        figure.suptitle(plain_text(title, lines=True), fontsize=12, **PLAIN)
+    return figure
+
+
+def _find_rates(
+    scores: Float[np.ndarray, " n"], right: Bool[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, " m"], Float[np.ndarray, " m"]]:
+    """False and true positive rates; equal scores are one step."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    found = np.append(0, np.cumsum(right[order])[last])
+    false = np.append(0, np.cumsum(~right[order])[last])
+    return false / false[-1], found / found[-1]
 
 
 def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
@@ -224,13 +317,25 @@ def selection_figure(records: Sequence[Mapping[str, Any]], title: str = "") -> F
         x, y = ([record[name] for record in part] for name in ("parameters", "score"))
         deviations = [record["std"] for record in part]
         axes.errorbar(x, y, deviations, fmt="o", color=colour, markersize=4, capsize=2, label=label)
+    sizes = [math.log(record["parameters"]) for record in scored]
+    middle = (min(sizes) + max(sizes)) / 2 if sizes else 0.0
     if len(scored) <= 24:
         for record in scored:
             position = (record["parameters"], record["score"])
             name = plain_text(record["candidate"])
-            axes.annotate(name, position, (3, 3), textcoords="offset points", fontsize=6, **PLAIN)
+            # Towards the middle of the axes, so that no name leaves them.
+            left = math.log(record["parameters"]) > middle
+            axes.annotate(
+                name,
+                position,
+                (-4 if left else 4, 3),
+                textcoords="offset points",
+                fontsize=6,
+                ha="right" if left else "left",
+                **PLAIN,
+            )
     axes.set(xlabel="parameters", ylabel="score", xscale="log")
-    axes.margins(x=0.15)
+    axes.margins(x=0.15, y=0.1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.supxlabel("Bars: standard deviation over batches and initialisations.", fontsize=8)

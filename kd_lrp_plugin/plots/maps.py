@@ -19,6 +19,8 @@ with imports_of_an_extra():
     from matplotlib.colors import Colormap, ListedColormap
     from matplotlib.figure import Figure
 
+WRAPPED = 20  # characters of a line beside or below a panel
+
 
 class MapRow(NamedTuple):
     """One image and the relevance maps of it, for :func:`map_figure`.
@@ -79,7 +81,10 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
     for row, line in zip(rows, axes, strict=True):
         base = _rgb(row.image)
         _show(line[0], base, row.mask)
-        line[0].set_ylabel(plain_text(row.label, lines=True), fontsize=11, **PLAIN)
+        words = [
+            textwrap.fill(part, WRAPPED) for part in plain_text(row.label, lines=True).split("\n")
+        ]
+        line[0].set_ylabel("\n".join(words), fontsize=11, **PLAIN)
         for ax, name in zip(line, ["image", *row.maps], strict=True):
             if name in row.predictions:
                 _caption(ax, row.label if row.known else None, *row.predictions[name])
@@ -89,7 +94,7 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
                 sign = ax.text(0.5, 0.06, "no relevance", transform=ax.transAxes, ha="center")
                 sign.set(color="white", backgroundcolor="#000000a0", fontsize=9)
     for ax, name in zip(axes[0], ["image", *columns[0]], strict=True):
-        lines = [textwrap.fill(line, 20) for line in plain_text(name, lines=True).split("\n")]
+        lines = [textwrap.fill(line, WRAPPED) for line in plain_text(name, lines=True).split("\n")]
         ax.set_title("\n".join(lines), fontsize=11, verticalalignment="bottom", **PLAIN)
     scale = ScalarMappable(cmap=_blended(np.full(3, 0.35)))
     bar = figure.colorbar(
@@ -100,8 +105,8 @@ def map_figure(rows: Sequence[MapRow], title: str = "", outline: str = "tumour")
     caption = CAPTION + (f" Outline: {plain_text(outline)}." if masked else "")
     figure.supxlabel(textwrap.fill(caption, int(15 * size[0])), fontsize=9, **PLAIN)
     if title:
-        words = textwrap.fill(plain_text(title), int(10 * size[0]))
-        figure.suptitle(words, fontsize=13, **PLAIN)
+        heading = textwrap.fill(plain_text(title), int(10 * size[0]))
+        figure.suptitle(heading, fontsize=13, **PLAIN)
     return figure
 
 
@@ -149,5 +154,6 @@ def _caption(ax: Axes, label: str | None, predicted: str, confidence: float) -> 
     right = label is None or predicted == label.split("\n")[0]
     colour = "black" if right else "#c01818"
     sign = "" if right else " ✗"
-    words = f"{plain_text(predicted)} {confidence:.2f}{sign}"
+    # A panel is as wide as 20 characters: a longer line would run into its neighbour.
+    words = textwrap.fill(f"{plain_text(predicted)} {confidence:.2f}{sign}", WRAPPED)
     ax.set_xlabel(words, fontsize=10, color=colour, **PLAIN)

@@ -8,17 +8,27 @@ from typing import Any
 
 from kd_lrp_plugin.attribution.summary import METRICS
 from kd_lrp_plugin.config.document import parse_document
-from kd_lrp_plugin.evaluation.explain import read_explanations
-from kd_lrp_plugin.plots.figures import curves_figure, list_quantities
+from kd_lrp_plugin.evaluation.explain_records import read_explanations
+from kd_lrp_plugin.plots.figures import (
+    curves_figure,
+    list_quantities,
+    reliability_figure,
+    roc_figure,
+)
 from kd_lrp_plugin.report.images import vector
+from kd_lrp_plugin.report.published import list_published
 from kd_lrp_plugin.report.sections import (
+    find_data_check,
     get_command,
     list_audits,
     list_explain_commands,
     list_explanations,
     list_exports,
     list_groups,
+    list_left_out,
     list_map_sheets,
+    list_split_tables,
+    list_teacher_commands,
     quote_command,
     read_data_check,
     read_selection,
@@ -26,6 +36,7 @@ from kd_lrp_plugin.report.sections import (
     shorten_path,
 )
 from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.runs.predictions import read_predictions
 from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.files import hash_contents, name_folders, read_csv
 from kd_lrp_plugin.utils.progress import current_progress
@@ -43,7 +54,6 @@ def gather(
     maps: str | Path | None,
 ) -> dict[str, Any]:
     """Everything that a page shows, from plain files; see :func:`page.write`."""
-    leaks = read_data_check(Path(data_check)) if data_check else None
     of_runs, of_studies = (
         [path for path in paths if classify_folder(path) == kind] for kind in ("run", "study")
     )
@@ -52,6 +62,12 @@ def gather(
     named = [*zip(of_runs, _name_folders(of_runs), strict=True), *of_cells[:DETAILED]]
     tracked = current_progress().track(named, "reading", len(named))
     runs = [_read_run(path, name) for path, name in tracked]
+    tables = list_split_tables(runs)
+    found = data_check or find_data_check(tables)
+    leaks = read_data_check(Path(found)) if found else None
+    if leaks:
+        made = Path(found or "", "clean_split.csv").resolve()
+        leaks["cleaned"] = bool(runs) and all(tables.get(run["name"]) == {made} for run in runs)
     sheets = list_map_sheets(runs, maps)
     audits, exports = list_audits(runs), list_exports(runs)
     models, data = _list_models(runs), _list_data(runs)
@@ -78,6 +94,8 @@ def gather(
         "audits": audits,
         "exports": exports,
         "explained": list_explanations(runs),
+        "without": list_left_out(runs),
+        "published": list_published(runs, models, tables),
         "metrics_of_maps": METRICS,
         "unevaluated": [run["folder"] for run in runs if run["evaluation"] is None],
         "unexplained": [run["name"] for run in runs if not run["explanations"]],
@@ -165,12 +183,14 @@ def _read_run(path: Path, name: str) -> dict[str, Any]:
     text = (path / "config.yaml").read_text(encoding="utf-8")
     sessions = about.get("sessions") or [{}]
     session = sessions[-1]
+    evaluation = _read_evaluation(path)
     folder.check_output("predictions.csv")
     return {
         "name": name,
         "folder": shorten_path(path),
         "summary": summary,
-        "evaluation": _read_evaluation(path),
+        "evaluation": evaluation,
+        "predicted": _draw_predictions(folder) if evaluation else None,
         "session": session,
         "sessions": len(sessions),
         "processes": about.get("processes", 1),
@@ -183,6 +203,15 @@ def _read_run(path: Path, name: str) -> dict[str, Any]:
         "explanations": _read_maps(path),
         "command": get_command(session),
     }
+
+
+def _draw_predictions(folder: RunFolder) -> dict[str, Any]:
+    """Reliability and, where the test set has images of two classes, ROC of a run's models."""
+    of = read_predictions(folder)
+    curves = {k: (p.max(1), p.argmax(1) == of.labels) for k, p in of.probabilities.items()}
+    several = len(set(of.labels.tolist())) > 1
+    roc = vector(roc_figure(of.probabilities, of.labels, of.outputs)) if several else None
+    return {"n": len(of.labels), "reliability": vector(reliability_figure(curves)), "roc": roc}
 
 
 def _read_evaluation(path: Path) -> dict[str, Any] | None:
@@ -340,12 +369,22 @@ def _list_steps(
     export: Sequence[str | None],
 ) -> list[dict[str, Any]]:
     """The commands that make all of this again, in an order that works."""
-    folders = [run["folder"] for run in runs]
+    alone: list[str | None] = []
+    taught: list[str | None] = []
+    for run in runs:
+        models = run["config"].get("models") or {}
+        (taught if "teacher_model" in models else alone).append(run["command"])
+    evaluations = [
+        get_command(run["evaluation"]) or quote_command("kd-lrp evaluate", run["folder"])
+        for run in runs
+        if run["evaluation"]
+    ]
     steps = [
         ("Look for leaks", [leaks["command"]] if leaks else []),
-        ("Train and test", [run["command"] for run in runs]),
+        ("Train teachers, and students without one", [*list_teacher_commands(runs), *alone]),
         ("Rank untrained students", [selection["command"]] if selection else []),
-        ("Evaluate", [quote_command("kd-lrp evaluate", *folders)] if runs else []),
+        ("Train and test students", taught),
+        ("Evaluate", evaluations),
         ("Study", [study["command"] for study in studies]),
         ("Explain", explain),
         ("Studies, with the figures of maps", [s["command"] for s in studies] if explain else []),

@@ -14,7 +14,7 @@ with imports_of_an_extra():
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-SIDES = (1600, 6000)  # largest width and height that a screen has use for, in pixels
+SIDES = (1600, 16000)  # largest width and height that a screen has use for, in pixels
 
 
 def vector(figure: Figure) -> dict[str, Any]:

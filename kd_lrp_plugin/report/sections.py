@@ -120,6 +120,53 @@ def _describe_data_check(folder: Path, summary: Mapping[str, Any]) -> dict[str, 
     }
 
 
+def list_split_tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, set[Path]]:
+    """The split tables that the data sets of each run's config name."""
+    tables: dict[str, set[Path]] = {run["name"]: set() for run in runs}
+    for run in runs:
+        for entry in (run["config"].get("datasets") or {}).values():
+            of_entry = (entry.get("init") or {}) if isinstance(entry, dict) else {}
+            if named := (of_entry.get("kwargs") or {}).get("manifest"):
+                path = Path(os.path.expandvars(str(named))).expanduser()
+                tables[run["name"]].add(path.resolve())
+    return tables
+
+
+def find_data_check(tables: Mapping[str, set[Path]]) -> Path | None:
+    """The folder of the leak check that has made the split table of runs, if it is still there."""
+    for table in sorted(set().union(*tables.values())):
+        summary = read_json(table.with_name("summary.json"))
+        if isinstance(summary, dict) and isinstance(summary.get("leaks"), dict):
+            return table.parent
+    return None
+
+
+def list_teacher_commands(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The commands of runs whose checkpoint is the teacher of a run, if they are still there."""
+    commands: list[str] = []
+    for run in runs:
+        entry = (run["config"].get("models") or {}).get("teacher_model")
+        named = entry.get("src_ckpt") if isinstance(entry, dict) else None
+        if named:
+            folder = Path(os.path.expandvars(str(named))).expanduser().parent
+            sessions = (_read_mapping(folder / "environment.json") or {}).get("sessions") or [{}]
+            commands += filter(None, [get_command(sessions[-1])])
+    return list(dict.fromkeys(commands))
+
+
+def list_left_out(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each model that is explained, the methods that it has no maps of, and why."""
+    lines: dict[str, list[str]] = {}
+    for run in runs:
+        content = run["explanations"] or {}
+        there = {(row["model"], row["method"]) for row in content.get("rows", [])}
+        for role, reasons in (content.get("without") or {}).items():
+            for method, why in reasons.items():
+                if (role, method) not in there:
+                    lines.setdefault(f"{method}: {why}", []).append(f"{role} of {run['name']}")
+    return [f"Without {why} ({', '.join(models)})." for why, models in lines.items()]
+
+
 def list_map_sheets(
     runs: Sequence[Mapping[str, Any]], maps: str | Path | None
 ) -> list[dict[str, Any]]:

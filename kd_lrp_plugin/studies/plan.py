@@ -33,7 +33,8 @@ OF_EPOCH = (
     *("images_per_second", "memory_mb", "seconds"),
 )
 OF_MODEL = (
-    *("n", "accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "macro_auc"),
+    *("n", "accuracy", "accuracy_interval", "balanced_accuracy", "macro_precision"),
+    *("macro_f1", "macro_auc"),
     *("log_loss", "calibration_error", "confusion_matrix", "per_class", "cost", "groups"),
     "effective_subclasses",
 )

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_lrp_plugin.evaluation.audit import FILE as AUDIT
-from kd_lrp_plugin.evaluation.explain import FILE as EXPLANATIONS
-from kd_lrp_plugin.evaluation.explain import read_explanations
+from kd_lrp_plugin.evaluation.explain_records import FILE as EXPLANATIONS
+from kd_lrp_plugin.evaluation.explain_records import read_explanations
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.studies.comparison import compare, summarise, value_at
 from kd_lrp_plugin.studies.figure import study_figure

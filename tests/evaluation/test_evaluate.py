@@ -104,7 +104,8 @@ class TestAHeadWiderThanTheClasses:
 
 class TestEvaluate:
     def test_its_figures_are_those_of_the_predictions(self, run):
-        record = evaluate.evaluate(run, 200)
+        costs: dict = {}
+        record = evaluate.evaluate(run, 200, costs=costs)
         summary = json.loads((run / "summary.json").read_text())
         assert record["student"]["accuracy"] == pytest.approx(summary["test_accuracy"])
         assert record["student"]["cost"]["parameters"] == summary["parameters"]
@@ -113,8 +114,17 @@ class TestEvaluate:
         labels, values = found.labels, found.probabilities
         alike = (values["student"].argmax(1) == values["teacher"].argmax(1)).mean()
         assert record["student_and_teacher"]["agreement"] == pytest.approx(alike)
-        assert record == json.loads((run / "evaluation.json").read_text())
+        written = json.loads((run / "evaluation.json").read_text())
+        assert {**record, "command": None} == written
         assert len(labels) == 8
+        for known in costs.values():  # of an architecture that was measured before
+            known["latency_ms_batch_1"] = 123.0
+        again = evaluate.evaluate(run, 200, costs=costs)
+        for role in ("student", "teacher"):
+            assert again[role]["cost"]["latency_ms_batch_1"] == 123.0
+        precisions = [of["precision"] for of in record["student"]["per_class"]]
+        known_ones = [p for p in precisions if p is not None]
+        assert record["student"]["macro_precision"] == pytest.approx(np.mean(known_ones))
         for name in ("confusion.png", "reliability.png"):
             assert (run / name).read_bytes().startswith(b"\x89PNG")
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import explain as explaining
-from kd_lrp_plugin.evaluation import explain_inputs
+from kd_lrp_plugin.evaluation import explain_inputs, explain_trials
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.relevance.recording import relevance_maps
 from kd_lrp_plugin.runs import loading
@@ -271,6 +272,73 @@ class TestWhatIsKept:
         assert len(asked) == 1
         assert rows[0] == {**rows[1], "run": "0"}
 
+    def test_rows_of_a_shared_teacher_are_taken_from_the_other_runs_file(
+        self, project, monkeypatch
+    ):
+        known = explain(["runs/kd/0"], QUICK[:1], samples=2)
+        shutil.copytree("runs/kd/0", "runs/kd/1")
+        Path("runs/kd/1/explanations.json").unlink()
+        made = []
+        monkeypatch.setattr(
+            explaining.Explainer,
+            "_make_row",
+            lambda *args, real=explaining.Explainer._make_row: made.append(args) or real(*args),
+        )
+        rows = explain(["runs/kd/0", "runs/kd/1"], QUICK[:1], samples=2)
+        assert made == []
+        assert [row["metrics"] for row in rows] == 2 * [row["metrics"] for row in known]
+        content = json.loads(Path("runs/kd/1/explanations.json").read_text())
+        assert [{"run": "1", **row} for row in content["rows"]] == rows[2:]
+
+    def test_a_shared_teacher_is_tried_once(self, project, monkeypatch):
+        shutil.copytree("runs/kd/0", "runs/kd/1")
+        tried = []
+        monkeypatch.setattr(
+            explain_inputs,
+            "try_methods",
+            lambda model, *args, real=explain_trials.try_methods: (
+                tried.append(model) or real(model, *args)
+            ),
+        )
+        explain(["runs/kd/0", "runs/kd/1"], QUICK[:1], roles=["teacher"], samples=2)
+        assert len(tried) == 1
+
+
+@pytest.mark.usefixtures("without_pictures")
+class TestQuick:
+    def test_leaves_out_what_takes_long_and_the_file_says_why(self, project):
+        slow = {name for name in ATTRIBUTIONS if ATTRIBUTIONS[name].slow}
+        rows = explain(["runs/ce/0"], samples=2, quick=True)
+        assert {row["method"] for row in rows} == set(ATTRIBUTIONS) - slow
+        content = json.loads(Path("runs/ce/0/explanations.json").read_text())
+        assert content["without"] == {"student": dict.fromkeys(slow, explain_trials.SLOW)}
+
+    def test_does_not_leave_out_what_is_named_or_alone_works(self, project, monkeypatch):
+        rows = explain(["runs/ce/0"], ["lime"], samples=2, quick=True)
+        assert [row["method"] for row in rows] == ["lime"]
+        only = {name: ATTRIBUTIONS[name] for name in ("rise",)}
+        monkeypatch.setattr(explain_trials, "ATTRIBUTIONS", only)
+        rows = explain(["runs/ce/0"], samples=2, quick=True)
+        assert [row["method"] for row in rows] == ["rise"]
+
+    def test_the_time_is_said_before_and_only_of_rows_that_are_new(self, project):
+        heard = []
+        progress = NullProgress()
+        progress.note = heard.append
+        shutil.copytree("runs/kd/0", "runs/kd/1")
+        with progress:
+            explain(["runs/kd/0", "runs/kd/1"], QUICK, samples=2)
+            explain(["runs/kd/0", "runs/kd/1"], QUICK, samples=2)
+        assert len(heard) == 1
+        assert re.match(r"metrics: 4 rows to make, about \d+ s", heard[0])  # the copy has no more
+
+    def test_an_estimate_counts_maps_and_questions(self):
+        trial = explain_trials.Trial([], {}, {"grad_cam": 0.1, "lime": 2.0, "": 0.01})
+        questions = 2 * (faithfulness.STEPS + 1) * 0.01
+        total = trial.estimate("grad_cam", 100, 10)
+        assert total == pytest.approx((100 + 4 * 5) * 0.1 + 10 * questions)
+        assert trial.estimate("lime", 100, 10) == pytest.approx((10 + 2 * 2) * 2 + 10 * questions)
+
 
 class TestSeveralRuns:
     def test_stand_side_by_side(self, project):
@@ -296,7 +364,7 @@ class TestSeveralRuns:
         ]
         shown = explain_inputs.choose_images(opened[0], 2)
         explainer = explaining.Explainer()
-        figure = explainer.draw_all(opened, [shown(run) for run in opened], QUICK)
+        figure = explainer.draw_all(opened, [shown(run) for run in opened])
         titles = [ax.get_title() for ax in figure.get_axes()]
         assert titles[:5] == ["image", "teacher", "kd\n0", "kd\n1", "ce\n0"]
         assert len(figure.get_axes()) == 5 * 2 * len(QUICK) + 1  # and the colour bar
@@ -412,7 +480,8 @@ class TestWhatIsRefused:
             raise ValueError("never: expected another model, got this one.")
 
         monkeypatch.setitem(ATTRIBUTIONS._entries, "never", Attribution(never))
-        monkeypatch.setattr(explain_inputs, "ATTRIBUTIONS", ("grad_cam", "never"))
+        both = {name: ATTRIBUTIONS[name] for name in ("grad_cam", "never")}
+        monkeypatch.setattr(explain_trials, "ATTRIBUTIONS", both)
         heard = []
         progress = NullProgress()
         progress.note = heard.append
@@ -466,13 +535,17 @@ class TestTheCommand:
         monkeypatch.setattr(sys, "argv", ["/usr/bin/kd-lrp", *words])
         result = CliRunner().invoke(app, words)
         assert result.exit_code == 0, result.output
-        assert "inside, chance level" in result.output
+        assert "| method   | inside | chance |" in result.output
+        assert "teacher of runs/kd/0, layer layer2" in result.output
+        assert max(map(len, result.output.split("inside:")[0].splitlines())) <= 100
         assert "| layer2 | layer3 |" in result.output
         made = {path.name for path in Path("out").iterdir()}
         assert made == {"maps.png", "maps.json", "explanations.csv"}
         for file in ("out/maps.json", "runs/kd/0/explanations.json"):
             assert json.loads(Path(file).read_text())["command"] == ["kd-lrp", *words]
-        assert CliRunner().invoke(app, words).output == result.output
+        told, _, tables = result.output.partition("\n")
+        assert told.startswith("metrics: 2 rows to make")
+        assert CliRunner().invoke(app, words).output == tables
 
     def test_says_what_is_wrong_in_a_line(self, project):
         result = CliRunner().invoke(app, ["explain", "runs", "--method", "grad_cam"])

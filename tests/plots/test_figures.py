@@ -1,5 +1,6 @@
 """Tables read back cell by cell, figures read back pixel by pixel."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from kd_lrp_plugin.plots.figures import CAPTION, confusion_figure, curves_figure, reliability_figure
+from kd_lrp_plugin.plots.figures import (
+    CAPTION,
+    confusion_figure,
+    curves_figure,
+    list_quantities,
+    reliability_figure,
+    roc_figure,
+    selection_figure,
+)
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.plots.tables import table
 from kd_lrp_plugin.relevance.methods import METHODS
@@ -264,7 +273,7 @@ class TestReliabilityFigure:
         curve = ([0.9, 0.5], [True, False])
         upper, lower = reliability_figure({"teacher": curve, "student": curve}).get_axes()
         words = [text.get_text() for text in upper.get_legend().get_texts()]
-        assert words == ["calibrated", "teacher", "student"]
+        assert words == ["calibrated", "teacher (2 images)", "student (2 images)"]
         colours = [to_hex(one.get_color()) for one in upper.get_lines()[1:]]
         assert [to_hex(patch.get_edgecolor()) for patch in lower.patches] == colours
         assert colours[0] != colours[1]
@@ -288,3 +297,85 @@ class TestReliabilityFigure:
             figure.savefig(tmp_path / f"{number}.png")
             assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
         assert pyplot.get_fignums() == []
+
+
+class TestRoc:
+    LABELS = (0, 1, 2, 0, 1, 2, 0, 0)
+
+    @pytest.mark.parametrize("ties", [False, True])
+    def test_area_is_the_share_of_pairs_in_the_right_order(self, ties):
+        scores = np.random.default_rng(0).dirichlet(np.ones(3), 8)
+        scores = scores.round(1) if ties else scores
+        figure = roc_figure({"a": scores}, self.LABELS, ["x", "y", "z"])
+        for k, ax in enumerate(figure.get_axes()):
+            ours = [s for s, label in zip(scores[:, k], self.LABELS, strict=True) if label == k]
+            others = [s for s, label in zip(scores[:, k], self.LABELS, strict=True) if label != k]
+            pairs = [(o > t) + (o == t) / 2 for o in ours for t in others]
+            assert f"area {np.mean(pairs):.3f}" in ax.get_legend().get_texts()[0].get_text()
+            curve = ax.get_lines()[1].get_xydata()
+            assert curve[0].tolist() == [0, 0]
+            assert curve[-1].tolist() == [1, 1]
+
+    def test_says_how_many_images_and_draws_no_class_without_them(self):
+        figure = roc_figure({"a": np.full((8, 4), 0.25)}, self.LABELS, ["x", "y", "z", "none"])
+        titles = [ax.get_title() for ax in figure.get_axes()[:3]]
+        assert titles == ["x\n4 of 8 images", "y\n2 of 8 images", "z\n2 of 8 images"]
+        assert not any(ax.get_title() for ax in figure.get_axes()[3:])
+
+    @pytest.mark.parametrize(
+        ("scores", "labels"),
+        [({}, [0, 1]), ({"a": [[1, 0], [0, 1]]}, [0, 0]), ({"a": [[1, 0]]}, [0, 1])],
+    )
+    def test_nothing_to_draw_is_refused(self, scores, labels):
+        with pytest.raises(ValueError, match=r"^roc_figure: expected probabilities"):
+            roc_figure(scores, labels, ["x", "y"])
+
+
+def test_a_term_that_is_the_loss_has_no_curve_of_its_own():
+    records = [
+        {"epoch": 1, "train_loss": 1.5, "val_loss": 2.0, "train_ce": 1.5000001, "train_kd": 1.4},
+        {"epoch": 2, "train_loss": 1.0, "val_loss": 1.5, "train_ce": 1.0, "train_kd": 1.0},
+    ]
+    assert list_quantities(records) == ["loss", "kd"]
+    records[1]["val_ce"] = 1.4
+    assert list_quantities(records) == ["loss", "ce", "kd"]
+
+
+def test_reliability_says_how_many_images_are_behind_it():
+    figure = reliability_figure({"student": ([0.9, 0.8, 0.6], [True, True, False])})
+    texts = [text.get_text() for text in figure.get_axes()[0].get_legend().get_texts()]
+    assert "student (3 images)" in texts
+
+
+def test_names_of_candidates_lie_inside_the_axes():
+    names = ["a_candidate_with_a_name_of_some_length", "b" * 30, "c" * 30]
+    records = [
+        {"candidate": n, "score": s, "std": 0.1, "parameters": p, "front": False}
+        for n, s, p in zip(names, (1.0, 3.0, 2.0), (1e5, 4e6, 5e6), strict=True)
+    ]
+    figure = selection_figure(records)
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.get_axes()
+    frame = axes.get_window_extent()
+    for text in axes.texts:
+        extent = text.get_window_extent()
+        assert frame.x0 <= extent.x0
+        assert extent.x1 <= frame.x1
+        assert frame.y0 <= extent.y0
+        assert extent.y1 <= frame.y1
+
+
+def test_long_class_names_do_not_run_into_the_next_map():
+    name = "a class of a very long name, such as an adenoma"
+    maps = {column: np.eye(4) for column in ("one", "two", "three")}
+    said = dict.fromkeys(["image", *maps], (name, 0.9))
+    figure = map_figure([MapRow(name, np.zeros((8, 8)), maps, said)] * 2)
+    FigureCanvasAgg(figure).draw()
+    axes = figure.get_axes()[:8]
+    boxes = [ax.xaxis.label.get_window_extent() for ax in axes]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+    assert (
+        not axes[0]
+        .yaxis.label.get_window_extent()
+        .overlaps(axes[4].yaxis.label.get_window_extent())
+    )

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation import evaluate
-from kd_lrp_plugin.report import content, page
+from kd_lrp_plugin.report import content, page, published, sections
 from kd_lrp_plugin.studies.comparison import compare, summarise
 from kd_lrp_plugin.training import trainer
 
@@ -201,14 +201,73 @@ class TestWhatIsSaid:
         found = written([kd], tmp_path / "page.html")
         assert "Train and test" not in found.text
 
+    def test_what_made_a_teacher_comes_before_what_it_teaches(self, runs, kd, tmp_path):
+        teacher = Path(shutil.copytree(runs[1], tmp_path / "teacher"))
+        about = json.loads((teacher / "environment.json").read_text())
+        about["sessions"][-1]["command"] = ["kd-lrp", "distill", "teacher.yaml"]
+        (teacher / "environment.json").write_text(json.dumps(about))
+        about = json.loads((kd / "environment.json").read_text())
+        about["sessions"][-1]["command"] = ["kd-lrp", "distill", "student.yaml"]
+        (kd / "environment.json").write_text(json.dumps(about))
+        evaluation = json.loads((kd / "evaluation.json").read_text())
+        evaluation["command"] = ["kd-lrp", "evaluate", "a", "b", "--resamples", "200"]
+        (kd / "evaluation.json").write_text(json.dumps(evaluation))
+        text = (kd / "config.yaml").read_text()
+        named = text.replace("src_ckpt: null", f"src_ckpt: {teacher}/best.pt")
+        assert named != text
+        (kd / "config.yaml").write_text(named)
+        found = content.gather([kd], None, None, None)
+        assert [(step["name"], step["commands"]) for step in found["steps"]] == [
+            ("Train teachers, and students without one", ["kd-lrp distill teacher.yaml"]),
+            ("Train and test students", ["kd-lrp distill student.yaml"]),
+            ("Evaluate", ["kd-lrp evaluate a b --resamples 200"]),
+        ]
+
+    def test_the_leak_check_behind_a_split_table_is_found(self, kd, check, tmp_path):
+        folder = Path(shutil.copytree(check, tmp_path / "check"))
+        settings = content._read_run(kd, "kd")
+        for entry in settings["config"]["datasets"].values():
+            entry["init"] = {"kwargs": {"manifest": str(folder / "clean_split.csv")}}
+        tables = sections.list_split_tables([settings])
+        assert tables == {"kd": {(folder / "clean_split.csv").resolve()}}
+        assert sections.find_data_check(tables) == folder.resolve()
+        assert sections.find_data_check({"kd": {tmp_path / "elsewhere/split.csv"}}) is None
+
+    def test_published_students_stand_beside_runs_on_brain_mri_each_with_its_split(
+        self, runs, kd, tmp_path
+    ):
+        text = (kd / "config.yaml").read_text().replace("phantom/test", "brain_mri/test")
+        (kd / "config.yaml").write_text(text)
+        found = written([kd], tmp_path / "page.html")
+        assert "Beside published students" in found.text
+        for figure in ("0.9610", "0.9530", "0.9535", "0.9802", "322,421,548", "306,724,268"):
+            assert figure in found.text
+        accuracy = json.loads((kd / "summary.json").read_text())["test_accuracy"]
+        (own,) = [
+            row
+            for row in content.gather([kd], None, None, None)["published"]["students"]
+            if row["model"] == "kd"
+        ]
+        assert own["accuracy"] == pytest.approx(accuracy)
+        assert own["split"] == published.LEAKING
+        assert all(row["split"] and row["source"] for row in published.PUBLISHED)
+        assert content.gather([runs[0]], None, None, None)["published"] is None
+
+    def test_methods_without_maps_are_named_with_the_reason(self):
+        reasons = {"student": {"lime": "takes long", "rise": "takes long"}}
+        row = {"model": "student", "method": "rise"}
+        runs = [{"name": "kd", "explanations": {"rows": [row], "without": reasons}}]
+        found = sections.list_left_out([*runs, {"name": "ce", "explanations": None}])
+        assert found == ["Without lime: takes long (student of kd)."]
+
     def test_every_loss_term_has_its_curve(self, runs, whole):
         found = Reader(whole.read_text(encoding="utf-8"))
         alts = " ".join(image["alt"] or "" for image in found.images)
         lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
         terms = {k.partition("_")[2] for k in json.loads(lines[0]) if k.startswith("train_")}
         assert {"loss", "kd", "accuracy"} <= terms
-        for term in terms:
-            assert f"{term} of kd over the epochs: training ends at" in alts
+        for term in terms:  # the only term is the loss itself
+            assert (f"{term} of kd over the epochs: training ends at" in alts) == (term != "kd")
 
     def test_what_is_missing_is_said_with_its_command(self, runs, kd, tmp_path):
         found = written([kd], tmp_path / "page.html")
