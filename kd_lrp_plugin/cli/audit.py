@@ -20,7 +20,10 @@ from kd_lrp_plugin.plots import tables
 def audit(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN|STUDY...", help="Finished runs, or the results of a study."),
+        typer.Argument(
+            metavar="RUN|STUDY|MODEL...",
+            help="Finished runs, the results of a study, or models in folders of timm's.",
+        ),
     ],
     data: Annotated[
         Path | None,
@@ -62,6 +65,8 @@ def audit(
         kd-lrp audit runs/phantom_marked/kd/test_resnet_from_resnet10t/0 --fail-over 0.1
 
         kd-lrp audit runs/folder/ce/resnet10t/0 --data images/another_hospital
+
+        kd-lrp audit exported_by_a_colleague --data images/our_hospital
     """
     over = []
     with RichProgress(), errors_in_words():

@@ -7,7 +7,7 @@ has one that is still right once the object itself is gone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,16 @@ from torchvision.transforms.functional import gaussian_blur
 
 from kd_lrp_plugin.attribution.localisation import area_share, relevance_mass_accuracy
 from kd_lrp_plugin.attribution.methods import BATCH, attribute
-from kd_lrp_plugin.data.folder import FolderImages
+from kd_lrp_plugin.evaluation.audit_inputs import open_audited
 from kd_lrp_plugin.evaluation.explain_inputs import (
     ExplainOptions,
     LoadedRun,
     Sample,
     make_sample,
-    open_run,
     sample_indices,
 )
 from kd_lrp_plugin.losses import resize_maps
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
-from kd_lrp_plugin.runs.loading import load_transform
 from kd_lrp_plugin.utils.files import get_command, put, write_json
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -81,7 +79,7 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
     most. Of other images than the test set, the files have the folder's name too.
 
     Args:
-        folder: a finished run.
+        folder: a finished run, or a model in a folder of timm's, with ``data``.
         options: all of them as they are by themselves, if None.
 
     Returns:
@@ -108,9 +106,7 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
     asked = ExplainOptions(
         methods=[METHOD], layers=layers, device=options.device, safe=options.safe
     )
-    run = open_run(folder, "", asked)
-    if options.data is not None:
-        run = show_other_images(run, Path(options.data), options.safe)
+    run = open_audited(Path(folder), asked, options.data)
     indices = sample_indices(run, options.samples)
     sample = make_sample(run, indices, options.device)
     regions = find_regions(sample.images)
@@ -156,30 +152,6 @@ def name_files(options: AuditOptions) -> tuple[str, str]:
         return FILE, "audit.png"
     name = Path(options.data).resolve().name
     return f"audit-{name}.json", f"audit-{name}.png"
-
-
-def show_other_images(run: LoadedRun, folder: Path, safe: bool = False) -> LoadedRun:
-    """A run whose test set is a folder of images, prepared as the run prepares its own.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: for other classes than the run's, a run whose classes have no names, or whose
-            preparation of images is not known.
-    """
-    classes = run.summary["classes"]
-    if not classes:
-        fix = "Audit it on its own test set."
-        raise ValueError(message("audit --data", "a run with names of classes", "none", fix))
-    images = FolderImages(
-        str(folder.resolve().parent),
-        folder.resolve().name,
-        classes=classes,
-        transform=load_transform(run.folder.path, safe),
-        bits=(run.summary["preprocessing"] or {}).get("bits"),
-    )
-    # The model's outputs are in the run's order of classes, which need not be the folder's.
-    labels = np.array([classes.index(images.classes[label]) for label in images.targets])
-    return replace(run, test_set=images, labels=labels, probabilities={})
 
 
 def find_regions(images: Float[Tensor, "n c h w"]) -> dict[str, Region]:

@@ -40,6 +40,12 @@ def test_every_config_resolves_to_what_was_noted():
     assert changed == [], "if that is meant: python tests/config/test_resolved.py"
 
 
+def test_a_config_with_bases_says_what_it_said_in_one_file():
+    config = CONFIGS / "phantom/lrp_cosine/test_resnet_from_resnet10t.yaml"
+    assert "_base_" in config.read_text()
+    assert digest(config) == digest(CONFIGS.parent / "tests/flat_config.yaml")
+
+
 def test_the_digest_sees_values_and_not_their_form(tmp_path):
     forms = {
         "flow": "a: &x 1\nb: {c: *x, d: [2]}\n",

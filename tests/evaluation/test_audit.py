@@ -178,3 +178,21 @@ def test_images_of_other_classes_are_refused(finished):
     absent = CliRunner().invoke(app, ["audit", "run", "--data", "nowhere"])
     assert absent.exit_code == 1
     assert "nowhere" in absent.output
+
+
+def test_an_exported_model_is_audited_as_the_run_it_came_from(finished):
+    done = CliRunner().invoke(app, ["export", "run", "--format", "timm", "--out", "model"])
+    assert done.exit_code == 0, done.output
+    for name in ("run", "model"):
+        shown = CliRunner().invoke(app, ["audit", name, "--data", "elsewhere"])
+        assert shown.exit_code == 0, shown.output
+    of_run, of_model = (
+        json.loads((finished / name / "audit-elsewhere.json").read_text())
+        for name in ("run", "model")
+    )
+    assert (finished / "model/audit-elsewhere.png").is_file()
+    for part in ("relevance", "replaced"):
+        assert of_model[part] == of_run[part]
+    bare = CliRunner().invoke(app, ["audit", "model"])
+    assert bare.exit_code == 1
+    assert "Give --data FOLDER." in bare.output

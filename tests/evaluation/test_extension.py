@@ -48,8 +48,8 @@ def run(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("own")
     (root / "configs").mkdir()
     (root / "configs/my_additions.py").write_text(MODULE)
-    text = BASELINE.read_text().replace("[kd_lrp_plugin.torchdistill]", "[PLUGIN, my_additions]")
-    (root / "configs/my.yaml").write_text(text.replace("PLUGIN", "kd_lrp_plugin.torchdistill"))
+    text = f"_base_: {BASELINE}\ndependencies: [kd_lrp_plugin.torchdistill, my_additions]\n"
+    (root / "configs/my.yaml").write_text(text)
     model = "models.model={key: tiny, kwargs: {classes: 4}}"
     sets = [word for change in (*SMALL, model) for word in ("--set", change)]
     done = kd_lrp(root, "distill", "configs/my.yaml", *sets, "--out", "run", "--device", "cpu")

@@ -179,6 +179,7 @@ measures: [test_accuracy, effective_subclasses]
 """
 
 
+@pytest.mark.slow
 def test_a_study_prepares_the_plain_teacher_and_that_of_its_clusters(root, tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(STUDY.replace("ROOT", str(root)).replace("CONFIGS", str(CONFIGS)))

@@ -168,6 +168,7 @@ def run(data, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 class TestARun:
     def test_trains_and_loads_again(self, run):
         model, summary = load_run(run)

@@ -17,6 +17,7 @@ from kd_lrp_plugin.data.validation import unreadable_images
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.utils.distributed import DistributedContext
 
+FLAT = Path(__file__).resolve().parents[2] / "flat_config.yaml"  # LRP, in one file
 WRONG = {
     "a misspelled section": (
         "scheduler:",
@@ -127,7 +128,7 @@ WRONG = {
 def test_a_wrong_config_is_told_with_its_place(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     right, wrong, words = WRONG[case]
-    text = LRP.read_text(encoding="utf-8")
+    text = FLAT.read_text(encoding="utf-8")
     assert text.count(right) == 1
     Path("my.yaml").write_text(text.replace(right, wrong), encoding="utf-8")
     small = [] if case.startswith("batches") else SMALL[:2]
@@ -352,7 +353,7 @@ class TestSafe:
     )
     def test_a_tag_that_could_run_code_is_refused_unrun(self, node, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        text = LRP.read_text(encoding="utf-8").replace("log_freq: 20", f"log_freq: {node}")
+        text = FLAT.read_text(encoding="utf-8").replace("log_freq: 20", f"log_freq: {node}")
         Path("my.yaml").write_text(text, encoding="utf-8")
         result = CliRunner().invoke(app, ["distill", "my.yaml", "--safe"])
         assert result.exit_code == 1
