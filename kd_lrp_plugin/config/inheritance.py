@@ -1,5 +1,6 @@
 """Configs that begin with another: what ``_base_`` names, changed by what is written out."""
 
+import os
 from pathlib import Path
 
 import yaml
@@ -86,7 +87,7 @@ def _name_bases(path: Path, text: str) -> list[Path]:
     ):
         fix = f"For example {BASE}: ../_base.yaml."
         raise ValueError(message(f"{describe_mark(mark)}: {BASE}", "a path or paths", "none", fix))
-    files = [path.parent / node.value for node in nodes]
+    files = [Path(os.path.normpath(path.parent / node.value)) for node in nodes]
     for file in files:
         if not file.is_file():
             fix = "Name it as seen from the file that begins with it."

@@ -232,7 +232,7 @@ _README = Template("""\
 # Students for $title
 
 Give the commands in this folder, in this order; nothing has to be edited. A command that was
-stopped resumes when it is given again.
+stopped resumes when it is rerun.
 
 ```sh
 $commands

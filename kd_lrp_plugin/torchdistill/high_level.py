@@ -13,7 +13,13 @@ from kd_lrp_plugin.torchdistill import right_reasons
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.torchdistill.forward_proc import get_logits, recorded
 from kd_lrp_plugin.torchdistill.mid_level import COMPARISONS
-from kd_lrp_plugin.utils.validation import UNLABELLED, check_known, check_targets, message, strict
+from kd_lrp_plugin.utils.validation import (
+    check_known,
+    check_targets,
+    find_labelled,
+    message,
+    strict,
+)
 
 
 class _CrossEntropy(nn.Module):
@@ -35,10 +41,8 @@ class _CrossEntropy(nn.Module):
     def forward(self, student_io_dict: Mapping, _: Mapping, targets: Tensor) -> Tensor:
         logits = get_logits("DisWOTPlusLoss", "student", student_io_dict)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast's are half
-        if not targets.is_floating_point() and targets.ndim == 1:
-            known = targets != UNLABELLED
-            if not bool(known.all()):
-                logits, targets = logits[known], targets[known]
+        if (known := find_labelled(targets)) is not None:
+            logits, targets = logits[known], targets[known]
         check_targets("DisWOTPlusLoss", targets, logits)
         weights = None if self.weights is None else self.weights.to(logits)
         if weights is not None and len(weights) != logits.shape[1]:

@@ -14,7 +14,13 @@ from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.recording import Recording
 from kd_lrp_plugin.torchdistill.forward_proc import recorded
 from kd_lrp_plugin.utils.registry import Registry
-from kd_lrp_plugin.utils.validation import UNLABELLED, check_known, check_targets, message, strict
+from kd_lrp_plugin.utils.validation import (
+    check_known,
+    check_targets,
+    find_labelled,
+    message,
+    strict,
+)
 
 KINDS = ("relevance", "grad_cam", "features")
 TARGETS = ("label", "teacher", "contrast")
@@ -206,9 +212,8 @@ class RecordedLoss(nn.Module):
 
 def _label_by_teacher(targets: Tensor, logits: Tensor) -> Tensor:
     """Class indices, of images without a label the teacher's top-1 prediction."""
-    if targets.is_floating_point() or targets.ndim != 1 or len(targets) != len(logits):
-        return targets
-    return torch.where(targets == UNLABELLED, logits.argmax(1), targets)
+    known = find_labelled(targets)
+    return targets if known is None else torch.where(known, targets, logits.argmax(1))
 
 
 def check_every(key: str, every: int) -> None:

@@ -14,7 +14,7 @@ from kd_lrp_plugin.torchdistill.mid_level import RecordedLoss
 from kd_lrp_plugin.torchdistill.right_reasons import RightReasonsLoss
 from kd_lrp_plugin.torchdistill.subclass import SubclassAuxiliaryLoss
 from kd_lrp_plugin.utils.distributed import DistributedContext
-from kd_lrp_plugin.utils.validation import UNLABELLED, check_targets, message
+from kd_lrp_plugin.utils.validation import check_targets, find_labelled, message
 
 COMPARING = (
     RecordedLoss,
@@ -135,10 +135,9 @@ class Meter:
         self.images += len(targets)
         if not self._classifies:
             return
-        if torch.is_grad_enabled() and not targets.is_floating_point() and targets.ndim == 1:
-            known = targets != UNLABELLED
-            if not bool(known.all()):  # in training; what is evaluated must have labels
-                logits, targets, teacher = logits[known], targets[known], None
+        known = find_labelled(targets) if torch.is_grad_enabled() else None
+        if known is not None:  # in training; what is evaluated must have labels
+            logits, targets, teacher = logits[known], targets[known], None
             if not len(targets):
                 return
         columns: dict[str, list[Any]] = {}

@@ -69,6 +69,14 @@ def check_targets(where: str, targets: Tensor, logits: Tensor) -> None:
         raise ValueError(message(where, "probabilities that sum to one per image", got, fix))
 
 
+def find_labelled(targets: Tensor) -> Tensor | None:
+    """Which images of a batch (n,) have a label; None where all have."""
+    if targets.is_floating_point() or targets.ndim != 1:
+        return None
+    known = targets != UNLABELLED
+    return None if bool(known.all()) else known
+
+
 def check_class_weights(where: str, targets: Tensor, logits: Tensor) -> None:
     """Raise ``ValueError`` unless ``targets`` are class indices or class weights for ``logits``.
 

@@ -129,9 +129,10 @@ def test_bases_have_bases_and_later_ones_of_a_list_win(write):
 
 
 def test_each_value_stands_where_it_is_written(write):
-    config = resolve_config(write("a.yaml", "_base_: _base.yaml\ntrain:\n  epochs: 3"))
+    config = resolve_config(write("of/a.yaml", "_base_: ../_base.yaml\ntrain:\n  epochs: 3"))
     assert config.get_location("train.epochs").endswith("a.yaml:3")
-    assert config.get_location("train.loader.sizes").endswith("_base.yaml:9")
+    base = str(Path(config.path).parents[1] / "_base.yaml")
+    assert config.get_location("train.loader.sizes") == f"{base}:9"
 
 
 @pytest.mark.parametrize(

@@ -249,7 +249,7 @@ class TestWhatIsSaid:
             if row["model"] == "kd"
         ]
         assert own["accuracy"] == pytest.approx(accuracy)
-        assert own["split"] == published.LEAKING
+        assert own["split"] == published.OWN
         assert all(row["split"] and row["source"] for row in published.PUBLISHED)
         assert content.gather([runs[0]], None, None, None)["published"] is None
 
