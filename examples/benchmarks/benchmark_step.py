@@ -1,18 +1,21 @@
 """What a distillation step with relevance maps costs, as a multiple of a plain KD step.
 
     python examples/benchmarks/benchmark_step.py
-    python examples/benchmarks/benchmark_step.py --device cuda --batch-size 32 --image-size 224
+    python examples/benchmarks/benchmark_step.py --model vit_tiny_patch16_224 --image-size 224
+    python examples/benchmarks/benchmark_step.py --device cuda --autocast bfloat16 --batch-size 64
 
 Plain KD step: teacher's forward without gradients, student's forward, cross entropy + KL, backward,
 Adam. Every other case adds one loss to it, at the last of the layers or at all of them. Teacher
 (frozen, eval mode) and student (train mode) are of one architecture, images and labels are noise,
 all in the channels-last memory format, in which the driver trains; the last rows repeat two cases
-in PyTorch's own.
+in PyTorch's own. A transformer has a row more, AttnLRP, and none of the implementations that take
+its tokens for maps. With --autocast the forward passes and the loss run under torch.autocast, as
+in a training; the relevance pass is float32 by itself.
 
 Time: every round runs all cases once, in an order of its own; the first round is not counted. Each
 time is divided by that of the same round's plain step; the table shows the median of these ratios.
 On the CPU with one thread it is the process's CPU time, which other programs disturb less; else
-wall time.
+wall time, on a GPU with the device synchronised before the clock is read.
 
 Memory: peak above what teacher, student and batch take. On the CPU each case runs two steps in a
 process of its own, forked after these are built, and the growth of its largest resident set is
@@ -34,7 +37,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -50,6 +53,7 @@ from torch.nn import functional
 from kd_lrp_plugin.losses import LOSSES, kl_divergence, semantic_cosine
 from kd_lrp_plugin.plots.tables import table
 from kd_lrp_plugin.relevance.recording import record
+from kd_lrp_plugin.relevance.target_layers import choose_layers
 
 # --- the cases: (setting, layers) -> logits of student and teacher, and the added loss -----------
 
@@ -62,14 +66,26 @@ class Setting:
     def __init__(self, args: argparse.Namespace, memory_format: torch.memory_format) -> None:
         torch.manual_seed(0)
         device = torch.device(args.device)
-        self.teacher = timm.create_model(args.model, num_classes=4).eval().requires_grad_(False)
-        self.student = timm.create_model(args.model, num_classes=4)
+        self.teacher = build(args).eval().requires_grad_(False)
+        self.student = build(args)
         self.teacher.to(device, memory_format=memory_format)
         self.student.to(device, memory_format=memory_format)
         size = (args.batch_size, 3, args.image_size, args.image_size)
         self.images = torch.randn(size).to(device, memory_format=memory_format)
         self.labels = torch.randint(4, (args.batch_size,)).to(device)
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=1e-4)
+        self.autocast = args.autocast and getattr(torch, args.autocast)
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    cfg = timm.get_pretrained_cfg(args.model)
+    is_fixed = cfg is not None and cfg.fixed_input_size
+    size = {"img_size": args.image_size} if is_fixed else {}
+    return timm.create_model(args.model, num_classes=4, **size)
+
+
+def is_transformer(model: nn.Module) -> bool:
+    return any(hasattr(module, "fused_attn") for module in model.modules())
 
 
 def plain(setting: Setting, layers: list[str]) -> Outcome:
@@ -186,15 +202,25 @@ CASES: dict[str, Callable[[Setting, list[str]], Outcome]] = {
 }
 if importlib.util.find_spec("zennit"):
     CASES["zennit, z+"] = zennit_zplus
+ATTENTION = {"attn_lrp, semantic_cosine": partial(ours, "semantic_cosine", "attn_lrp")}
+
+
+def choose_cases(setting: Setting, only: list[str]) -> dict[str, Callable[..., Outcome]]:
+    """Those of the model's kind; with words, the ones in whose name is one of them."""
+    ours_alone = {name: case for name, case in CASES.items() if getattr(case, "func", 0) is ours}
+    cases = ours_alone | ATTENTION if is_transformer(setting.student) else CASES
+    return {n: case for n, case in cases.items() if not only or any(word in n for word in only)}
 
 
 # --- measuring -----------------------------------------------------------------------------------
 
 
 def run_step(setting: Setting, case: Callable[..., Outcome], layers: list[str]) -> None:
-    of_student, of_teacher, added = case(setting, layers)
-    loss = functional.cross_entropy(of_student, setting.labels)
-    loss = loss + kl_divergence(of_student, of_teacher) + added
+    device, dtype = setting.images.device.type, setting.autocast
+    with torch.autocast(device, dtype, enabled=True) if dtype else nullcontext():
+        of_student, of_teacher, added = case(setting, layers)
+        loss = functional.cross_entropy(of_student, setting.labels)
+        loss = loss + kl_divergence(of_student, of_teacher) + added
     setting.optimizer.zero_grad()
     loss.backward()
     setting.optimizer.step()
@@ -263,15 +289,18 @@ def main() -> None:
     # More threads only in the forked processes and after them: forking does not copy threads.
     torch.set_num_threads(1)
     setting = Setting(args, torch.channels_last)
-    taps = {1: args.layers[-1:], len(args.layers): args.layers}
+    layers = args.layers or choose_layers(setting.student)
+    taps = {1: layers[-1:], len(layers): layers}
     runs = {(PLAIN, 0): partial(run_step, setting, plain, [])}
-    for name, case in CASES.items():
+    for name, case in choose_cases(setting, args.only).items():
         runs |= {(name, n): partial(run_step, setting, case, taps[n]) for n in taps}
-    contiguous = Setting(args, torch.contiguous_format)
-    for name, case in [(PLAIN, plain), (OURS, CASES[OURS])]:
-        runs |= {
-            (f"{name}, contiguous", n): partial(run_step, contiguous, case, taps[n]) for n in taps
-        }
+    if not args.only:
+        contiguous = Setting(args, torch.contiguous_format)
+        for name, case in [(PLAIN, plain), (OURS, CASES[OURS])]:
+            runs |= {
+                (f"{name}, contiguous", n): partial(run_step, contiguous, case, taps[n])
+                for n in taps
+            }
     memory = measure_memory(runs, args)
     torch.set_num_threads(args.threads)
     times = measure_times(runs, args)
@@ -283,6 +312,7 @@ def main() -> None:
             for n in taps:
                 row[f"{what}, {n} layer{'s' * (n > 1)}"] = ratios.get((name, n), 1.0)
         records.append(row)
+    print(f"{describe(args)}; layers {', '.join(layers)}\n")
     print(table(records, digits=2))
     if args.out:
         with args.out.open("w", newline="") as file:
@@ -292,6 +322,13 @@ def main() -> None:
         print(f"saved {args.out}")
 
 
+def describe(args: argparse.Namespace) -> str:
+    device = torch.device(args.device)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{args.threads} thread"
+    settings = f"{args.model}, {args.image_size} px, batch {args.batch_size}"
+    return f"{card}, PyTorch {torch.__version__}: {settings}, {args.autocast or 'float32'}"
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -299,16 +336,20 @@ def parse() -> argparse.Namespace:
     add = partial(parser.add_argument, help="default: %(default)s")
     add("--rounds", type=int, default=15)
     add("--model", default="mobilenetv2_100")
-    add("--layers", nargs="+", default=["blocks.2", "blocks.4", "blocks.6"])
+    add("--layers", nargs="+", help="default: of mobilenetv2 blocks.2, .4 and .6, else as 'auto'")
+    add("--only", nargs="+", default=[], help="words: the cases in whose name is one of them")
     add("--image-size", type=int, default=128)
     add("--batch-size", type=int, default=16)
     add("--threads", type=int, default=1)
     add("--device", default="cpu")
+    add("--autocast", choices=["bfloat16", "float16"], help="default: none, all in float32")
     add("--out", type=Path, help="a CSV file for the table")
     add("--short", action="store_true", help="all is tiny, one round: a trial, not a measurement")
     args = parser.parse_args()
     if args.short:
         args.rounds, args.model, args.image_size, args.batch_size = 1, "mobilenetv2_035", 32, 2
+    if args.layers is None and args.model.startswith("mobilenetv2"):
+        args.layers = ["blocks.2", "blocks.4", "blocks.6"]
     return args
 
 

@@ -26,7 +26,7 @@ from kd_lrp_plugin.relevance.methods import Method
 
 def is_attention(module: nn.Module) -> bool:
     """Whether it is one of timm's, which can all do without the fused operation."""
-    return hasattr(module, "fused_attn")
+    return "fused_attn" in vars(module) or hasattr(type(module), "fused_attn")
 
 
 def serve_attention(

@@ -73,7 +73,7 @@ class LayerRule:
     name: str
     switch: Switch
     rule: Callable[..., Tensor] | None
-    overwrites: bool
+    overwrites: bool = False
     owns: frozenset[str] = frozenset()
 
 

@@ -40,8 +40,12 @@ from kd_lrp_plugin.utils.validation import message
 
 _RECORDED: WeakSet[nn.Module] = WeakSet()
 
-CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "memory_efficient")
-"""Attributes of timm's, transformers' and torchvision's modules that run them twice."""
+CHECKPOINTING = {
+    "grad_checkpointing": "Call set_grad_checkpointing(False) of the model before it is recorded.",
+    "gradient_checkpointing": "Call gradient_checkpointing_disable() before it is recorded.",
+    "memory_efficient": "Set it to False before the model is recorded.",
+}
+"""Attributes of timm's, transformers' and torchvision's modules that run them twice; what to do."""
 
 
 class Propagation:
@@ -50,12 +54,15 @@ class Propagation:
     Attributes:
         outputs: of each target layer in the latest forward pass, by name, as maps (n, c, h, w).
         layouts: of the tensors that the model has in their place.
+        model: that is recorded.
+        n_nodes: of the graph behind the logits that were last asked about.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str], method: Method, name: str) -> None:
         self.outputs: dict[str, Tensor] = {}
         self.layouts: dict[str, Layout] = {}
-        self._model = model
+        self.n_nodes = 0
+        self.model = model
         self._layers = layers
         self._method = method
         self._name = name
@@ -65,6 +72,7 @@ class Propagation:
         self._image_shape: Sequence[int] | None = None
         self._autocast = WideAutocast()
         self._fused_norms: list[FusedNormInput] = []
+        self._in_place: list[nn.Module] = []
         self._hooks = LayerHooks(name)
         # A checkpointed part of the model runs a second time, in the backward pass: not recorded.
         self._is_over = False
@@ -72,16 +80,17 @@ class Propagation:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Serve the forward passes inside the context; leave no trace on the model."""
-        if self._model in _RECORDED:
+        modules = set(self.model.modules()) if _RECORDED else set()
+        if any(not modules.isdisjoint(recorded.modules()) for recorded in _RECORDED):
             fix = "Close the first recording, or ask it for all layers."
             raise ValueError(message("record", "a model that is not being recorded", "one", fix))
         try:
-            _RECORDED.add(self._model)
+            _RECORDED.add(self.model)
             self._install()
             with sdpa_kernel(SDPBackend.MATH):  # the fused attention has no second derivative
                 yield
         finally:
-            _RECORDED.discard(self._model)
+            _RECORDED.discard(self.model)
             self._hooks.undo()
             self._forget_calls()
 
@@ -97,28 +106,32 @@ class Propagation:
     # --- installing -----------------------------------------------------------------------------
 
     def _install(self) -> None:
-        modules = dict(self._model.named_modules())
-        begin = self._model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        modules = dict(self.model.named_modules())
+        self._hooks.listen()
+        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
         self._hooks.add(begin.remove)
-        self._hooks.add(self._model.register_forward_hook(self._end, always_call=True).remove)
+        self._hooks.add(self.model.register_forward_hook(self._end, always_call=True).remove)
         self._hooks.add(self._end)
         for name, module in modules.items():
             if "parametrizations" not in name.split("."):  # these make weights, not features
-                self._prepare(module)
+                self._prepare(name, module)
                 self._install_rule(name, module)
         for name in self._layers:
             # Behind the hooks of the user: the next layer reads what they return.
             hook = partial(self._remember, name)
             self._hooks.add(modules[name].register_forward_hook(hook).remove)
 
-    def _prepare(self, module: nn.Module) -> None:
-        """Let the module run once, spare its input, and hand out the weights that it computes."""
-        for attribute in CHECKPOINTING:
-            if getattr(module, attribute, None) is True:
-                self._hooks.set(module, attribute, False)
-        if getattr(module, "inplace", False):
-            self._hooks.add(module.register_forward_pre_hook(self._spare_input).remove)
-        if parametrize.is_parametrized(module, "weight"):
+    def _prepare(self, name: str, module: nn.Module) -> None:
+        """See to it that it runs once, spares its input, and hands out computed weights."""
+        # Not by getattr, which of a module is slow where there is none, as nearly everywhere.
+        attributes = vars(module)
+        for attribute, fix in CHECKPOINTING.items():
+            if attributes.get(attribute) is True:
+                got = f"gradient checkpointing: {attribute} of {name or 'the model'!r} is True"
+                raise ValueError(message("record", "a forward pass that runs once", got, fix))
+        if attributes.get("inplace", getattr(type(module), "inplace", False)):
+            self._in_place.append(module)
+        if "parametrizations" in module._modules and parametrize.is_parametrized(module, "weight"):
             self._watch_weight(module)
 
     def _install_rule(self, name: str, module: nn.Module) -> None:
@@ -150,16 +163,19 @@ class Propagation:
             gate = partial(layer_rules.serve_gate, name)
             hooks.put_behind(name, module, lambda _, output: gate(output))
         elif lrp and runs_as(module, *ACTIVATIONS):
-            serve = partial(layer_rules.serve_activation, rules.activation, name)
+            serve = partial(layer_rules.serve_activation, rules.activation, name, module)
             hooks.put_behind(name, module, serve)
         elif runs_as(module, *HARD_SIGMOIDS):
-            serve = partial(layer_rules.serve_activation, rules.hard_sigmoid_gradient, name)
+            serve = partial(layer_rules.serve_activation, rules.hard_sigmoid_gradient, name, module)
             hooks.put_behind(name, module, serve)
 
     def _install_norm(self, name: str, module: BatchNorm) -> None:
         serve = partial(self._rules.serve_norm, name, module)
         if runs_as(module, BatchNormAct2d) and has_readable_weight(module):
-            fused = FusedNormInput(name, serve)
+            # Its activation reads the output, and does not work in place while it is recorded.
+            act: Any = module.act
+            stays = runs_as(act, *ACTIVATIONS)
+            fused = FusedNormInput(name, partial(serve, stays=stays))
             hook = module.register_forward_pre_hook(fused.keep, with_kwargs=True)
             self._hooks.add(hook.remove)
             self._fused_norms.append(fused)
@@ -201,16 +217,12 @@ class Propagation:
             fused.forget()
         self._rules.clear()
 
-    def _spare_input(self, module: nn.Module, inputs: tuple) -> None:
-        if self.outputs and module.inplace:
-            self._hooks.set(module, "inplace", False)
-
     def _remember(self, name: str, module: nn.Module, inputs: tuple, output: Any) -> Any:
         """Keep the output of a target layer, with a graph from there on."""
         if self._is_over:
             return None
         where = f"layer {name!r}"
-        layout = find_layout(self._model, name, output, self._image_shape)
+        layout = find_layout(self.model, name, output, self._image_shape)
         if name in self.outputs:
             fix = "Choose a layer that runs once."
             raise ValueError(message(where, "one call in a forward pass", "a second", fix))
@@ -223,6 +235,8 @@ class Propagation:
             # Through a frozen model that starts here, nothing else ever flows back: the
             # ordinary graph need not be kept.
             self._rules.without_gradient = self._frozen and not output.requires_grad
+            for spared in self._in_place:  # from here on, what a layer reads is kept
+                self._hooks.set(spared, "inplace", False)
         maps = layout.to_maps(output)
         kept = maps if maps.requires_grad else maps.detach().requires_grad_()
         self.outputs[name], self.layouts[name] = kept, layout
@@ -248,6 +262,7 @@ class Propagation:
         self.check_recorded()
         outputs = self.outputs.values()
         carriers = find_carriers(logits, outputs, self._name, self._method.is_gradient)
+        self.n_nodes = len(carriers)
         for name, output in self.outputs.items():
             if not carriers.get(get_grad_node(output), False):
                 fix = (

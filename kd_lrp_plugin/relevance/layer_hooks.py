@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from kd_lrp_plugin.relevance.graph import refuse_checkpointing
 from kd_lrp_plugin.utils.validation import message
@@ -14,6 +15,10 @@ Serve = Callable[[Any, Any], Tensor | None]
 
 class LayerHooks:
     """What stands behind and in front of layers, while a forward pass is recorded.
+
+    A hook on every layer, put there and taken away for each step, costs more than what it calls:
+    one for all modules of the process looks the layer up. Only what must see an input that may be
+    passed by keyword is a hook on the layer.
 
     Args:
         method: for messages.
@@ -26,11 +31,19 @@ class LayerHooks:
         self.is_recording = False
         self._method = method
         self._undo: list[Callable[[], object]] = []
+        self._behind: dict[nn.Module, list[tuple[str, Serve]]] = {}
+
+    def listen(self) -> None:
+        """Serve from now on, until :meth:`undo`."""
+        # In front of the hooks of the user, which may change the output: what they do is then
+        # part of the graph, as it would be between this layer and the next.
+        self.add(register_module_forward_hook(self._serve_behind, with_kwargs=True).remove)
 
     def add(self, undo: Callable[[], object]) -> None:
         self._undo.append(undo)
 
     def undo(self) -> None:
+        self._behind.clear()
         while self._undo:
             self._undo.pop()()
 
@@ -41,22 +54,7 @@ class LayerHooks:
 
     def put_behind(self, name: str, module: nn.Module, serve: Serve) -> None:
         """Let ``serve(input, output)`` replace the output of ``module`` behind a target layer."""
-
-        def hook(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-            if not self._is_serving():
-                return None
-            if next(iter(module._forward_hooks)) != handle.id:
-                fix = "Register hooks before the recording begins, or without prepend."
-                got = "another hook in front"
-                expected = "the layer's output as it is"
-                raise ValueError(message(f"layer {name!r}", expected, got, fix))
-            refuse_checkpointing(f"layer {name!r}")
-            return serve(get_input(args, kwargs), output)
-
-        # In front of the hooks of the user, which may change the output: what they do is then
-        # part of the graph, as it would be between this layer and the next.
-        handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-        self.add(handle.remove)
+        self._behind.setdefault(module, []).append((name, serve))
 
     def put_before(self, module: nn.Module, serve: Callable[[Tensor], Tensor]) -> None:
         """Let ``serve(input)`` replace the only input of ``module`` behind a target layer."""
@@ -70,6 +68,17 @@ class LayerHooks:
             return args, {**kwargs, first: serve(kwargs[first])}
 
         self.add(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _serve_behind(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        result = None
+        for name, serve in self._behind.get(module, ()):
+            if not self._is_serving():
+                return None
+            refuse_checkpointing(f"layer {name!r}")
+            served = serve(get_input(args, kwargs), output)
+            if served is not None:
+                result = output = served
+        return result
 
     def refuse(self, name: str, module: nn.Module, expected: str) -> None:
         def serve(*_: object) -> None:

@@ -6,7 +6,7 @@ what its class says would be silently wrong.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from timm.layers import LayerNorm, LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
@@ -22,6 +22,7 @@ from kd_lrp_plugin.relevance import linear_maps, norms, rules
 from kd_lrp_plugin.relevance.graph import LayerRule, RelevanceFunction, Switch
 from kd_lrp_plugin.relevance.linear_maps import LinearMap
 from kd_lrp_plugin.relevance.methods import Method
+from kd_lrp_plugin.relevance.recomputation import apply_activation_rule, apply_rule
 from kd_lrp_plugin.utils.validation import message
 
 # fmt: off
@@ -31,6 +32,10 @@ ACTIVATIONS = (
     timm_act.GELU, timm_act.GELUTanh, timm_act.PReLU,
 )
 """Elementwise modules that hand relevance on unchanged."""
+WITH_WEIGHTS = (nn.PReLU, timm_act.PReLU)
+"""Activations that are more than a function of their input."""
+KEEPING = (nn.ReLU, nn.Tanh, timm_act.Tanh, nn.Hardsigmoid, timm_act.HardSigmoid)
+"""Activations whose output autograd keeps, or might: it cannot be handed on as it is."""
 SIGMOIDS = (nn.Sigmoid, nn.Hardsigmoid, timm_act.Sigmoid, timm_act.HardSigmoid)
 """Modules whose output is a factor, not a feature: no relevance flows through them. So is that of
 softmax, but for methods that have relevance flow through the weights of an attention."""
@@ -45,12 +50,13 @@ LINEAR_LAYERS = (nn.Linear, TimmLinear)
 
 def runs_as(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether the module's forward pass is that of one of ``kinds``, also if it inherits it."""
+    if not isinstance(module, kinds):
+        return False
     forward = vars(module).get("forward", type(module).forward)
     if getattr(forward, "__self__", None) is module:
         forward = forward.__func__  # the class's own, bound again
     return (
-        isinstance(module, kinds)
-        and any(forward is kind.forward for kind in kinds)
+        any(forward is kind.forward for kind in kinds)
         and type(module).__call__ is nn.Module.__call__
     )
 
@@ -76,6 +82,27 @@ def has_readable_weight(module: nn.Module) -> bool:
     )
 
 
+class ConvolutionOutput:
+    """What a convolution has given, kept until a batch norm that reads it is one layer with it.
+
+    Args:
+        output: without the hook's own node behind it, which would hold itself.
+    """
+
+    def __init__(self, output: Tensor) -> None:
+        self._output: Tensor | None = output
+
+    def forget(self) -> None:
+        self._output = None
+
+    def read(self, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LinearMap) -> Tensor:
+        """The output; computed again where something else than the norm has read it, too."""
+        if self._output is not None:
+            return self._output
+        output = layer.apply(x, weight)
+        return output if bias is None else output + bias[:, None, None]
+
+
 @dataclass(frozen=True, eq=False)
 class ConvolutionCall:
     """A convolution as it has run, for the batch norm that may read its output next.
@@ -90,6 +117,7 @@ class ConvolutionCall:
     source: Tensor
     source_version: int
     output_version: int
+    output: ConvolutionOutput
 
 
 class LayerRules:
@@ -109,10 +137,12 @@ class LayerRules:
         self._method = method
         self._targets = targets
         self._convolutions = WeakTensorKeyDictionary()
+        self._nonnegative = WeakTensorKeyDictionary()  # to the version that is
 
     def clear(self) -> None:
         self.weights.clear()
         self._convolutions.clear()
+        self._nonnegative.clear()
 
     def serve_convolution(
         self, name: str, module: nn.Conv2d, source: Tensor, output: Tensor
@@ -123,40 +153,52 @@ class LayerRules:
             fix = "Keep the batch axis."
             got = f"{tuple(source.shape)}"
             raise ValueError(message(f"layer {name!r}", "an input (n, c, h, w)", got, fix))
-        linear_map = linear_maps.make_convolution(module, source)
+        linear_map = self._knows_sign(source, linear_maps.make_convolution(module, source))
         weight = self._read_weight(module)
         rule = self._method.convolution
-        needs_output = self._method.needs_output
-        result = self._insert(
-            LayerRule(name, self.switch, _apply_affine(rule, linear_map), not needs_output),
-            output,
-            source,
-            weight,
-            *((source, output) if needs_output else (None, None)),
-        )
+        kept = ConvolutionOutput(self._cut(output))
+        if self._method.needs_output:
+            layer_rule = LayerRule(name, self.switch, _apply_convolution(rule, linear_map, kept))
+            result = self._insert(layer_rule, output, source, weight, source, module.bias)
+        else:
+            apply = _apply_affine(rule, linear_map)
+            layer_rule = LayerRule(name, self.switch, apply, overwrites=True)
+            result = self._insert(layer_rule, output, source, weight, None, None)
         self._convolutions[result] = ConvolutionCall(
-            module, name, weight, linear_map, source, source._version, result._version
+            module, name, weight, linear_map, source, source._version, result._version, kept
         )
         return result
 
     def serve_linear(self, name: str, module: nn.Linear, source: Tensor, output: Tensor) -> Tensor:
-        rule = _apply_affine(self._method.linear, linear_maps.LINEAR)
+        linear_map = self._knows_sign(source, linear_maps.LINEAR)
+        rule = _apply_affine(self._method.linear, linear_map)
         kept = (source, output) if self._method.needs_output else (None, None)
-        layer_rule = LayerRule(name, self.switch, rule, overwrites=False)
+        layer_rule = LayerRule(name, self.switch, rule)
         return self._insert(layer_rule, output, source, self._read_weight(module), *kept)
 
-    def serve_norm(self, name: str, module: BatchNorm, raw: Tensor, output: Tensor) -> Tensor:
-        """A batch norm, together with the convolution that ``raw`` is the output of, if any."""
+    def serve_norm(
+        self, name: str, module: BatchNorm, raw: Tensor, output: Tensor, stays: bool = False
+    ) -> Tensor:
+        """A batch norm, together with the convolution that ``raw`` is the output of, if any.
+
+        Args:
+            name: of the norm.
+            module: the norm.
+            raw: its input.
+            output: of the norm.
+            stays: whether nothing will change the output in place, as where an activation reads it.
+        """
         tensors = norms.norm_tensors(module, self._read_weight(module), raw)
         call = self._take_convolution(name, raw)
         if call is None:
             rule = _apply_norm(module.eps)
             layer_rule = LayerRule(name, self.switch, rule, overwrites=True)
             return self._insert(layer_rule, output, raw, *tensors)
+        call.output.forget()
         needs_output = self._method.needs_output
         rule = _apply_affine(self._method.convolution, call.linear_map, module.eps)
         return self._insert(
-            LayerRule(call.name, self.switch, rule, not needs_output),
+            LayerRule(call.name, self.switch, rule, overwrites=stays or not needs_output),
             output,
             call.source,
             call.weight,
@@ -203,25 +245,48 @@ class LayerRules:
         return call
 
     def serve_activation(
-        self, rule: Callable[..., Tensor], name: str, source: Tensor, output: Tensor
+        self,
+        rule: Callable[..., Tensor],
+        name: str,
+        module: Any,
+        source: Tensor,
+        output: Tensor,
     ) -> Tensor:
-        layer_rule = LayerRule(name, self.switch, rule, overwrites=False)
-        return self._insert(layer_rule, output, source, source, output)
+        if isinstance(module, WITH_WEIGHTS):
+            return self._insert(LayerRule(name, self.switch, rule), output, source, source, output)
+
+        def apply(g: Tensor, x: Tensor) -> Tensor:
+            return apply_activation_rule(rule, module, g, x)
+
+        layer_rule = LayerRule(name, self.switch, apply, overwrites=not isinstance(module, KEEPING))
+        result = self._insert(layer_rule, output, source, source)
+        if runs_as(module, nn.ReLU) or (runs_as(module, nn.Hardtanh) and module.min_val >= 0):
+            self._nonnegative[result] = result._version
+        return result
 
     def serve_gate(self, name: str, output: Tensor) -> Tensor:
-        return self._insert(LayerRule(name, self.switch, None, overwrites=False), output, None)
+        return self._insert(LayerRule(name, self.switch, None), output, None)
 
     def serve_product(self, name: str, owns: frozenset[str], output: Tensor) -> Tensor:
         """Half for each factor of the product in front; ``owns`` as in :class:`LayerRule`."""
-        layer_rule = LayerRule(name, self.switch, rules.uniform, overwrites=False, owns=owns)
+        layer_rule = LayerRule(name, self.switch, rules.uniform, owns=owns)
         return self._insert(layer_rule, output, output)
 
     def _insert(
         self, layer_rule: LayerRule, output: Tensor, source: Tensor | None, *tensors: Tensor | None
     ) -> Tensor:
-        if self.without_gradient:
-            output = output.detach()
-        return RelevanceFunction.apply(output, source, layer_rule, *tensors)
+        tensors = tuple(self._cut(tensor) for tensor in tensors)
+        return RelevanceFunction.apply(self._cut(output), source, layer_rule, *tensors)
+
+    def _cut(self, tensor: Any) -> Any:
+        """The tensor, without its graph where that need not be kept."""
+        return tensor.detach() if self.without_gradient and tensor is not None else tensor
+
+    def _knows_sign(self, source: Tensor, linear_map: LinearMap) -> LinearMap:
+        """The map, told that its input is not negative, where that comes straight from a ReLU."""
+        if self._nonnegative.get(source) == source._version:
+            return replace(linear_map, is_nonnegative=True)
+        return linear_map
 
     def _read_weight(self, module: nn.Module) -> Any:
         # Without a value it is in parametrize.cached(), where reading costs and moves nothing.
@@ -235,9 +300,20 @@ def _apply_affine(
     """The rule on ``(weight, x, y)`` and, with the ``eps`` of a norm, on the norm's tensors."""
 
     def apply(g: Tensor, weight: Tensor, x: Any, y: Any, *norm: Tensor | None) -> Tensor:
-        if eps is not None:
-            weight = weight * norms.norm_scale(eps, *norm).view(-1, 1, 1, 1)
-        return rule(g, x, y, weight, linear_map)
+        scale = None if eps is None else norms.norm_scale(eps, *norm)
+        return apply_rule(rule, linear_map, g, (x, y, weight), scale)
+
+    return apply
+
+
+def _apply_convolution(
+    rule: rules.Rule, linear_map: LinearMap, output: ConvolutionOutput
+) -> Callable[..., Tensor]:
+    """The rule of a convolution without a norm behind it, on ``(weight, x, bias)``."""
+
+    def apply(g: Tensor, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        y = output.read(x, weight, bias, linear_map)
+        return apply_rule(rule, linear_map, g, (x, y, weight))
 
     return apply
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from captum.attr import LayerGradientXActivation
@@ -22,6 +23,8 @@ from kd_lrp_plugin.relevance.target_layers import choose_layers, resolve_layers
 from kd_lrp_plugin.utils.preserved import preserved
 from kd_lrp_plugin.utils.validation import check_class_weights, check_known, message
 
+_SETTLED: WeakKeyDictionary[nn.Module, set[tuple]] = WeakKeyDictionary()
+"""What has been looked at for each model: layers, method and size of the graph."""
 CANCELLATION = 1e-3
 """Sums over channels below this part of their terms' sizes are no relevance but their rounding."""
 
@@ -64,9 +67,8 @@ def record(
     A model without trainable parameters, such as a frozen teacher, keeps a graph from its first
     target layer on only. Under ``torch.autocast`` a forward pass continues in float32 from the
     first target layer that runs, so that features, logits, maps and their derivative are float32.
-    Gradient checkpointing that a module's attribute switches (timm's ``set_grad_checkpointing``) is
-    off meanwhile, and so is fused attention, which has no second derivative. When the context
-    closes, the model is as it was.
+    Fused attention, which has no second derivative, is off meanwhile. When the context closes, the
+    model is as it was.
 
     Args:
         model: any module that ends in logits (n, classes). Of a ``DistributedDataParallel`` the
@@ -81,7 +83,8 @@ def record(
 
     Raises:
         ValueError: for an unknown method or layer, or a model or layer that cannot be recorded;
-            a compiled model and one with weights in half precision are among them.
+            a compiled model, one with weights in half precision and one under gradient
+            checkpointing are among them.
 
     Example:
         >>> import timm
@@ -159,7 +162,8 @@ class Recording:
         if logits.ndim != 2:
             fix = "Record a model that ends in a classifier."
             raise ValueError(message("maps", "logits (n, classes)", tuple(logits.shape), fix))
-        check_class_weights("maps", targets, logits)
+        # CUDA stops of its own accord at an index that there is no logit for.
+        check_class_weights("maps", targets, logits, look=not targets.is_cuda)
         with _naming_changes(self.method):
             self._propagation.check_path(logits)
         with torch.autocast(logits.device.type, enabled=False):
@@ -179,15 +183,30 @@ class Recording:
         graph = {"create_graph": create_graph, "retain_graph": True}
         with self._propagation.relevance_pass(), _naming_changes(self.method):
             factors = captum.attribute(scores, grad_kwargs=graph)
-        self._check_patches(factors, targets)
+        settled = self._is_settled()
+        if not settled:
+            self._check_patches(factors, targets)
         if METHODS[self.method].pooled:
             factors = [factor.mean((2, 3), keepdim=True) for factor in factors]
         with torch.set_grad_enabled(create_graph):
             terms = [a * factor for a, factor in zip(activations, factors, strict=True)]
             maps = [term.sum(1) for term in terms]
-            if METHODS[self.method].is_gradient and not METHODS[self.method].pooled:
-                self._check_cancellation(terms, maps)
+            if not settled and self._check_cancellation(terms, maps):
+                self._settle()
             return maps if signed else [m.relu() for m in maps]
+
+    def _is_settled(self) -> bool:
+        """Whether maps of the same graph have been looked at, which is to wait for the device.
+
+        What is looked for lies in how a model is made, not in its weights or in the images.
+        """
+        return self._get_kind() in _SETTLED.get(self._propagation.model, ())
+
+    def _settle(self) -> None:
+        _SETTLED.setdefault(self._propagation.model, set()).add(self._get_kind())
+
+    def _get_kind(self) -> tuple:
+        return (tuple(self.layers), self.method, self._propagation.n_nodes)
 
     @torch.no_grad()
     def _check_patches(self, factors: Sequence[Tensor], targets: Tensor) -> None:
@@ -202,8 +221,10 @@ class Recording:
                 raise ValueError(message(where, "relevance of the patches", got, fix))
 
     @torch.no_grad()
-    def _check_cancellation(self, terms: list[Tensor], maps: list[Tensor]) -> None:
+    def _check_cancellation(self, terms: list[Tensor], maps: list[Tensor]) -> bool:
         """Raise ``ValueError`` where the sums over channels are all rounding.
+
+        Returns whether all layers have relevance, so that there was something to look at.
 
         What reads a layer only through a norm over its channels does not depend on their common
         scale, so that by Euler's theorem on homogeneous functions their activations times
@@ -213,9 +234,13 @@ class Recording:
         the total of a map zero.
         """
         sizes = [(m.abs().sum(), term.abs().sum()) for m, term in zip(maps, terms, strict=True)]
+        is_plain = METHODS[self.method].is_gradient and not METHODS[self.method].pooled
         cancels = torch.stack([m < CANCELLATION * term for m, term in sizes])
-        if not cancels.any():  # one synchronisation with the device for all layers
-            return
+        some = torch.stack([m > 0 for m, _ in sizes]).all()
+        # One synchronisation with the device for all layers.
+        does_cancel, has_relevance = torch.stack([cancels.any(), some]).tolist()
+        if not (is_plain and does_cancel):
+            return has_relevance
         index = int(cancels.int().argmax())
         got = f"sums over channels that cancel, {float(sizes[index][0] / sizes[index][1]):.0e} of"
         fix = (
@@ -315,11 +340,11 @@ def _check_as_written(model: nn.Module) -> None:
             fix = "torch.compile is for losses without relevance; leave the model uncompiled."
             got = f"one compiled at {name!r}" if name else "a compiled one"
             raise ValueError(message("record", "a model as written", got, fix))
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            fix = "Keep the weights in float32, and run the model under torch.autocast."
-            got = f"{name!r} in {parameter.dtype}"
-            raise ValueError(message("record", "weights in float32", got, fix))
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype in (torch.float16, torch.bfloat16):
+                fix = "Keep the weights in float32, and run the model under torch.autocast."
+                got = f"{'.'.join(filter(None, (name, own)))!r} in {parameter.dtype}"
+                raise ValueError(message("record", "weights in float32", got, fix))
 
 
 def _get_layer_names(model: nn.Module, layers: Sequence[str] | str) -> list[str]:

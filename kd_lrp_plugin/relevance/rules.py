@@ -15,7 +15,7 @@ what it is given.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,16 +41,42 @@ def stabilize(z: Tensor) -> Tensor:
     whose sum does not overflow, and the rounding.
     """
     with torch.no_grad():
-        # log2 of 0 is -inf, and of a layer that is all zero the smallest number stays, for 0 / 0.
-        axes = tuple(range(1, z.ndim))
-        size = z.abs() if not axes else torch.linalg.vector_norm(z, 1, axes)
-        size = size * (len(z) / max(z.numel(), 1))
-        shift = (EPSILON * size.log2().floor().exp2()).clamp(min=torch.finfo(z.dtype).tiny)
-        shift = shift.view(-1, *[1] * (z.ndim - 1))
         # Twenty times faster than torch.where on the CPU. A zero with a minus sign counts as
         # negative, which no ratio tells: without contributions there is none to hand back.
-        shift = torch.copysign(shift, z)
+        shift = torch.copysign(_get_shift(z), z)
     return z + shift
+
+
+@torch.no_grad()
+def _get_shift(z: Tensor) -> Tensor:
+    """How far :func:`stabilize` moves, for each sample."""
+    # log2 of 0 is -inf, and of a layer that is all zero the smallest number stays, for 0 / 0.
+    axes = tuple(range(1, z.ndim))
+    size = z.abs().mean(axes, keepdim=True) if axes else z.abs()
+    return (EPSILON * size.log2().floor().exp2()).clamp(min=torch.finfo(z.dtype).tiny)
+
+
+def share(g: Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """``g * (y / stabilize(z))``, with its derivative, in a third of the passes over memory."""
+    return _Share.apply(g, y, z, _get_shift(z))
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, y: Tensor, z: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(g, y, z, shift)
+        stable = torch.copysign(shift, z).add_(z)
+        return torch.div(y, stable, out=stable).mul_(g)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        g, y, z, shift = ctx.saved_tensors
+        need_g, need_y, need_z, _ = ctx.needs_input_grad
+        stable = torch.copysign(shift, z.detach()).add_(z)
+        part = grads[0] / stable
+        of_y = part * g if need_y or need_z else None
+        of_z = (of_y * y / stable).neg_() if of_y is not None and need_z else None
+        return part * y if need_g else None, of_y, of_z, None
 
 
 Rule: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, LinearMap], Tensor]
@@ -66,7 +92,7 @@ def gradient(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Te
 @RULES.register
 def epsilon(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tensor:
     """LRP-ε: in proportion to each contribution (Bach et al., PLOS ONE 2015, eq. 58)."""
-    return layer.transpose(g * (y / stabilize(y)), w)
+    return layer.transpose(share(g, y, y), w)
 
 
 @RULES.register
@@ -76,9 +102,20 @@ def zplus(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tenso
     Source: Bach et al., PLOS ONE 2015, eq. 60 with α = 1; Montavon et al., Pattern Recognition
     65 (2017), for inputs that are never negative.
     """
-    upper, lower, below = w.clamp(min=0), w.clamp(max=0), _find_negative(x)
-    positive = _split_apply(x, below, upper, lower, layer)
-    return _split_transpose(g * (y / stabilize(positive)), below, upper, lower, layer)
+    upper = w.relu()
+    if not _may_be_negative(x, layer):
+        return layer.transpose(share(g, y, layer.apply(x, upper)), upper)
+    lower, above = w - upper, x.relu()
+    below, axis = x - above, layer.channel_axis
+    if axis is None:
+        r = share(g, y, layer.apply(above, upper) + layer.apply(below, lower))
+        of_above, of_below = layer.transpose(r, upper), layer.transpose(r, lower)
+    else:  # side by side, as one layer
+        weights = torch.cat([upper, lower], 1)
+        r = share(g, y, layer.apply(torch.cat([above, below], axis), weights))
+        of_above, of_below = layer.transpose(r, weights).chunk(2, axis)
+    # Many times faster than torch.where on the CPU, and between 0 and 1 as exact.
+    return torch.lerp(of_above, of_below, (1 - _get_sign(x)) / 2)
 
 
 @RULES.register
@@ -88,48 +125,46 @@ def gamma(g: Tensor, x: Tensor, y: Tensor, w: Tensor, layer: LinearMap) -> Tenso
     Source: Montavon et al., Explainable AI, LNCS 11700 (2019), ch. 10.2, for positive outputs.
     Deviation: a negative output (of a linear bottleneck, or a logit) prefers its negative
     contributions in the same way; with positive ones its denominator could vanish.
+
+    With ``s`` the sign of the output, the contributions ``c`` of that sign are ``(c + s |c|) / 2``:
+    the layer itself and that of the absolute values are all it takes, whatever the signs.
     """
-    upper, lower, below = w.clamp(min=0), w.clamp(max=0), _find_negative(x)
-    is_positive = y >= 0
-    positive = _split_apply(x, below, upper, lower, layer)
-    negative = _split_apply(x, below, lower, upper, layer)
-    ratio = g * (y / stabilize(y + GAMMA * torch.where(is_positive, positive, negative)))
-    return (
-        layer.transpose(ratio, w)
-        + GAMMA * _split_transpose(ratio * is_positive, below, upper, lower, layer)
-        + GAMMA * _split_transpose(ratio * ~is_positive, below, lower, upper, layer)
-    )
+    is_signed, size, sign = _may_be_negative(x, layer), w.abs(), _get_sign(y)
+    axis = None if is_signed else layer.channel_axis
+    if axis is None:
+        total, spread = layer.apply(x, w), layer.apply(x.abs() if is_signed else x, size)
+    else:
+        total, spread = layer.apply(x, torch.cat([w, size])).chunk(2, axis)
+    r = share(g, y, y + GAMMA / 2 * (total + sign * spread))
+    if axis is None:
+        favoured = layer.transpose(sign * r, GAMMA / 2 * size)
+        return layer.transpose(r, (1 + GAMMA / 2) * w) + (
+            _get_sign(x) * favoured if is_signed else favoured
+        )
+    weights = torch.cat([(1 + GAMMA / 2) * w, GAMMA / 2 * size])
+    return layer.transpose(torch.cat([r, sign * r], axis), weights)
 
 
-def _find_negative(x: Tensor) -> Tensor | None:
-    """Where ``x`` is negative; None behind a ReLU, where half of the work falls away."""
-    below = x.detach() < 0
-    return below if bool(below.any()) else None
+WITHOUT_VALUES: frozenset[Rule] = frozenset({gradient, epsilon, zplus, gamma})
+"""Rules whose result is linear in the transposes in it: to derive it, nobody reads their values."""
 
 
-def _split_apply(
-    x: Tensor, below: Tensor | None, w_above: Tensor, w_below: Tensor, layer: LinearMap
-) -> Tensor:
-    """Positive inputs through one weight plus negative inputs through another."""
-    total = layer.apply(x.clamp(min=0), w_above)
-    if below is not None:
-        total = total + layer.apply(x.clamp(max=0), w_below)
-    return total
+def _may_be_negative(x: Tensor, layer: LinearMap) -> bool:
+    """False where nothing is below zero, as behind a ReLU, where half of the work falls away."""
+    if layer.is_nonnegative or not x.numel():
+        return False
+    # To ask another device is to wait for it, which costs more than the other half.
+    return x.device.type != "cpu" or bool(x.detach().amin() < 0)
 
 
-def _split_transpose(
-    r: Tensor, below: Tensor | None, w_above: Tensor, w_below: Tensor, layer: LinearMap
-) -> Tensor:
-    """The transpose of :func:`_split_apply`."""
-    back = layer.transpose(r, w_above)
-    if below is not None:
-        back = torch.where(below, layer.transpose(r, w_below), back)
-    return back
+def _get_sign(x: Tensor) -> Tensor:
+    """1 or -1; zero counts as positive."""
+    return torch.copysign(x.new_ones(()), x.detach())
 
 
 def activation(g: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """An activation hands its relevance on unchanged: ``x * g_x = y * g`` (Bach et al. 2015)."""
-    return g * (y / stabilize(x))
+    return share(g, y, x)
 
 
 def uniform(g: Tensor) -> Tensor:

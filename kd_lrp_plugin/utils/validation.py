@@ -77,10 +77,11 @@ def find_labelled(targets: Tensor) -> Tensor | None:
     return None if bool(known.all()) else known
 
 
-def check_class_weights(where: str, targets: Tensor, logits: Tensor) -> None:
+def check_class_weights(where: str, targets: Tensor, logits: Tensor, look: bool = True) -> None:
     """Raise ``ValueError`` unless ``targets`` are class indices or class weights for ``logits``.
 
-    Indices have shape (n,) and lie in ``[0, classes)``; weights have the logits' shape.
+    Indices have shape (n,) and lie in ``[0, classes)``; weights have the logits' shape. Without
+    ``look`` their values are not asked for, which is to wait for their device.
     """
     import torch
 
@@ -105,7 +106,7 @@ def check_class_weights(where: str, targets: Tensor, logits: Tensor) -> None:
                 "Give one index per image, or floating-point weights of shape (n, classes).",
             )
         )
-    if n and (int(targets.min()) < 0 or int(targets.max()) >= classes):
+    if look and n and (int(targets.min()) < 0 or int(targets.max()) >= classes):
         raise ValueError(
             message(
                 where,

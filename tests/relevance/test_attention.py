@@ -7,6 +7,7 @@ import pytest
 import reference_tokens
 import timm
 import torch
+import torch.nn.functional as F
 from reference import LRP, PLAIN, Node, Walk, relevance
 from reference_tokens import randomize_all
 from timm.layers import LayerNorm2d, LayerNorm2dFp32, LayerNormFp32
@@ -14,6 +15,7 @@ from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block as VitBlock
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kd_lrp_plugin.relevance.recording import record, relevance_maps
 
@@ -192,3 +194,21 @@ def test_grad_cam_keeps_the_plain_gradient_of_a_layer_norm():
     expected = (x * grad.mean((2, 3), keepdim=True)).sum(1).detach()
     (got,) = relevance_maps(net, images, TARGETS, ["layer"], "grad_cam", signed=True)
     torch.testing.assert_close(got, expected)
+
+
+class Fused(nn.Module):
+    """An attention of its own that insists on an operation without a second derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).mT[:, None].contiguous()
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            mixed = F.scaled_dot_product_attention(tokens, tokens, tokens)
+        return mixed[:, 0].mT.unflatten(2, (4, 4))
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "gradient_activation", "lrp_epsilon", "attn_lrp"])
+def test_a_fused_attention_that_cannot_be_taken_apart_is_refused_by_name(method):
+    layers = [nn.Conv2d(3, 8, 3), Fused(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)]
+    net, images = nn.Sequential(*layers), torch.randn(2, 3, 6, 6)
+    with pytest.raises(ValueError, match=r"attention as separate operations.*ScaledDotProduct"):
+        relevance_maps(net, images, torch.tensor([0, 2]), ["0"], method)

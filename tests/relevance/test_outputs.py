@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kd_lrp_plugin.relevance import rules
-from kd_lrp_plugin.relevance.recording import find_logits, record, relevance_maps
+from kd_lrp_plugin.relevance.recording import Recording, find_logits, record, relevance_maps
 
 METHODS = PLAIN + LRP
 IMAGES = torch.randn(2, 3, 7, 7, generator=torch.Generator().manual_seed(5)).double()
@@ -154,26 +154,39 @@ def test_a_convolution_of_one_image_without_its_axis(method):
 # --- gradient checkpointing -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["gradient_activation", "lrp_epsilon", "lrp_zplus"])
+@pytest.mark.parametrize(
+    ("attribute", "fix"),
+    [
+        ("grad_checkpointing", r"set_grad_checkpointing\(False\)"),
+        ("gradient_checkpointing", r"gradient_checkpointing_disable\(\)"),
+        ("memory_efficient", "Set it to False"),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_that_an_attribute_switches_is_refused_by_name(method, attribute, fix):
+    net = make_net(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    setattr(net.middle, attribute, True)
+    state = dict(vars(net.middle))
+    with pytest.raises(ValueError, match=rf"{attribute} of 'middle' is True\. .*{fix}"):
+        get_maps(net, method)
+    assert vars(net.middle) == state
+    setattr(net.middle, attribute, False)
+    assert get_maps(net, method).abs().max() > 0
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035", "densenet121"])
-def test_timm_s_checkpointing_changes_nothing_and_is_on_again_afterwards(name, method):
-    torch.manual_seed(2)
+def test_timm_s_checkpointing_is_refused_by_name_until_it_is_off(name):
     model = timm.create_model(name, num_classes=4).train()
-    images, layer = torch.randn(2, 3, 32, 32), model.feature_info[2]["module"]
-    maps = []
-    for enabled in (False, True):
-        model.set_grad_checkpointing(enabled)
-        state = [dict(vars(module)) for module in model.modules()]
-        with record(model, [layer], method) as recording:
-            logits = model(images)
-        after = [dict(vars(module)) for module in model.modules()]
-        keys = ("grad_checkpointing", "memory_efficient")
-        assert [[m.get(key) for key in keys] for m in state] == [
-            [m.get(key) for key in keys] for m in after
-        ]
-        maps += recording.maps(logits, TARGETS, create_graph=True, signed=True)
-        maps[-1].square().sum().backward()
-    assert torch.equal(*maps)
+    layer = model.feature_info[2]["module"]
+    model.set_grad_checkpointing(True)
+    words = r"runs once, got gradient checkpointing: .* is True"
+    with pytest.raises(ValueError, match=words), record(model, [layer]):
+        pass
+    model.set_grad_checkpointing(False)
+    with record(model, [layer]) as recording:
+        logits = model(torch.randn(2, 3, 32, 32))
+    (map_,) = recording.maps(logits, TARGETS, signed=True)
+    assert map_.abs().max() > 0
 
 
 class Checkpointed(nn.Module):
@@ -353,3 +366,26 @@ class TestStabilize:
         z.mul_(1e-6).requires_grad_()  # within reach of the stabiliser, were it absolute
         z.data[:, 0, 0] = 1.0
         assert torch.autograd.gradcheck(lambda z: z / rules.stabilize(z), z, eps=1e-12, atol=1e-3)
+
+
+def test_maps_are_looked_at_once_and_again_when_the_graph_is_another(monkeypatch):
+    looked: list[int] = []
+    check = Recording._check_cancellation
+
+    def count(recording: Recording, *args: list[Tensor]) -> bool:
+        looked.append(1)
+        return check(recording, *args)
+
+    monkeypatch.setattr(Recording, "_check_cancellation", count)
+    net = make_net(nn.ReLU())
+    for method, expected in [
+        ("gradient_activation", 1),
+        ("gradient_activation", 1),
+        ("lrp_epsilon", 2),
+        ("lrp_epsilon", 2),
+    ]:
+        get_maps(net, method)
+        assert len(looked) == expected
+    net.middle = RmsNorm2d(4).double()
+    with pytest.raises(ValueError, match="sums over channels that cancel"):
+        get_maps(net, "gradient_activation")
