@@ -35,6 +35,7 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         ],
         [],
     ),
+    "benchmarks/benchmark_leaks.py": (["--short"], []),
     "benchmarks/benchmark_selection.py": (
         ["--image-size", "64", "--batch-size", "4", "--candidates", "2", "--afresh", "1"],
         [],

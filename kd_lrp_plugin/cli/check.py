@@ -22,9 +22,11 @@ def check(
 ) -> None:
     """Build everything that a config names, take one step, and say what is wrong.
 
-    Reports every problem with its location in the file; nothing is written. `distill` does the same
-    before it trains; where a student chooses itself, `check` tries the first one within the
-    budget, `distill` the one that is chosen. Example:
+    Reports every problem with its location in the file. Nothing is written but, for this user,
+    which images could be read, so that unchanged ones are not read again; of images that only
+    train, up to 2,000 new ones are read at a time. `distill` does the same before it trains; where
+    a student chooses itself, `check` tries the first one within the budget, `distill` the one that
+    is chosen. Example:
 
         kd-lrp check my.yaml --set batch_size=64
     """

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from kd_lrp_plugin.data.images import ImageLoader, ascii_name, is_text
+from kd_lrp_plugin.data.memory import make_memory
 from kd_lrp_plugin.data.samples import (
     PARTS,
     find_folder,
@@ -91,6 +92,8 @@ class CsvImages(Dataset):
         per_class: keep so many images of each class, drawn by ``seed`` alone.
         seed: of ``per_class``.
         bits: how many the values of 16-bit and integer images have; None for all of the mode.
+        cache: memory, to keep the resized images in it from the first epoch on; see
+            :class:`kd_lrp_plugin.data.memory.PixelMemory`.
 
     Attributes:
         classes, targets, samples, transform, loader, bits: as of
@@ -130,6 +133,7 @@ class CsvImages(Dataset):
         per_class: int | None = None,
         seed: int = 0,
         bits: int | None = None,
+        cache: str | None = None,
     ) -> None:
         check_known(f"{_WHERE} part", part, PARTS)
         check_integer(_WHERE, "image_size", image_size)
@@ -177,6 +181,8 @@ class CsvImages(Dataset):
             self.subclasses, self.subclass_of = list(values), subclass_of
             index_of = {v: i for i, of_name in enumerate(values.values()) for v in of_name}
             self.subclass_targets = [index_of[by_path[path].subclass] for path, _ in self.samples]
+        files = [file for file, _ in self.samples]
+        self._memory = make_memory(_WHERE, cache, files, self.transform)
 
     @property
     def names(self) -> list[str]:
@@ -188,6 +194,8 @@ class CsvImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         file, target = self.samples[index]
+        if self._memory is not None and self.transform is self._memory.transform:
+            return self._memory.item(file, lambda: self.loader(file)), target
         image = self.loader(file)  # as it is where a wrapper has taken the transform over
         return image if self.transform is None else self.transform(image), target
 

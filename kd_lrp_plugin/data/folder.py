@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 
 from kd_lrp_plugin.data.images import ImageLoader, ascii_name, is_text, read_mask
 from kd_lrp_plugin.data.layout import ClassFolders, Layout, is_image, read_layout, walk
+from kd_lrp_plugin.data.memory import make_memory
 from kd_lrp_plugin.data.samples import (
     PARTS,
     find_folder,
@@ -87,6 +88,8 @@ class FolderImages(ImageFolder):
         masks: folder with the masks in the place of ``images`` in the path of an image, or without
             that beside the image; endings may be .png instead. How many images have none, the log
             tells. None for ``<root>/masks/<split>/<class>/<name>.png``.
+        cache: memory, to keep the resized images in it from the first epoch on; see
+            :class:`kd_lrp_plugin.data.memory.PixelMemory`.
 
     Attributes:
         bits: as given.
@@ -123,6 +126,7 @@ class FolderImages(ImageFolder):
         groups: str | None = None,
         images: str | None = None,
         masks: str | None = None,
+        cache: str | None = None,
     ) -> None:
         check_known("FolderImages part", part, PARTS)
         check_integer("FolderImages", "image_size", image_size)
@@ -171,6 +175,15 @@ class FolderImages(ImageFolder):
             self.groups = self._read_groups(manifest, groups)
         if masks:
             self._tell_unmasked()
+        files = [file for file, _ in self.samples]
+        self._memory = make_memory("FolderImages", cache, files, self.transform)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        memory = self._memory
+        if memory is None or self.transform is not memory.transform:  # a wrapper has taken it over
+            return super().__getitem__(index)
+        file, target = self.samples[index]
+        return memory.item(file, lambda: self.loader(file)), target
 
     def _read_layout(self, where: Path) -> Layout:
         layout = read_layout(where, self._folders)

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
+from kd_lrp_plugin.data.memory import make_memory
 from kd_lrp_plugin.data.samples import PARTS, check_holdout, find_folder
 from kd_lrp_plugin.data.transforms import choose_transform
 from kd_lrp_plugin.data.validation import check_integer
@@ -44,6 +45,8 @@ class Mnist(Dataset):
         transform: applied to the PIL image; without it, :func:`make_transforms`, unaugmented, for
             a mirrored digit is another sign.
         channels: 1, or 3 alike ones; a transform of one's own gets 3.
+        cache: memory, to keep images that are resized in it, too, from the first epoch on; see
+            :class:`kd_lrp_plugin.data.memory.PixelMemory`.
 
     Attributes:
         classes, targets, transform: names, class indices, and as given.
@@ -75,6 +78,7 @@ class Mnist(Dataset):
         transform: Callable[[Image.Image], Any] | None = None,
         channels: int = 1,
         seed: int | None = None,
+        cache: str | None = None,
     ) -> None:
         check_known(f"{_WHERE} split", split, _SPLITS)
         check_known(f"{_WHERE} part", part, PARTS)
@@ -116,11 +120,15 @@ class Mnist(Dataset):
             self.subclasses, self.subclass_targets = list(_DIGITS), digits
             self.subclass_of = [digit % 2 for digit in range(10)]
             self.targets = [digit % 2 for digit in digits]
+        self._memory = make_memory(_WHERE, cache, self.names, self.transform)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        if self._memory is not None and self.transform is self._memory.transform:
+            kept = self._memory.item(self.names[index], lambda: self.image(index))
+            return kept, self.targets[index]
         image = self.image(index)  # as it is where a wrapper has taken the transform over
         return image if self.transform is None else self.transform(image), self.targets[index]
 

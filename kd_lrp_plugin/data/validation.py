@@ -7,6 +7,7 @@ from functools import cache
 from itertools import repeat
 from typing import Any
 
+from kd_lrp_plugin.data import verified
 from kd_lrp_plugin.data.images import ImageLoader, decode_image, is_text
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -25,29 +26,53 @@ def check_same_classes(**datasets: Any) -> None:
         raise ValueError(message("datasets", "sets with the same classes", classes, fix))
 
 
-def unreadable_images(dataset: Any) -> dict[str, str]:
+def unreadable_images(
+    dataset: Any, most: int | None = None, where: str = "images"
+) -> dict[str, str]:
     """The files of a data set that cannot be read to the end, and why.
+
+    What was read before and is unchanged, see :mod:`kd_lrp_plugin.data.verified`, is not read
+    again; how many these are, current progress is told.
 
     Args:
         dataset: with ``samples`` (file, label) and perhaps its own ``loader``, as torchvision's
             folders have; of others nothing is known, and nothing returned.
+        most: read so many at most, spread evenly over those that were not read before; of the
+            others, only such as are not there, or empty, are found. None for all.
+        where: who asks, for what progress is told.
 
     Example:
         >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
         >>> unreadable_images(Phantom(size=4))
         {}
     """
-    files = [str(file) for file, _ in getattr(dataset, "samples", [])]
-    stamps = [os.stat(f).st_mtime_ns if os.path.exists(f) else 0 for f in files]
+    files = list(dict.fromkeys(str(file) for file, _ in getattr(dataset, "samples", [])))
     loader = getattr(dataset, "loader", ImageLoader())
+    ours = isinstance(loader, ImageLoader)
+    stamps = {file: verified.stamp(file, loader.bits if ours else None) for file in files}
+    known = verified.find_verified(stamps) if ours else set()
+    new = [file for file in files if file not in known]
+    taken = set(new)
+    if most is not None and len(new) > most:
+        taken = {new[index * len(new) // most] for index in range(most)}
+        taken |= {file for file in new if not stamps[file] or os.path.getsize(file) == 0}
+    to_read = [file for file in new if file in taken]
     with ThreadPoolExecutor() as pool:
-        reasons = pool.map(_why_unreadable, files, repeat(loader), stamps)
-        tracked = current_progress().track(reasons, "reading images", len(files))
-        return {file: why for file, why in zip(files, tracked, strict=True) if why}
+        reasons = pool.map(_why_unreadable, to_read, repeat(loader), map(stamps.get, to_read))
+        tracked = current_progress().track(reasons, "reading images", len(to_read))
+        found = dict(zip(to_read, tracked, strict=True))
+    if ours:
+        verified.remember_verified((file, stamps[file]) for file, why in found.items() if not why)
+    if len(to_read) < len(files):
+        left = len(new) - len(to_read)
+        words = f"{where}: of {len(files):,} files {len(known):,} read before and unchanged"
+        rest = f", {left:,} not read yet: training names those that it cannot read" if left else ""
+        current_progress().note(f"{words}, {len(to_read):,} read now{rest}")
+    return {file: why for file, why in found.items() if why}
 
 
 @cache
-def _why_unreadable(file: str, loader: Callable[[str], object], stamp: int) -> str | None:
+def _why_unreadable(file: str, loader: Callable[[str], object], stamp: str) -> str | None:
     """Asked again for an unchanged file, the answer is remembered."""
     if not is_text(file):  # it could not be written into predictions.csv
         return "a name that is not UTF-8; rename it"

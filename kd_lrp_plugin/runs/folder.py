@@ -4,8 +4,9 @@
 file                   what it holds
 =====================  =========================================================================
 ``config.yaml``        the config as it runs, overrides applied
-``environment.json``   seed and processes; per session the command, versions, commits, device; at
-                       the end, under "outputs", a hash of each file of
+``environment.json``   seed and processes; per session the command, versions, commits, device, and
+                       how "workers" were chosen where the config leaves that open; at the end,
+                       under "outputs", a hash of each file of
                        :data:`~kd_lrp_plugin.runs.record.OUTPUTS`
 ``metrics.jsonl``      one line per epoch
 ``last.pt``            all that the next epoch needs, the best weights included;

@@ -24,8 +24,7 @@ def mixup(
 
     Targets become weights (n, classes), which ``DisWOTPlusLoss`` and the relevance of the "label"
     take as they are. Use it for the training loader, as ``collate_fn``, with batches of an even
-    size. timm draws from NumPy's global generator, which the trainer seeds for each epoch, and
-    PyTorch for each worker of a loader.
+    size. timm draws from NumPy's global generator, which the trainer seeds for each batch.
 
     Args:
         num_classes: outputs of the head.

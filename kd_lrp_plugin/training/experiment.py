@@ -20,6 +20,7 @@ from kd_lrp_plugin.data.validation import check_same_classes
 from kd_lrp_plugin.models.factory import get_pretrained_hash
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.training.box import Datasets, build_box, check_head
+from kd_lrp_plugin.training.loading import Loading
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import UNLABELLED, message
 
@@ -41,6 +42,7 @@ class Experiment:
 
     Attributes:
         box: torchdistill's, single-stage or multi-stage.
+        loading: of the images in this stage.
         classes: names of the classes, empty if the data sets have none.
         subclasses, subclass_of: names of the subclasses and the class index of each, empty unless
             the data sets are labelled by them.
@@ -58,6 +60,7 @@ class Experiment:
         self._datasets = Datasets(content["datasets"])
         stage = next(iter(get_stages(self.train).values()))
         self._test_loader = content["test"]["test_data_loader"]
+        self.loading = Loading(self._test_loader)
         parts = {
             "train": self._datasets[stage["train_data_loader"]["dataset_id"]],
             "val": self._datasets[stage["val_data_loader"]["dataset_id"]],
@@ -286,6 +289,9 @@ class Experiment:
             if isinstance(sampler, DistributedSampler):
                 sampler.seed = self._seed
             self._share_student()
+        loaders = [box.train_data_loader, self.val_loader, self.test_loader]
+        stages = list(get_stages(self.train).values())[: self.stage]
+        self.loading.enter(loaders, stages)
 
     def _share_student(self) -> None:
         trained = [parameter.requires_grad for parameter in self.student.parameters()]

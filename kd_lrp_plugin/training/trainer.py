@@ -40,6 +40,7 @@ from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.experiment import AUC, LAST, MONITOR, OF_PREDICTIONS, Experiment
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.training.state import describe_nonfinite, restore_state, take_state
+from kd_lrp_plugin.training.workers import choose_workers
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.progress import NullProgress, current_progress
@@ -92,11 +93,12 @@ def distill(spec: RunSpec) -> dict[str, Any]:
             return context.run_on_rank_zero(folder.summary)
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         _keep_threads(context, folder)
-        run = Trainer(_build(spec, config, context), folder, spec.seed)
+        run = Trainer(build_checked(spec, config, context), folder, spec.seed)
         context.run_on_rank_zero(lambda: folder.note_files(run.experiment.pretrained))
         state = context.run_on_rank_zero(lambda: folder.checkpoints.load(describe_nonfinite))
+        workers = choose_workers(run.experiment)
         if context.rank == 0:
-            folder.add_session(_describe_session(spec, context))
+            folder.add_session(_describe_session(spec, context) | {"workers": workers})
         if state is not None:
             run.restore(state)
             current_progress().note(f"{folder.path}: resumes after epoch {run.epoch}")
@@ -116,7 +118,7 @@ def _keep_threads(context: DistributedContext, folder: RunFolder) -> None:
         current_progress().note(f"{resumed}: another number would change the weights")
 
 
-def _build(spec: RunSpec, config: Document, context: DistributedContext) -> Experiment:
+def build_checked(spec: RunSpec, config: Document, context: DistributedContext) -> Experiment:
     """The experiment, of models and data sets that were built once and checked.
 
     The weights are drawn first from the seed, before the check takes any number; it gives the
@@ -232,7 +234,8 @@ class Trainer:
     def _set_seed(self, number: int) -> None:
         """Seeds of its own make an epoch independent of how its process came to it."""
         key = np.random.SeedSequence([self.seed, number, self.context.rank])
-        main_util.set_seed(int(key.generate_state(1)[0]))
+        main_util.set_seed(seed := int(key.generate_state(1)[0]))
+        self.experiment.loading.set_seed(seed)
 
     def _train_batches(self, number: int) -> dict[str, float]:
         experiment, box, started = self.experiment, self.experiment.box, time.monotonic()

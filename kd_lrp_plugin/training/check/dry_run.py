@@ -24,6 +24,8 @@ from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.preserved import preserved_generators
 from kd_lrp_plugin.utils.validation import check_known, message
 
+SAMPLE = 2_000  # training images that are read before a run, of those that never were
+
 
 def check(
     config: Document, context: DistributedContext, known: dict[str, BuiltModel] | None = None
@@ -79,17 +81,24 @@ def _check_copy(report: CheckReport, copy: Assembly, context: DistributedContext
 
 
 def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
+    """Whether images can be read: of those that only train, a sample, for an epoch reads them all.
+
+    What a later test could not read would be found when all epochs are over.
+    """
     key_paths: dict[str, str] = {}
+    test = content["test"]["test_data_loader"]["dataset_id"]
+    evaluated = {test}
     for key_path, stage in get_stages(content["train"]).items():
         for name in ("train_data_loader", "val_data_loader"):
             if stage.get(name):
                 key_paths.setdefault(stage[name]["dataset_id"], f"{key_path}.{name}.dataset_id")
-    key_paths.setdefault(
-        content["test"]["test_data_loader"]["dataset_id"], "test.test_data_loader.dataset_id"
-    )
+        if stage.get("val_data_loader"):
+            evaluated.add(stage["val_data_loader"]["dataset_id"])
+    key_paths.setdefault(test, "test.test_data_loader.dataset_id")
     for name, key_path in key_paths.items():
         with report.at(key_path):
-            broken = unreadable_images(content["datasets"][name])
+            most = None if name in evaluated else SAMPLE
+            broken = unreadable_images(content["datasets"][name], most, name)
             if broken:
                 shown = "; ".join(
                     f"{ascii_name(file)} ({why})" for file, why in list(broken.items())[:5]

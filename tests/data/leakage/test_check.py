@@ -12,6 +12,7 @@ import imagehash
 import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageFilter, ImageOps
+from scipy.ndimage import gaussian_filter
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
@@ -20,7 +21,7 @@ from kd_lrp_plugin.data.leakage import duplicates as duplicates_module
 from kd_lrp_plugin.data.leakage import images as images_module
 from kd_lrp_plugin.data.leakage.check import COLUMNS, check_data
 from kd_lrp_plugin.data.leakage.duplicates import KINDS, find_duplicates
-from kd_lrp_plugin.data.leakage.images import claimed, fingerprint, list_images
+from kd_lrp_plugin.data.leakage.images import Fingerprint, claimed, fingerprint, list_images
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.utils.progress import NullProgress
 
@@ -161,6 +162,47 @@ class TestDuplicates:
         }
         for pair, value in expected.items():
             assert got[pair][2] == pytest.approx(value[2], abs=1e-5)  # float32 against float64
+
+    @pytest.mark.parametrize("smooth", [0.0, 0.8, 2.0, 6.0])
+    def test_no_pair_is_passed_over_that_a_full_comparison_finds(self, smooth):
+        """Noise, whose contrast is in what the bound does not see, and smooth images alike."""
+        rng = np.random.default_rng(0)
+        base = gaussian_filter(rng.normal(size=(20, 56, 56)), (0, smooth, smooth))
+        mixed = base[rng.integers(20, size=300)]
+        mixed = np.where(rng.random((300, 1, 1)) < 0.5, mixed, mixed[:, :, ::-1])
+        other = gaussian_filter(rng.normal(size=mixed.shape), (0, smooth, smooth))
+        mixed = mixed + rng.uniform(0, 0.4, (300, 1, 1)) * other
+        low, high = mixed.min(), mixed.max()
+        thumbnails = np.round(255 * (mixed - low) / (high - low)).astype(np.uint8)
+        prints = [
+            Fingerprint(digest=str(n), thumbnail=one.tobytes()) for n, one in enumerate(thumbnails)
+        ]
+        found = find_duplicates(prints)  # of equal hashes: all at 0.95 or more are pairs
+        plain = np.corrcoef(thumbnails.reshape(300, -1).astype(float))
+        turned = np.corrcoef(
+            thumbnails.reshape(300, -1).astype(float),
+            thumbnails[:, :, ::-1].reshape(300, -1).astype(float),
+        )[:300, 300:]
+        expected = np.argwhere(np.triu(np.maximum(plain, turned) >= 0.95, 1))
+        assert 300 < len(expected) < 30_000
+        assert np.array_equal(np.stack([found.a, found.b], 1), expected)
+        likeness = np.maximum(plain, turned)[found.a, found.b]
+        assert np.allclose(found.similarity, likeness, atol=1e-5)  # float32 against float64
+        assert np.array_equal(found.mirrored, turned[found.a, found.b] > plain[found.a, found.b])
+
+    def test_most_pairs_of_images_that_differ_are_passed_over(self, monkeypatch):
+        compared, correlate = [], duplicates_module._correlate
+
+        def watch(thumbnails, a, b, mirrored):
+            compared.append(len(a))
+            return correlate(thumbnails, a, b, mirrored)
+
+        monkeypatch.setattr(duplicates_module, "_correlate", watch)
+        phantom = Phantom(size=200, image_size=64)
+        images = [phantom.image(i).convert("L").resize((56, 56)) for i in range(200)]
+        prints = [Fingerprint(digest=str(n), thumbnail=i.tobytes()) for n, i in enumerate(images)]
+        assert len(find_duplicates(prints).a) == 0
+        assert sum(compared) < 0.01 * 200 * 199
 
     def test_images_of_one_even_colour_are_duplicates_of_their_copies_only(self, tmp_path):
         for number, (grey, size) in enumerate([(0, 64), (0, 64), (9, 64), (0, 48)]):

@@ -1,5 +1,6 @@
 """What ``kd-lrp check`` and ``distill`` say of wrong configs: where, what, what to do."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,14 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.safety import unsafe_tags
+from kd_lrp_plugin.data import validation
 from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.data.validation import unreadable_images
+from kd_lrp_plugin.training.check import dry_run
 from kd_lrp_plugin.training.check.dry_run import check
+from kd_lrp_plugin.training.check.problems import CheckReport
 from kd_lrp_plugin.utils.distributed import DistributedContext
+from kd_lrp_plugin.utils.progress import NullProgress
 
 FLAT = Path(__file__).resolve().parents[2] / "flat_config.yaml"  # LRP, in one file
 WRONG = {
@@ -412,6 +417,79 @@ class TestCorruptImages:
         assert len(data.targets) == 13
         assert "3 of 16 images left out" in caplog.text
         assert "5.png" in caplog.text
+
+    def test_what_was_read_is_not_read_again_until_it_changes(self, folder, monkeypatch):
+        read: list[str] = []
+        monkeypatch.setattr(
+            validation, "_why_unreadable", lambda file, *_: read.append(file) or None
+        )
+        data = FolderImages(root=str(folder), split="Testing", image_size=16)
+        files = [file for file, _ in data.samples]
+
+        class Notes(NullProgress):
+            said = ""
+
+            def note(self, text: str) -> None:
+                self.said = text
+
+        with Notes() as notes:
+            assert unreadable_images(data) == {}
+            assert (sorted(read), notes.said) == (files, "")
+            read.clear()
+            unreadable_images(data)
+            assert read == []
+            assert notes.said == "images: of 16 files 16 read before and unchanged, 0 read now"
+            os.utime(files[3], ns=(1, 1))
+            Path(files[5]).write_bytes(Path(files[5]).read_bytes() + b"more")
+            unreadable_images(data)
+            assert sorted(read) == [files[3], files[5]]
+            assert notes.said == "images: of 16 files 14 read before and unchanged, 2 read now"
+            read.clear()
+            twelve = FolderImages(root=str(folder), split="Testing", image_size=16, bits=12)
+            unreadable_images(twelve)
+            assert sorted(read) == files
+
+    def test_a_broken_file_is_never_remembered(self, folder):
+        data = FolderImages(root=str(folder), split="Training", image_size=16)
+        for _ in range(2):
+            assert len(unreadable_images(data)) == 2
+        whole = (folder / "Training/glioma/1.png").read_bytes()
+        (folder / "Training/glioma/3.png").write_bytes(whole)
+        assert [Path(file).name for file in unreadable_images(data)] == ["5.png"]
+
+    def test_a_sample_is_read_and_the_next_goes_on_where_it_ended(self, folder, monkeypatch):
+        read: list[str] = []
+        why = validation._why_unreadable
+        monkeypatch.setattr(
+            validation, "_why_unreadable", lambda file, *rest: read.append(file) or why(file, *rest)
+        )
+        data = FolderImages(root=str(folder), split="Training", image_size=16)
+        found: dict[str, str] = {}
+        for _ in range(5):
+            found |= unreadable_images(data, most=4)
+        # The empty one is found each time; the damaged one once the sample comes to it.
+        assert [Path(file).name for file in sorted(found)] == ["3.png", "5.png"]
+        assert {*read} == {file for file, _ in data.samples}
+
+    def test_without_a_place_for_the_list_all_are_read(self, folder, monkeypatch):
+        monkeypatch.setenv("XDG_STATE_HOME", str(folder / "Training/glioma/0.png"))
+        data = FolderImages(root=str(folder), split="Training", image_size=16)
+        for _ in range(2):
+            assert [Path(file).name for file in unreadable_images(data)] == ["3.png", "5.png"]
+
+    def test_all_that_is_evaluated_is_read_and_of_the_rest_a_sample(self, folder, monkeypatch):
+        asked = {}
+        monkeypatch.setattr(
+            dry_run,
+            "unreadable_images",
+            lambda data, most, name: asked.update({len(data): most}) or {},
+        )
+        datasets = {"train": range(5), "val": range(3), "test": range(2)}
+        stage = {f"{n}_data_loader": {"dataset_id": n} for n in ("train", "val")}
+        content = {"datasets": datasets, "train": stage}
+        content["test"] = {"test_data_loader": {"dataset_id": "test"}}
+        dry_run._check_images(CheckReport(None), content)
+        assert asked == {5: dry_run.SAMPLE, 3: None, 2: None}
 
     def test_stop_a_run_before_it_begins(self, folder):
         overrides = [
