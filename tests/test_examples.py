@@ -41,6 +41,7 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         [],
     ),
     "benchmarks/benchmark_step.py": (["--short", "--out", "step.csv"], ["step.csv"]),
+    "benchmarks/benchmark_teacher_cache.py": (["--short", "--out", "cache.csv"], ["cache.csv"]),
     "demo.py": (
         ["--short", "--out", "demo"],
         ["demo/table.md", "demo/shortcut.png", "demo/report.html"],

@@ -38,11 +38,11 @@ def check(
         from kd_lrp_plugin.utils.distributed import init_distributed
 
         read = resolve_config(config, overrides or [])
-        problems, warnings = unsafe_tags(read) if safe else [], []
+        problems, warnings, notes = unsafe_tags(read) if safe else [], [], []
         if not problems:
             with init_distributed(device) as context, select.dry_run():
                 report = dry_run.check(read, context)
-            problems, warnings = report.problems, report.warnings
+            problems, warnings, notes = report.problems, report.warnings, report.notes
     for warning in warnings:
         say(f"warning: {warning}")
     for problem in problems:
@@ -50,4 +50,6 @@ def check(
     if problems:
         say(f"{len(problems)} problem{'s' * (len(problems) > 1)}", "red", errors)
         raise typer.Exit(1)
+    for note in notes:
+        say(note)
     say("models, data, losses and a step of each stage: no problem found")

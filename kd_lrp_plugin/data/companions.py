@@ -1,8 +1,7 @@
 """What a training image brings along: its view without a marker, its mask, its group."""
 
-import random
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 from kd_lrp_plugin.data.shortcuts import Marked, get_range
 from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.data.validation import check_flags
-from kd_lrp_plugin.utils.preserved import preserved_generators
+from kd_lrp_plugin.utils.preserved import Generators, preserved_generators
 from kd_lrp_plugin.utils.validation import message
 
 _TRIALS = 10  # by which transforms are judged; a step that half of them take is hardly missed
@@ -94,9 +93,9 @@ class Companions(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, Any]]:
         index = self._indices[index]
-        before = _Generators.take()
+        before = Generators.take()
         image, label = self.images[index]
-        after = _Generators.take()
+        after = Generators.take()
         found: dict[str, Any] = {}
         if self.clean:
             before.restore()
@@ -116,31 +115,6 @@ class Companions(Dataset):
         return image, label, found
 
 
-class _Generators(NamedTuple):
-    """The global random number generators at some moment."""
-
-    of_torch: Tensor
-    of_numpy: Any
-    of_python: Any
-
-    @classmethod
-    def take(cls) -> "_Generators":
-        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.of_torch)
-        np.random.set_state(self.of_numpy)  # noqa: NPY002
-        random.setstate(self.of_python)
-
-    def is_same(self, other: "_Generators") -> bool:
-        return (
-            torch.equal(self.of_torch, other.of_torch)
-            and np.array_equal(self.of_numpy[1], other.of_numpy[1])
-            and self.of_numpy[2:] == other.of_numpy[2:]
-            and self.of_python == other.of_python
-        )
-
-
 def _move(images: Any, mask: Bool[np.ndarray, "h w"]) -> Bool[Tensor, "height width"]:
     """A mask by the transforms of the images, in the order in which an image meets them."""
     page = Image.fromarray(np.uint8(255) * mask.astype(np.uint8)).convert("RGB")
@@ -157,8 +131,8 @@ def _transform(images: Any) -> Callable[[Any], Tensor]:
     return (lambda page: last(first(page))) if last else first
 
 
-def _check_state(name: str, after: _Generators) -> None:
-    if not _Generators.take().is_same(after):
+def _check_state(name: str, after: Generators) -> None:
+    if not Generators.take().is_same(after):
         got = "another number of them"
         fix = "Take transforms that draw the same numbers whatever the pixels."
         expected = "as many random numbers drawn as for the image"
@@ -167,7 +141,7 @@ def _check_state(name: str, after: _Generators) -> None:
 
 def _check_repeats(images: Any) -> None:
     """Raise ``ValueError`` for items that differ although all generators are in one state."""
-    before, first = _Generators.take(), images[0][0]
+    before, first = Generators.take(), images[0][0]
     if not isinstance(first, Tensor):
         fix = "Give the data set a transform that makes tensors of PIL images."
         got = type(first).__name__

@@ -35,6 +35,7 @@ from kd_lrp_plugin.utils.validation import message
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"
+CACHES = "teacher_cache"  # the answers of a teacher, where its checkpoint lies or a run does
 
 
 class RunFolder(RunRecord):
@@ -101,7 +102,7 @@ class RunFolder(RunRecord):
     def _check_contents(self) -> set[str]:
         """The names of the files; FileExistsError where there are some, but no run."""
         names = {file.name for file in self.path.iterdir() if file.suffix != files.DRAFT}
-        if names - {LOCK} and not self._is_run():
+        if names - {LOCK, CACHES} and not self._is_run():
             got = f"{self.path}, which holds {sorted(names)[:3]}"
             fix = "Choose another --out or --seed, or delete it."
             raise FileExistsError(message("run folder", "a new one or a run", got, fix))
@@ -167,6 +168,12 @@ class RunFolder(RunRecord):
         files.write_json(self / "environment.json", about)
         config = files.read_text(self / "config.yaml", RENAME)
         trust.remember(config, self.module_folder)
+
+    def note_cache(self, about: Mapping[str, Any]) -> None:
+        """Note the cache of a teacher that the session that runs has opened."""
+        noted = self.read_environment()
+        noted["sessions"][-1].setdefault("teacher_caches", []).append(dict(about))
+        files.write_json(self / "environment.json", noted)
 
     def note_files(self, found: Mapping[str, str]) -> None:
         """Note what tells further files that the run begins with from others.

@@ -94,6 +94,14 @@ class RunRecord:
         """Under which circumstances the run was worked on, in order."""
         return self.read_environment().get("sessions", [])
 
+    def list_caches(self) -> list[dict[str, Any]]:
+        """The caches of teachers that the run was trained with, each once."""
+        found: dict[str, dict[str, Any]] = {}
+        for session in self.list_sessions():
+            for about in session.get("teacher_caches", []):
+                found.setdefault(about["folder"], {k: v for k, v in about.items() if k != "made"})
+        return list(found.values())
+
     @property
     def threads(self) -> int | None:
         """How many threads the run began with: their number changes its weights."""

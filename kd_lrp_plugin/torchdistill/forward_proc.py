@@ -1,7 +1,8 @@
 """The recording forward procedure, and access to what it has recorded."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torchdistill.core.interfaces.registry import register_forward_proc_func
@@ -102,6 +103,40 @@ def forward_with_companions(
     logits: Any = find_logits("forward_with_companions", output)
     logits._kd_lrp_companions = supp_dict
     return output
+
+
+@dataclass(frozen=True)
+class CachedRecording:
+    """What a teacher has answered before, in the place of its recording.
+
+    Attributes:
+        layers: names of the target layers.
+        method: name of the method.
+        answers: by question of a loss, maps or features of each layer, in the order of ``layers``.
+    """
+
+    layers: list[str]
+    method: str
+    answers: Mapping[str, list[Tensor]]
+
+    def answer(self, question: str, where: str) -> list[Tensor]:
+        """The maps or features that a loss has asked for when the cache was made."""
+        if question not in self.answers:
+            self._refuse(where)
+        return self.answers[question]
+
+    @property
+    def activations(self) -> NoReturn:
+        """Not there, like :meth:`maps`: a loss of one's own asks for what no cache knows of."""
+        self._refuse("recorded: activations")
+
+    def maps(self, *_: Any, **__: Any) -> NoReturn:
+        self._refuse("recorded: maps")
+
+    def _refuse(self, where: str) -> NoReturn:
+        expected = f"a question that the cached teacher was asked ({', '.join(self.answers)})"
+        fix = "Leave train.teacher.cache out, or make the loss by register_recorded_loss."
+        raise ValueError(message(where, expected, "another", fix))
 
 
 def recorded(

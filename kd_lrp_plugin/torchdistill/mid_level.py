@@ -12,7 +12,7 @@ from kd_lrp_plugin import losses
 from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.relevance.methods import METHODS
 from kd_lrp_plugin.relevance.recording import Recording
-from kd_lrp_plugin.torchdistill.forward_proc import recorded
+from kd_lrp_plugin.torchdistill.forward_proc import CachedRecording, recorded
 from kd_lrp_plugin.utils.registry import Registry
 from kd_lrp_plugin.utils.validation import (
     check_known,
@@ -158,23 +158,52 @@ class RecordedLoss(nn.Module):
         if not self.computed:
             return (student_logits * 0).sum()  # has a graph, in case that there is no other term
         if self.comparison.kind == "features":
-            pairs = zip(student.activations, teacher.activations, strict=True)
+            own, theirs = student.activations, self.read_teacher(teacher_logits, teacher, targets)
         else:
-            targets = _label_by_teacher(targets, teacher_logits)
             if self.target == "label":
-                check_targets(self.key, targets, student_logits)
-            classes = targets if self.target != "teacher" else teacher_logits.argmax(1)
-            if self.target == "class":
-                classes = self._mark_subclasses(targets).to(student_logits)
+                check_targets(self.key, _label_by_teacher(targets, teacher_logits), student_logits)
+            classes = self._choose_explained(targets, teacher_logits)
             create_graph = torch.is_grad_enabled()
             with torch.autocast(student_logits.device.type, enabled=False):
-                pairs = zip(
-                    self._maps("student", student_logits, student, classes, create_graph),
-                    self._maps("teacher", teacher_logits, teacher, classes, False),
-                    strict=True,
-                )
+                own = self._maps("student", student_logits, student, classes, create_graph)
+                theirs = self.read_teacher(teacher_logits, teacher, targets)
+        pairs = zip(own, theirs, strict=True)
         with torch.autocast(student_logits.device.type, enabled=False):
             return torch.stack([self._distance(one, other) for one, other in pairs]).mean()
+
+    @property
+    def question(self) -> str:
+        """What is asked of the teacher: losses that ask the same can share an answer."""
+        if self.comparison.kind == "features":
+            return "features"
+        signs = "signed" if self.signed else "positive"
+        return f"{signs} maps of {self.target}{self.subclass_of or ''}"
+
+    def read_teacher(
+        self, logits: Tensor, recording: Recording | CachedRecording, targets: Tensor
+    ) -> list[Tensor]:
+        """The teacher's part of the comparison: its maps or features, layer by layer.
+
+        Args:
+            logits: of the teacher.
+            recording: of the teacher; of one that was asked before, what it has answered.
+            targets: of the batch.
+        """
+        if isinstance(recording, CachedRecording):
+            return recording.answer(self.question, self.key)
+        if self.comparison.kind == "features":
+            return recording.activations
+        classes = self._choose_explained(targets, logits)
+        return self._maps("teacher", logits, recording, classes, False)
+
+    def _choose_explained(self, targets: Tensor, of_teacher: Tensor) -> Tensor:
+        """Whose relevance is compared, given the labels and the teacher's logits."""
+        if self.target == "teacher":
+            return of_teacher.argmax(1)
+        targets = _label_by_teacher(targets, of_teacher)
+        if self.target == "class":
+            return self._mark_subclasses(targets).to(of_teacher)
+        return targets
 
     def _mark_subclasses(self, targets: Tensor) -> Tensor:
         """Weights of the logits (n, subclasses): 1 for the subclasses of the label's class."""

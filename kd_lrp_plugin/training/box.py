@@ -12,6 +12,7 @@ from torchdistill.core.training import get_training_box
 
 from kd_lrp_plugin.config.build import get_stages
 from kd_lrp_plugin.data.subclasses import Subclasses
+from kd_lrp_plugin.training.cache.spec import wrap_images
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import message
 
@@ -96,7 +97,8 @@ def build_box(
     if how := train.get("compile"):
         student.compile(**(how if isinstance(how, Mapping) else {}))
     scales = train.get("precision") == "float16"
-    for stage in get_stages(train).values():
+    for key_path, stage in get_stages(train).items():
+        wrap_images(key_path, stage)
         if scales:
             stage["post_forward_process"] = scaled_step.__name__
         for role in ("teacher", "student", "model"):

@@ -1,7 +1,9 @@
 """A config made real: models, data sets, and the state of their training."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from kd_lrp_plugin.data.validation import check_same_classes
 from kd_lrp_plugin.models.factory import get_pretrained_hash
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.training.box import Datasets, build_box, check_head
+from kd_lrp_plugin.training.cache.teacher import cache_teacher
 from kd_lrp_plugin.training.loading import Loading
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import UNLABELLED, message
@@ -50,6 +53,8 @@ class Experiment:
         test_set: the data set of the test.
         knows_subclasses: whether validation images have known ones.
         pretrained: by key path, the hash of the weights of timm that a model begins with.
+        cache: of the teacher in this stage; None without ``train.teacher.cache``.
+        beside_teacher: the folder of the teacher's checkpoint; None without one.
     """
 
     def __init__(self, assembly: Assembly, context: DistributedContext, seed: int = 0) -> None:
@@ -84,6 +89,8 @@ class Experiment:
         self.preprocessing = preprocessing(parts["val"])
         models = {}
         self.pretrained: dict[str, str] = {}
+        checkpoint = content["models"].get("teacher_model", {}).get("src_ckpt")
+        self.beside_teacher = Path(os.path.expandvars(checkpoint)).parent if checkpoint else None
         for role, built in assembly.models.items():
             if found := get_pretrained_hash(built.module):
                 self.pretrained[f"models.{role}.pretrained"] = found
@@ -145,7 +152,8 @@ class Experiment:
         SSKD), so that without it there is an accuracy, but no loss.
         """
         plain = {BaseDatasetWrapper, Subset, *map(type, self._datasets.values())}
-        wrapper = type(self.box.train_data_loader.dataset)
+        dataset = self.box.train_data_loader.dataset
+        wrapper = type(dataset.images if self.cache else dataset)
         return None if wrapper in plain | {type(loader.dataset)} else wrapper.__name__
 
     def training_loss(self, images: Tensor, targets: Tensor, supplement: Any) -> Tensor:
@@ -180,6 +188,9 @@ class Experiment:
 
     def begin_epoch(self) -> None:
         """Modes of all modules: what is frozen is frozen with its batch statistics."""
+        if self.cache is not None:
+            self.cache.views.epoch = self.epochs_done
+            self.cache.prepare()
         self.box.pre_epoch_process(epoch=self.epochs_done)
         trained = list(self.student.modules())
         if self.teacher is not None:
@@ -282,6 +293,12 @@ class Experiment:
             loss.to(self.context.device)  # torchdistill leaves the weights of a loss behind
         if (balance := self._balance) is not None:
             balance.context = self.context  # a check is alone, whatever torchrun has started
+        key_path = list(get_stages(self.train))[self.stage - 1]
+        precision = PRECISIONS[self.train.get("precision") or "float32"]
+        losses = self.losses().values()
+        self.cache = cache_teacher(
+            key_path, self.stage_config, box, losses, self.context.device, precision
+        )
         self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
         self.test_loader = self._loader(self._test_loader, "test_loader")
         if self.context.world_size > 1:

@@ -73,11 +73,11 @@ def profile_epoch(experiment: Experiment, seed: int = 0) -> dict[str, Any]:
         main_util.set_seed(seed)
         experiment.loading.set_seed(seed)
 
+    experiment.begin_epoch()  # opens a teacher's cache, of which the loader reads
     for _ in range(2):
         begin()
         loading = _time_loading(loader, count, warm)
     begin()
-    experiment.begin_epoch()
     kept: list[Any] = []
     batches = _keep(loader, kept, count)
     seconds = _time_steps(experiment, batches, warm)

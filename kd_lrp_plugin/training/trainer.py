@@ -8,15 +8,9 @@ resumes after a kill as if nothing had happened, and several processes on CPUs a
 import json
 import math
 import os
-import platform
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +33,7 @@ from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.experiment import AUC, LAST, MONITOR, OF_PREDICTIONS, Experiment
 from kd_lrp_plugin.training.meter import Meter
+from kd_lrp_plugin.training.session import describe_session, measure_memory
 from kd_lrp_plugin.training.state import describe_nonfinite, restore_state, take_state
 from kd_lrp_plugin.training.workers import choose_workers
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
@@ -98,7 +93,7 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         state = context.run_on_rank_zero(lambda: folder.checkpoints.load(describe_nonfinite))
         workers = choose_workers(run.experiment)
         if context.rank == 0:
-            folder.add_session(_describe_session(spec, context) | {"workers": workers})
+            folder.add_session(describe_session(spec, context) | {"workers": workers})
         if state is not None:
             run.restore(state)
             current_progress().note(f"{folder.path}: resumes after epoch {run.epoch}")
@@ -189,6 +184,7 @@ class Trainer:
                 current_progress().epoch(metrics)
 
     def _train_epoch(self) -> dict[str, float]:
+        self._open_cache()
         experiment, started = self.experiment, time.monotonic()
         number = self.epoch + 1
         self._set_seed(number)
@@ -198,7 +194,7 @@ class Trainer:
         metrics |= self._train_batches(number)
         self._check_weights(number)
         metrics |= self._evaluate(experiment.val_loader, "val", f"epoch {number} val")[0]
-        metrics["memory_mb"] = round(_memory(self.context), 1)
+        metrics["memory_mb"] = round(measure_memory(self.context), 1)
         metrics["seconds"] = round(time.monotonic() - started, 2)
         improved = self._keep_best(metrics)
         self.records.append(metrics)
@@ -208,6 +204,16 @@ class Trainer:
         if self.context.rank == 0:
             self._save(improved)
         return metrics
+
+    def _open_cache(self) -> None:
+        """From here on a cached teacher is not asked about training images."""
+        cache = self.experiment.cache
+        if cache is None or cache.is_open:
+            return
+        cache.open(self.context, self.experiment.beside_teacher or self.folder.path)
+        current_progress().note(str(cache))
+        if self.context.rank == 0:
+            self.folder.note_cache(cache.describe())
 
     def _check_weights(self, number: int) -> None:
         """Raise FloatingPointError for weights that are not finite, before they are saved.
@@ -373,6 +379,8 @@ class Trainer:
             summary["subclasses"] = experiment.subclasses
             summary["subclass_of"] = experiment.subclass_of
         if self.context.rank == 0:
+            if caches := folder.list_caches():
+                summary["teacher_caches"] = caches
             names = _names(experiment.test_set, loader)
             groups = _groups(experiment.test_set, loader)
             folder.write(
@@ -415,39 +423,3 @@ def _groups(dataset: Any, loader: DataLoader) -> list[str] | None:
     """The group of each image in the order of the loader; None where there are none."""
     groups = getattr(dataset, "groups", None)
     return list(groups) if groups and isinstance(loader.sampler, SequentialSampler) else None
-
-
-def _memory(context: DistributedContext) -> float:
-    """The peak so far, in 10^6 bytes: of the GPU where there is one, else of the process."""
-    if context.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(context.device) / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def _describe_session(spec: RunSpec, context: DistributedContext) -> dict[str, Any]:
-    packages = ("torchvision", "timm", "captum", "torchdistill", "kd_lrp_plugin")
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    cuda = context.device.type == "cuda"
-    return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "config": str(spec.config),
-        "module_folder": str(Path(spec.config).resolve().parent),
-        "overrides": list(spec.overrides),
-        "versions": versions | {name: version(name) for name in packages},
-        "commit": _commit(Path(__file__).parent),
-        "commit_of_config": _commit(Path(spec.config).resolve().parent),
-        "device": torch.cuda.get_device_name(context.device) if cuda else str(context.device),
-        "processes": context.world_size,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _commit(folder: Path) -> str | None:
-    """The commit that is checked out there, marked if files differ from it; None without git."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

@@ -3,10 +3,11 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -58,3 +59,36 @@ def preserved_generators() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+class Generators(NamedTuple):
+    """The global random number generators of PyTorch (on CPUs), NumPy and Python at some moment."""
+
+    of_torch: Tensor
+    of_numpy: Any
+    of_python: Any
+
+    @classmethod
+    def take(cls) -> "Generators":
+        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate())  # noqa: NPY002
+
+    @staticmethod
+    def seed(*key: int) -> None:
+        """Bring them to a state that the key alone decides."""
+        state = np.random.SeedSequence(key).generate_state(3)
+        torch.default_generator.manual_seed(int(state[0]))  # torch.manual_seed would reach GPUs too
+        np.random.seed(int(state[1]))  # noqa: NPY002
+        random.seed(int(state[2]))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.of_torch)
+        np.random.set_state(self.of_numpy)  # noqa: NPY002
+        random.setstate(self.of_python)
+
+    def is_same(self, other: "Generators") -> bool:
+        return (
+            torch.equal(self.of_torch, other.of_torch)
+            and np.array_equal(self.of_numpy[1], other.of_numpy[1])
+            and self.of_numpy[2:] == other.of_numpy[2:]
+            and self.of_python == other.of_python
+        )

@@ -121,6 +121,12 @@ def _check_steps(report: CheckReport, assembly: Assembly, context: DistributedCo
             while experiment.stage < number:
                 experiment.box.current_epoch = experiment.box.stage_end_epoch - 1
                 experiment.end_epoch(0.0, stop=False)
+            if experiment.cache is not None:
+                with report.at(f"{key_path}.teacher.forward_proc"):
+                    experiment.cache.prepare()
+                    report.notes.append(str(experiment.cache))
+                if report.problems:
+                    return
             if loader := stage.get("train_data_loader"):
                 own = share(content["datasets"][loader["dataset_id"]], loader, context)
             _check_accumulation(report, key_path, experiment, len(own), stage["num_epochs"])

@@ -36,7 +36,7 @@ KEYS = {
     "train": f"{_STAGE} monitor precision compile",
     "loader": "dataset_id sampler batch_sampler collate_fn kwargs requires_supp dataset_wrapper",
     "role": "forward_proc requires_grad frozen_modules forward_hook sequential adaptations "
-    "auxiliary_model_wrapper wrapper dst_ckpt",
+    "auxiliary_model_wrapper wrapper dst_ckpt cache",
     "model": "key kwargs src_ckpt dst_ckpt repo_or_dir experiment quantized",
     "optimizer": "key kwargs max_grad_norm grad_accum_step filters_params module_wise_configs "
     "module_wise_kwargs",
@@ -58,6 +58,7 @@ class CheckReport:
         problems: what prevents a run, or makes another run than was meant.
         warnings: keys that nothing reads.
         failed: marks of tags that have failed; what else is wrong with their keys follows from it.
+        notes: what should be known before a run, such as what a cache will hold.
         assembly: what was built, as if there had been no check; None if nothing could be.
     """
 
@@ -65,6 +66,7 @@ class CheckReport:
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failed: list[yaml.Mark] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     assembly: Assembly | None = None
 
     def add(self, key_path: str, error: Exception | str, location: str | None = None) -> None:

@@ -12,6 +12,7 @@ from torchdistill.models.registry import MODEL_DICT
 
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, build_filled_model, get_stages
 from kd_lrp_plugin.config.document import Document
+from kd_lrp_plugin.training.cache.spec import check_cache, get_cache
 from kd_lrp_plugin.training.check.loaders import check_loader
 from kd_lrp_plugin.training.check.optimisation import (
     check_criterion,
@@ -182,6 +183,12 @@ def _check_stage(
                 if not entry:
                     fix = "Each stage needs one, for example {forward_proc: forward_batch_only}."
                     raise ValueError(message("model", f"a section {role!r}", stage.get(role), fix))
+    if get_cache(stage) is not None:
+        with report.at(f"{key_path}.teacher.cache"):
+            if "teacher" not in parts.roles:
+                fix = "Give models.teacher_model."
+                raise ValueError(message("cache", "a teacher", "none", fix))
+            check_cache(key_path, get_stages(parts.train), parts.datasets)
     for name, known in _PROCESSES.items():
         with report.at(f"{key_path}.{name}"):
             if name in stage:
@@ -212,6 +219,10 @@ def _check_role(
     report: CheckReport, key_path: str, role: Mapping[str, Any], parts: ConfigParts
 ) -> None:
     name = key_path.rpartition(".")[2]
+    with report.at(f"{key_path}.cache"):
+        if name != "teacher" and role.get("cache") is not None:
+            fix = "Only what a frozen teacher says stays the same."
+            raise ValueError(message("cache", "none but the teacher's", role["cache"], fix))
     with report.at(f"{key_path}.forward_proc"):
         if role:
             known = procedures.FORWARD_PROC_FUNC_DICT

@@ -1,0 +1,172 @@
+"""Views by a key are the same whoever draws them; followed ones are those of no cache."""
+
+import random
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from kd_lrp_plugin.data.companions import Companions
+from kd_lrp_plugin.data.folder import FolderImages
+from kd_lrp_plugin.data.identity import identify_items
+from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.data.shortcuts import Marked
+from kd_lrp_plugin.data.unlabelled import WithUnlabelled
+from kd_lrp_plugin.data.views import CELLS, ROW, FollowedViews, KeyedViews
+from kd_lrp_plugin.utils.preserved import Generators
+
+
+def phantom(size: int = 6, **kwargs) -> Phantom:
+    return Phantom("train", size=size, image_size=32, **kwargs)
+
+
+def read(views: KeyedViews, workers: int, order: list[int]) -> dict[int, torch.Tensor]:
+    found = {}
+    for images, _, companions in DataLoader(views, 2, sampler=order, num_workers=workers):
+        found |= dict(zip(companions[ROW].tolist(), images, strict=True))
+    return found
+
+
+class TestKeyedViews:
+    def test_they_do_not_depend_on_workers_order_or_the_global_state(self):
+        views = KeyedViews("mine", phantom(augment=True), views=3, seed=1)
+        views.epoch = 4
+        torch.manual_seed(0)
+        first = read(views, 0, [0, 1, 2, 3, 4, 5])
+        torch.manual_seed(9)
+        other = read(views, 2, [5, 3, 1, 0, 2, 4])
+        assert sorted(first) == [6, 7, 8, 9, 10, 11]  # of view 4 % 3
+        assert all(torch.equal(first[row], other[row]) for row in first)
+        assert all(torch.equal(views.ask(row)[0], first[row]) for row in first)
+
+    def test_view_image_and_seed_each_choose_another_augmentation(self):
+        images = phantom(augment=True)
+        views = KeyedViews("mine", images, views=8)
+        assert len({views.ask(row)[0].numpy().tobytes() for row in range(views.rows)}) == 48
+        assert not torch.equal(KeyedViews("mine", images, seed=1).ask(0)[0], views.ask(0)[0])
+        flip = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+        both = [KeyedViews("mine", phantom(2, transform=flip), 64).ask(2 * v)[0] for v in range(64)]
+        flips = sum(not torch.equal(image, both[0]) for image in both)
+        assert 16 < flips < 48  # a fair coin falls outside with a probability of 1e-4
+
+    def test_generators_are_left_as_they_were(self):
+        views = KeyedViews("mine", phantom(augment=True))
+        before = Generators.take()
+        views[0], views.ask(3)
+        assert Generators.take().is_same(before)
+
+    def test_without_randomness_there_is_one_view_and_it_is_the_image(self):
+        images = phantom()
+        views = KeyedViews("mine", images, views=4)
+        views.epoch = 3
+        assert (views.views, views.rows, views[2][2][ROW]) == (1, 6, 2)
+        assert torch.equal(views[2][0], images[2][0])
+
+    def test_randomness_that_no_key_reaches_is_refused(self):
+        own = random.Random(0)
+        turn = transforms.Lambda(lambda image: image.rotate(own.random() * 90))
+        transform = transforms.Compose([turn, transforms.ToTensor()])
+        with pytest.raises(ValueError, match="by the global random number generators, got two"):
+            KeyedViews("mine", phantom(transform=transform))
+
+    def test_companions_are_of_the_same_view(self):
+        images = Marked(phantom(augment=True), size=0.2)
+        views = KeyedViews("mine", Companions(images, clean=True))
+        image, _, companions = views[1]
+        assert 0 < (image != companions["clean"]).float().mean() < 0.1  # the marker's pixels alone
+
+
+class TestFollowedViews:
+    def test_images_are_those_that_there_are_without(self):
+        images = phantom(augment=True)
+        views = FollowedViews("mine", images)
+        views.sizes = [(4, 4)]
+        for index in range(3):
+            torch.manual_seed(index)
+            expected = images[index][0]
+            torch.manual_seed(index)
+            image, _, companions = views[index]
+            assert torch.equal(image, expected)
+            assert companions[ROW] == index
+            assert companions[CELLS]["4x4"].shape == (4, 4, 2)
+        assert torch.equal(views.ask(1)[0], phantom()[1][0])
+
+    def test_wrapped_data_are_followed_inside(self):
+        pair = WithUnlabelled(phantom(3, augment=True), phantom(3, augment=True, seed=1))
+        views = FollowedViews("mine", pair)
+        views.sizes = [(8, 8)]
+        torch.manual_seed(1)
+        cells = [views[index][2][CELLS]["8x8"] for index in (0, 4)]
+        still = views.ask(4)
+        assert torch.equal(still[0], phantom(3, seed=1)[1][0])
+        assert not torch.equal(cells[0], cells[1])
+
+    def test_companions_stay_those_of_the_moved_image(self):
+        def wrap(images):
+            return Companions(images, mask=True)
+
+        images = phantom(augment=True)
+        views = FollowedViews("mine", images, wrap)
+        torch.manual_seed(2)
+        _, _, expected = wrap(images)[1]
+        torch.manual_seed(2)
+        assert torch.equal(views[1][2]["mask"], expected["mask"])
+        assert torch.equal(views.ask(1)[2]["mask"], wrap(phantom())[1][2]["mask"])
+
+    def test_plain_images_of_another_shape_are_refused(self):
+        steps = [transforms.RandomCrop(24), transforms.ToTensor()]
+        with pytest.raises(ValueError, match="Put Resize in front of random crops"):
+            FollowedViews("mine", phantom(transform=transforms.Compose(steps)))
+
+    def test_data_without_a_transform_are_refused(self):
+        with pytest.raises(ValueError, match="data with a transform, got list without"):
+            FollowedViews("mine", [(torch.zeros(3, 8, 8), 0)])
+
+
+class TestIdentity:
+    def folder(self, tmp_path):
+        for name in ("a", "b"):
+            (tmp_path / "Training" / name).mkdir(parents=True)
+            for index in range(12):
+                image = Image.new("RGB", (16, 16), (index * 9, 0, 0))
+                image.save(tmp_path / "Training" / name / f"{index}.png", compress_level=0)
+        return lambda **kwargs: self.identify(FolderImages(str(tmp_path), image_size=16, **kwargs))
+
+    @staticmethod
+    def identify(images) -> str:
+        views = KeyedViews("mine", images)
+        return identify_items(images, views.ask, views.rows)
+
+    def test_it_is_the_same_again_and_elsewhere(self, tmp_path):
+        here = self.folder(tmp_path / "here")
+        assert here() == here() == self.folder(tmp_path / "there")()
+
+    def test_a_byte_of_any_file_changes_it(self, tmp_path):
+        identify = self.folder(tmp_path)
+        before = identify()
+        file = tmp_path / "Training/a/1.png"  # none of those whose pixels are looked at
+        size = file.stat().st_size
+        Image.new("RGB", (16, 16), (200, 0, 0)).save(file, compress_level=0)
+        assert file.stat().st_size == size
+        assert identify() != before
+
+    def test_transform_split_and_markers_change_it(self, tmp_path):
+        identify = self.folder(tmp_path)
+        found = {identify(), identify(augment=True), identify(channels=1)}
+        found |= {self.identify(phantom(n, seed=s)) for n, s in ((8, 0), (9, 0), (8, 1))}
+        marked = [Marked(phantom(8), agreement=0.5, seed=seed) for seed in (0, 1)]
+        found |= {self.identify(images) for images in marked}
+        assert len(found) == 8
+
+    def test_images_without_names_count_by_all_their_pixels(self):
+        images = [(torch.full((3, 4, 4), float(index)), 0) for index in range(40)]
+
+        class Plain(list):
+            pass
+
+        one, other = Plain(images), Plain(images)
+        other[7] = (torch.zeros(3, 4, 4), 0)
+        assert self.identify(one) != self.identify(other)
+        assert self.identify(one) == self.identify(Plain(images))
