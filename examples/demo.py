@@ -1,16 +1,17 @@
 """A student that fell for a marker, one that did not, and the maps that show why.
 
-Trains a ResNet teacher on the built-in brain-MRI phantom. Then two students, thirteen times
-smaller, learn from it on images in which a white square tells the class by the corner that it is
-in: one by plain KD, one with the teacher's relevance (signed relative L2). Both are tested with
-the square in any corner, in a wrong one, and without it. Ends with a table on the terminal and in
-OUT/table.md, maps in OUT/shortcut.png, and everything in OUT/report.html. Stopped and started
-again it resumes, and uses the runs that are finished.
+Trains a ResNet teacher on the built-in brain-MRI phantom. DisWOT ranks a few untrained students,
+ten times smaller or more, and chooses one. It is trained twice, on images in which a white square
+tells the class by the corner that it is in: by plain KD, and with the teacher's relevance (signed
+relative L2). Both are tested with the square in any corner, in a wrong one, and without it. Ends
+with a table on the terminal and in OUT/table.md, maps in OUT/shortcut.png, and everything in
+OUT/report.html. Stopped and started again it resumes, and uses what is finished.
 
     python examples/demo.py --out demo
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.plots.tables import table
 from kd_lrp_plugin.report import page
 from kd_lrp_plugin.runs.loading import load_run
+from kd_lrp_plugin.selection.ranking import summarise_ranking
+from kd_lrp_plugin.selection.select import Selection, read_choice, save_choice
+from kd_lrp_plugin.selection.spec import SelectionSpec
+from kd_lrp_plugin.torchdistill.models import make_builder
 from kd_lrp_plugin.training.trainer import distill
 
 CONFIGS = Path(__file__).resolve().parent.parent / "torchdistill_configs"
@@ -36,7 +41,17 @@ STUDENTS = {
     "KD": f"phantom_marked/kd/{PAIR}",
     "KD + relevance": f"phantom_marked/lrp_relative_l2/{PAIR}",
 }
+CHOICE = "choice.json"
 LAYER = "layer2"  # an eighth of the image's size
+TEACHER = {"key": "timm_model", "kwargs": {"name": "resnet10t", "num_classes": 4}}
+# Small ResNets of these blocks and channels, in the four stages that the maps are taken from.
+SHAPES = (
+    ((1, 1, 1, 1), (32, 48, 48, 96)),
+    ((1, 1, 1, 1), (24, 32, 48, 96)),
+    ((1, 1, 1, 1), (32, 48, 64, 128)),
+    ((1, 2, 1, 1), (32, 48, 48, 96)),
+)
+BUDGET = ["params=500K"]  # a tenth of the teacher's
 
 
 def main() -> None:
@@ -49,10 +64,11 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     folders = train(args.out / "runs", args.seed, args.short)
+    choice = args.out / "runs" / CHOICE
     students = {name: folder for name, folder in folders.items() if name != "teacher"}
     with RichProgress():
         evaluations = {name: evaluate(folder) for name, folder in students.items()}
-        page.write(list(folders.values()), args.out / "report.html")
+        page.write(list(folders.values()), args.out / "report.html", selection=choice)
     mass = picture(folders, args.out / "shortcut.png", 32 if args.short else 64)
 
     rows = []
@@ -68,33 +84,81 @@ def main() -> None:
     )
     (args.out / "table.md").write_text(f"{text}\n\n{note}\n", encoding="utf-8")
     print(f"\n{text}\n{note}")
+    print(f"\nboth students are {describe(read_choice(choice)['entry'])}, chosen in {choice}")
     print(f"\nwhere they look: {args.out}/shortcut.png; everything: {args.out}/report.html")
     print(f"the table: {args.out}/table.md")
     print(f"{time.monotonic() - started:.0f} s")
 
 
 def train(out: Path, seed: int, short: bool) -> dict[str, Path]:
-    """The teacher on clean images, the students on marked ones; what is finished is not rerun."""
+    """The teacher on clean images, the student on marked ones; what is finished is not rerun."""
     image_size, sizes = (32, (32, 16, 16)) if short else (64, (1200, 100, 300))
     changes = [f"image_size={image_size}", "num_workers=0"]
     for split, size in zip(("train", "val", "test"), sizes, strict=True):
         changes.append(f"datasets.phantom/{split}.init.kwargs.size={size}")
     folders = {"teacher": out / "teacher"}
-    epochs = {"teacher": 1 if short else 10}
-    specs = {"teacher": ("phantom/ce/resnet10t.yaml", changes)}
-    of_teacher = f"models.teacher_model.src_ckpt={folders['teacher']}/best.pt"
+
+    def run(name: str, config: str, overrides: list[str], epochs: int) -> None:
+        print(f"\n{name}: {config}")
+        steps = f"train.num_epochs={1 if short else epochs}"
+        with RichProgress():
+            distill(RunSpec(CONFIGS / config, [*changes, *overrides, steps], folders[name], seed))
+
+    run("teacher", "phantom/ce/resnet10t.yaml", [], 10)
+    weights = f"{folders['teacher']}/best.pt"
+    images = Marked(Phantom("train", sizes[0], image_size=image_size))
+    chosen = choose(out / CHOICE, {**TEACHER, "src_ckpt": weights}, images)
+    taught = [
+        f"models.teacher_model.src_ckpt={weights}",
+        f"models.student_model.kwargs={json.dumps(chosen['kwargs'])}",
+    ]
+    # The label's relevance minus the others' mean.
+    contrast = "train.criterion.kwargs.semantic.kwargs.target=contrast"
     for name, config in STUDENTS.items():
         folders[name] = out / name.replace(" + ", "_").lower()
-        epochs[name] = 1 if short else 6
-        specs[name] = (config, [*changes, of_teacher])
-    contrast = "train.criterion.kwargs.semantic.kwargs.target=contrast"
-    specs["KD + relevance"][1].append(contrast)  # the label's relevance minus the others' mean
-    for name, (config, overrides) in specs.items():
-        print(f"\n{name}: {config}")
-        steps = [f"train.num_epochs={epochs[name]}"]
-        with RichProgress():
-            distill(RunSpec(CONFIGS / config, [*overrides, *steps], folders[name], seed))
+        run(name, config, [*taught, contrast] if name == "KD + relevance" else taught, 6)
     return folders
+
+
+def choose(file: Path, teacher: dict[str, Any], images: Marked) -> dict[str, Any]:
+    """The student that DisWOT ranks first, as an entry of models; recorded in ``file``."""
+    if not file.exists():
+        spec = SelectionSpec(
+            num_classes=4,
+            record=file,
+            data=images,
+            teacher=teacher,
+            candidates=[name_student(*shape) for shape in SHAPES],
+            budget=BUDGET,
+            batch_size=16,
+            seeds=(0, 1, 2),
+        )
+        print("\nselection: untrained students, by DisWOT")
+        with RichProgress():
+            save_choice(spec, Selection(spec, make_builder).rank())
+    choice = read_choice(file)
+    rows = [
+        {
+            "student": describe(record["entry"]),
+            "parameters": int(record["parameters"]),
+            "score (lower is better)": record["score"],
+        }
+        for record in choice["ranking"]
+    ]
+    print(f"\n{table(rows)}\n{summarise_ranking(choice['ranking'])}")
+    return choice["entry"]
+
+
+def name_student(layers: tuple[int, ...], channels: tuple[int, ...]) -> dict[str, Any]:
+    """An entry of models."""
+    kwargs = {"name": "test_resnet", "num_classes": 4}
+    shape = {"layers": list(layers), "channels": list(channels)}
+    return {"key": "timm_model", "kwargs": {**kwargs, "timm_kwargs": shape}}
+
+
+def describe(entry: dict[str, Any]) -> str:
+    shape = entry["kwargs"]["timm_kwargs"]
+    return f"blocks {shape['layers']}, channels {shape['channels']}"
 
 
 def picture(folders: dict[str, Path], file: Path, image_size: int) -> dict[str, float]:

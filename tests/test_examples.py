@@ -28,6 +28,10 @@ FILES["torchdistill_script.py"] = {  # stands for torchdistill's: reads the conf
 
 # Arguments of each example's short mode, and the files that it leaves in its folder.
 SHORT: dict[str, tuple[list[str], list[str]]] = {
+    "afternoon.py": (
+        ["images", "--short", "--out", "afternoon"],
+        ["afternoon/project/page.html"],
+    ),
     "benchmarks/benchmark_driver.py": (
         [
             *("--rounds", "1", "--set", "image_size=32"),
@@ -95,9 +99,9 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
-# Kills whole processes, each of which has to import everything; tests/training/test_resume.py does
-# the same within a process.
-SLOW = ["benchmarks/kill_and_resume.py"]
+# Start whole processes, each of which has to import everything; tests/training/test_resume.py and
+# tests/project/test_create.py do the same without.
+SLOW = ["benchmarks/kill_and_resume.py", "afternoon.py"]
 
 
 def run_example(name: str, folder: Path, *arguments: str) -> str:

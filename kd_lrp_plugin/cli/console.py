@@ -38,6 +38,12 @@ Overrides = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU if there is one.")
 ]
+Log = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="Where the epochs are shown as well: tensorboard, mlflow or wandb."
+    ),
+]
 Safe = Annotated[
     bool,
     typer.Option(

@@ -8,6 +8,7 @@ import typer
 from kd_lrp_plugin.cli.console import (
     ConfigFile,
     Device,
+    Log,
     Overrides,
     RichProgress,
     Safe,
@@ -28,6 +29,7 @@ def distill(
     seed: Annotated[int, typer.Option(help="Of every random number generator.")] = 0,
     device: Device = None,
     safe: Safe = False,
+    log: Log = "tensorboard",
     profile: Annotated[
         bool,
         typer.Option("--profile", help="Train a few steps, and print where their time goes."),
@@ -48,7 +50,7 @@ def distill(
         torchrun --nproc_per_node=2 -m kd_lrp_plugin.cli distill my.yaml
     """
     with errors_in_words():
-        spec = RunSpec(config, overrides or (), out, seed, device, safe)
+        spec = RunSpec(config, overrides or (), out, seed, device, safe, log)
     if profile:
         _show_profile(spec)
         return

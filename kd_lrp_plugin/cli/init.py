@@ -55,6 +55,12 @@ def init(
         int | None,
         typer.Option(help="How many the values of 16-bit images have, such as 12; else all."),
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="A class folder, at any depth; once for each, if they lie deeper."
+        ),
+    ] = None,
 ) -> None:
     """From a folder of images to a project: configs, a study, and a README with the commands.
 
@@ -66,6 +72,8 @@ def init(
 
         kd-lrp init images --out project --student test_resnet --method lrp_cosine
 
+        kd-lrp init slides --classes benign --classes tumour
+
         kd-lrp init mhist --table mhist/annotations.csv --column "label=Majority Vote Label"
     """
     with RichProgress(), errors_in_words("Nothing was written."):
@@ -76,7 +84,7 @@ def init(
         asked = Models(
             teacher, student, method, shortcut, pretrained, _read_pairs("--weights", weights)
         )
-        data = Data(folder, table, _read_pairs("--column", column), bits)
+        data = Data(folder, table, _read_pairs("--column", column), bits, classes or ())
         choices, summary = create_project(data, made, asked)
     for reason in choices.reasons:
         say(f"- {reason}")

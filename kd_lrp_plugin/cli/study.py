@@ -7,6 +7,7 @@ import typer
 
 from kd_lrp_plugin.cli.console import (
     Device,
+    Log,
     Overrides,
     RichProgress,
     Safe,
@@ -42,6 +43,7 @@ def study(
     ] = False,
     device: Device = None,
     safe: Safe = False,
+    log: Log = "tensorboard",
 ) -> None:
     """Train every configuration of a study with every seed, and compare them.
 
@@ -71,7 +73,7 @@ def study(
         from kd_lrp_plugin.studies import plan, runner
 
         options = plan.StudyOptions(
-            overrides or (), chosen, only or (), runs, out, jobs, device, safe
+            overrides or (), chosen, only or (), runs, out, jobs, device, safe, log
         )
         folder = options.get_folder(file)
         with RichProgress():

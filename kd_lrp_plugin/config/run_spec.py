@@ -7,7 +7,9 @@ from typing import Any
 
 from kd_lrp_plugin.config.document import Document, resolve_config
 from kd_lrp_plugin.config.safety import unsafe_tags
-from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.validation import check_known, message
+
+LOGS = ("tensorboard", "mlflow", "wandb")
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,10 @@ class RunSpec:
         seed: of every random number generator, again in each epoch.
         device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
         safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
+        log: where the epochs are shown, beside the run folder: one of :data:`LOGS`.
 
     Raises:
-        ValueError: for a seed that is no integer of 0 or more.
+        ValueError: for a seed that is no integer of 0 or more, or an unknown log.
 
     Example:
         >>> RunSpec("configs/phantom/kd/small.yaml", seed=3).folder.as_posix()
@@ -36,10 +39,12 @@ class RunSpec:
     seed: int = 0
     device: str | None = None
     safe: bool = False
+    log: str = LOGS[0]
 
     def __post_init__(self) -> None:
         if type(self.seed) is not int or self.seed < 0:
             raise ValueError(message("seed", "a number of 0 or more", self.seed, ""))
+        check_known("log", self.log, LOGS)
         object.__setattr__(self, "overrides", tuple(self.overrides))  # a list could be changed
 
     @property

@@ -19,6 +19,7 @@ from kd_lrp_plugin.utils.validation import check_known, message
 
 logger = logging.getLogger(__name__)
 LOCAL = "local-dir:"  # timm's word in front of a folder
+HUB = ("hf-hub:", "hf_hub:")  # ... and of a repository of the Hugging Face Hub
 # Arguments of timm that build_model decides, and what to use in their place.
 OURS = {
     "pretrained": "Give pretrained to build_model itself, or weights=PATH, a local file.",
@@ -51,7 +52,8 @@ def build_model(
 
     Args:
         name: a name in ``timm.list_models()``, or ``local-dir:FOLDER`` with a folder that timm can
-            read: config.json and weights, which count if ``pretrained``.
+            read: config.json and weights, which count if ``pretrained``. ``hf-hub:`` is refused,
+            with the commands that make such a folder: a run must be read without a network.
         num_classes: outputs; 0 with the linear head for a model without classifier.
         head: "linear", "mlp" or "flatten_mlp".
         hidden: widths of the hidden layers of the two mlp heads.
@@ -172,6 +174,8 @@ def _check_name(where: str, name: str, kwargs: dict[str, Any]) -> dict[str, Any]
             raise FileNotFoundError(message(f"{where}: name", "a config.json of timm", got, fix))
         architecture = read_json(folder / "config.json", fix, architecture=str)["architecture"]
         check_known(f"{folder / 'config.json'}: architecture", architecture, timm.list_models())
+    elif name.lower().startswith(HUB):
+        raise ValueError(_refuse_hub(where, name))
     elif not timm.is_model(name):
         check_known(f"{where}: name", name, timm.list_models())
     for key in OURS.keys() & kwargs.keys():
@@ -179,6 +183,21 @@ def _check_name(where: str, name: str, kwargs: dict[str, Any]) -> dict[str, Any]
             expected = "timm_kwargs that build_model leaves open"
             raise ValueError(message(where, expected, repr(key), OURS[key]))
     return kwargs
+
+
+def _refuse_hub(where: str, name: str) -> str:
+    """Even the architecture would have to be fetched, again by whoever reads a run later."""
+    repository = name.partition(":")[2]
+    folder = repository.rpartition("/")[2] or "FOLDER"
+    fix = (
+        f"Where there is a network, give: hf download {repository} --local-dir {folder}; copy the "
+        f"folder to this machine, wherever you like, and give {LOCAL}PATH/{folder} as the name, "
+        "with pretrained: True for its weights."
+    )
+    expected = "a name of timm, or a folder of timm's on this machine"
+    if repository.startswith("timm/") and timm.is_model(folder):
+        fix = f"Give {folder} with pretrained: True. Or: {fix[0].lower()}{fix[1:]}"
+    return message(f"{where}: name", expected, repr(name), fix)
 
 
 def _create(where: str, name: str, kwargs: dict[str, Any], pretrained: bool = False) -> nn.Module:

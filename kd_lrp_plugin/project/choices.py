@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ IMBALANCE = 1.5  # of the largest class over the smallest, above which classes a
 FEW = 1000  # images that need no process to read them ahead
 STEPS, EPOCHS = 1000, (20, 100)  # MobileNetV2 from random weights learns nothing from few steps
 LAYERS = 2
+SHOWN = 12  # classes that are named
 
 
 @dataclass(frozen=True)
@@ -158,10 +159,11 @@ def choose(
         "layers": {} if models.method == "kd" else _choose_layers(built),
         "budget": max(map(count_parameters, built.values())),
     }
-    reasons = [*_explain_images(summary, made), *_explain_training(made, models)]
+    reasons = [_explain_classes(listing, classes), *_explain_images(summary, made)]
+    reasons += _explain_training(made, models)
     if listing.patients:
         known, column = len(listing.patients), listing.columns["patient"]
-        reasons.insert(2, f"Images of one {column} stay together: known of {known:,} images.")
+        reasons.insert(3, f"Images of one {column} stay together: known of {known:,} images.")
     return Choices(**made, reasons=reasons)
 
 
@@ -180,6 +182,15 @@ def _count_images(
         found[kind] = len(
             FolderImages(str(folder), str(name), part, holdout, manifest=str(manifest))
         )
+    return found
+
+
+def _explain_classes(listing: Listing, classes: Sequence[str]) -> str:
+    shown = [*classes[:SHOWN], *(["..."] if len(classes) > SHOWN else [])]
+    found = f"There are {len(classes)} classes: {', '.join(shown)}."
+    if inner := listing.inner_folders:
+        found += f" Folders in theirs, such as {inner[0]}, are not told apart; if those are the "
+        found += "classes, give --classes NAME for each of them."
     return found
 
 

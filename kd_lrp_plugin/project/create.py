@@ -3,7 +3,7 @@
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,12 +42,14 @@ class Data:
         table: that lists them, if folders do not.
         columns: of the table, by file, label, split and patient.
         bits: of 16-bit images, or None.
+        classes: names of the class folders, where they are not the uppermost ones.
     """
 
     folder: Path
     table: Path | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     bits: int | None = None
+    classes: Sequence[str] = ()
 
 
 def create_project(data: Data, out: Path, models: Models) -> tuple[Choices, dict[str, Any]]:
@@ -73,7 +75,7 @@ def create_project(data: Data, out: Path, models: Models) -> tuple[Choices, dict
     """
     folder = data.folder.expanduser()
     _check_out(out, folder)
-    listing = list_folder(folder, data.table, data.columns)
+    listing = list_folder(folder, data.table, data.columns, data.classes)
     check_counts(listing)
     with _staged(out) as stage:
         about = {"layout": listing.layout, "columns": dict(listing.columns)}
@@ -179,6 +181,8 @@ def _check_configs(
         "teacher": seconds.pop("teacher"),
         "select": timing.measure_selection(selection),
         "student": seconds["student"],
+        "evaluate": timing.EVALUATING,
+        "explain": timing.EXPLAINING,
         "study": timing.SEEDS * sum(seconds.values()),
         "report": timing.REPORTING,
     }

@@ -56,6 +56,14 @@ class Listing:
     columns: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def inner_folders(self) -> list[str]:
+        """Names of the folders in class folders, which nothing tells apart."""
+        if self.table is not None:
+            return []
+        below = (image.file.rpartition(f"{image.label}/")[2].split("/") for image in self.images)
+        return sorted({parts[0] for parts in below if len(parts) > 1})
+
+    @property
     def image_list(self) -> ImageList:
         return ImageList(self.images, self.ignored, self.patients)
 
@@ -72,7 +80,10 @@ def get_split_kind(name: str) -> str | None:
 
 
 def list_folder(
-    folder: Path, table: Path | None = None, columns: Mapping[str, str] | None = None
+    folder: Path,
+    table: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    classes: Sequence[str] = (),
 ) -> Listing:
     """Find the images of a folder and their classes.
 
@@ -85,6 +96,7 @@ def list_folder(
         table: CSV that lists them; by default the one in the folder, where there are no classes.
         columns: names of its columns by file, label, split and patient, where they are not known
             by their words; of class folders only patient, of ``<folder>/manifest.csv``.
+        classes: names of the class folders, at any depth; by default the uppermost ones.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image, table or file of the table.
@@ -100,6 +112,11 @@ def list_folder(
     if not images:
         fix = f"Put the images into {_LAYOUTS}."
         raise FileNotFoundError(message(f"{WHERE}: {folder}", "images (.png, ...)", "none", fix))
+    if classes:
+        if table is not None:
+            got, fix = f"--classes with --table {table}", "Leave one of them out."
+            raise ValueError(message(f"{WHERE}: classes", "folders or a table", got, fix))
+        return _list_class_folders(folder, ClassFolders(tuple(classes)), columns)
     tops = sorted({parts[0] for parts in images if len(parts) > 1})
     splits = [name for name in tops if get_split_kind(name)]
     has_classes = any(len(parts) > 2 for parts in images) if splits else len(tops) > 1
@@ -119,13 +136,11 @@ def list_folder(
         raise ValueError(message(f"{WHERE}: {folder}", expected, got, fix))
     depth = 1 + bool(splits)  # of an image in a class folder
     nested = any(len(parts) > depth + 1 for parts in images)
-    classes = {parts[depth - 1] for parts in images if len(parts) > depth} if nested else ()
-    return _list_class_folders(folder, ClassFolders(tuple(sorted(classes))), bool(splits), columns)
+    named = {parts[depth - 1] for parts in images if len(parts) > depth} if nested else ()
+    return _list_class_folders(folder, ClassFolders(tuple(sorted(named))), columns)
 
 
-def _list_class_folders(
-    folder: Path, folders: ClassFolders, has_splits: bool, columns: Mapping[str, str]
-) -> Listing:
+def _list_class_folders(folder: Path, folders: ClassFolders, columns: Mapping[str, str]) -> Listing:
     images, ignored = list_images(folder, folders)
     if wrong := columns.keys() - {"patient"}:
         got = f"{sorted(wrong)} of class folders"
@@ -145,6 +160,7 @@ def _list_class_folders(
         if not patients:
             got, fix = "none of them", "Name images by their path below the folder."
             raise ValueError(message(f"{WHERE}: {manifest}", "some of the images", got, fix))
+    has_splits = any(image.split for image in images)
     layout = "in splits, each with a folder per class" if has_splits else "in a folder per class"
     return Listing(folder, images, ignored, patients, layout, None, columns)
 

@@ -14,6 +14,8 @@ COMMANDS = {
     "teacher": "kd-lrp distill teacher.yaml --out runs/teacher",
     "select": "kd-lrp select select.yaml",
     "student": "kd-lrp distill student.yaml --out runs/student",
+    "evaluate": "kd-lrp evaluate runs/teacher runs/student",
+    "explain": "kd-lrp explain runs/student",
     "study": "kd-lrp study study.yaml",
     "report": "kd-lrp report runs/teacher runs/student runs/studies/study --data-check checked "
     "--selection runs/select.json --out page.html",
@@ -23,6 +25,8 @@ _DOES = {
     "select": "ranks untrained students, by a score and by their size; another student by `kd-lrp "
     "distill select.yaml` or `--student`",
     "student": "trains the student, taught by the teacher",
+    "evaluate": "tests both: by class, calibration, agreement, cost",
+    "explain": "maps of both, side by side, and what they are worth",
     "study": "compares labels alone, soft labels and the method, with three seeds each",
     "report": "makes one page of it all",
 }

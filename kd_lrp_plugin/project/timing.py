@@ -18,7 +18,7 @@ from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.utils.distributed import DistributedContext
 
 STARTING = 8.0  # seconds until a command has imported all that it needs
-REPORTING = 10.0
+EVALUATING, EXPLAINING, REPORTING = 30.0, 120.0, 10.0
 SEEDS = 3
 
 
@@ -50,11 +50,11 @@ def measure_pace(assembly: Assembly, context: DistributedContext) -> Pace:
         started = time.perf_counter()
         loss = experiment.training_loss(images, targets, {})
         experiment.box.post_forward_process(loss=loss)
-        float(loss)  # waits for a GPU
+        loss.item()  # waits for a GPU
         step = time.perf_counter() - started
     with experiment.evaluating():
         started = time.perf_counter()
-        float(experiment.loss(images, targets, {}))
+        experiment.loss(images, targets, {}).item()
     return Pace(step, time.perf_counter() - started, reading)
 
 

@@ -193,6 +193,16 @@ class RunFolder(RunRecord):
             about["files"] = {**about.get("files", {}), **found}
             files.write_json(self / "environment.json", about)
 
+    def read_logger(self, name: str) -> dict[str, str]:
+        """What this run is to a logger, as noted; empty before it has one there."""
+        return self.read_environment().get("loggers", {}).get(name, {})
+
+    def note_logger(self, name: str, found: Mapping[str, str]) -> None:
+        """Note what this run is to a logger, so that it goes on there when it resumes."""
+        about = self.read_environment()
+        about["loggers"] = {**about.get("loggers", {}), name: dict(found)}
+        files.write_json(self / "environment.json", about)
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Note what the files of :data:`OUTPUTS` are, then write the summary."""
         about = self.read_environment()

@@ -86,7 +86,7 @@ class RunRecord:
         about = files.read_json(file, RENAME, sessions=list)
         if not all(isinstance(session, dict) for session in about["sessions"]):
             raise files.damaged(file, "a mapping for each session", "others", RENAME)
-        for key in about.keys() & {"files", "outputs"}:
+        for key in about.keys() & {"files", "outputs", "loggers"}:
             files.check_keys(file, about, RENAME, **{key: dict})
         return about
 

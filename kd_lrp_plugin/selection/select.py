@@ -137,9 +137,10 @@ class Selection:
         costs, problems = measure_costs(candidates, size, channels, latency)
         self._refuse(problems, len(candidates))
         kept = filter_by_budget(self.budget, costs)
-        if over := len(costs) - len(kept):
+        if over := sorted({*costs} - {*kept}):
+            shown = ", ".join([*over[:3], *(["..."] if len(over) > 3 else [])])
             current_progress().note(
-                f"{over} of {len(candidates)} students are outside of the budget"
+                f"outside of the budget: {len(over)} of {len(candidates)} students ({shown})"
             )
         return [candidate for candidate in candidates if candidate.name in kept], costs, problems
 

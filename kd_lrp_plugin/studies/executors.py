@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from kd_lrp_plugin.config.run_spec import RunSpec
+from kd_lrp_plugin.config.run_spec import LOGS, RunSpec
 from kd_lrp_plugin.evaluation.evaluate import evaluate
 from kd_lrp_plugin.runs.folder import LOCK, RunFolder
 from kd_lrp_plugin.studies.plan import StudyOptions, StudyRun
@@ -90,7 +90,7 @@ class StudyExecutor:
 
     def start(self, run: StudyRun) -> subprocess.Popen[bytes]:
         """The process of a run; it ends when its standard input is closed."""
-        job = run.spec(self.options.device, self.options.safe)
+        job = run.spec(self.options)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         threads = RunFolder(run.folder).threads or self.threads
         with get_log(run).open("wb") as log:
@@ -157,6 +157,7 @@ def run_job() -> None:
     job = RunSpec(**json.loads(sys.argv[1]))
     sets = [word for override in job.overrides for word in ("--set", override)]
     command = ["distill", str(job.config), *sets, "--seed", str(job.seed), "--out", str(job.folder)]
+    command += ["--log", job.log] if job.log != LOGS[0] else []
     sys.argv = ["kd-lrp", *command]  # what would do the same, for the run's record
     logging.basicConfig(level=logging.INFO)
     end_with_parent(interrupt=True)  # every file of a run is intact at any time

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_lrp_plugin.attribution.summary import METRICS
-from kd_lrp_plugin.config.run_spec import RunSpec
+from kd_lrp_plugin.config.run_spec import LOGS, RunSpec
 from kd_lrp_plugin.studies.primary import Primary
 from kd_lrp_plugin.utils.validation import check_known
 
@@ -94,6 +94,7 @@ class StudyOptions:
         jobs: runs at the same time.
         device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
         safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
+        log: where the epochs are shown, see :class:`kd_lrp_plugin.config.run_spec.RunSpec`.
     """
 
     overrides: Sequence[str] = ()
@@ -104,6 +105,7 @@ class StudyOptions:
     jobs: int = 1
     device: str | None = None
     safe: bool = False
+    log: str = LOGS[0]
 
     def get_folder(self, file: str | Path) -> Path:
         """For the results of the study in ``file``."""
@@ -136,9 +138,10 @@ class StudyRun:
     epochs: int
     terms: tuple[str, ...] = ()
 
-    def spec(self, device: str | None = None, safe: bool = False) -> RunSpec:
+    def spec(self, options: StudyOptions) -> RunSpec:
         """What :func:`kd_lrp_plugin.training.trainer.distill` takes."""
-        return RunSpec(self.config, self.overrides, self.folder, self.seed, device, safe)
+        of_all = options.device, options.safe, options.log
+        return RunSpec(self.config, self.overrides, self.folder, self.seed, *of_all)
 
     @property
     def label(self) -> str:

@@ -33,6 +33,7 @@ from kd_lrp_plugin.studies.status import (
 )
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.check.sections import identify_model
+from kd_lrp_plugin.training.loggers import check_installed
 from kd_lrp_plugin.utils.distributed import init_distributed
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -53,8 +54,10 @@ def run_study(file: str | Path, options: StudyOptions | None = None) -> dict[str
             beyond these, or a run was made with other images or weights than lie there now.
         FileNotFoundError: if there is no such file, or none that a config names.
         ValueError: for a study or a config that cannot be run, or a damaged file.
+        ModuleNotFoundError: if the logger is not installed.
     """
     options = options or StudyOptions()
+    check_installed(options.log)
     plan = read_plan(file, options.overrides, options.seeds, options.root, options.only)
     folder = options.get_folder(file)
     check_output_folder(folder, plan)

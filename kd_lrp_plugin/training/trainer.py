@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,14 @@ from kd_lrp_plugin.runs.provenance import list_files
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.dry_run import check
 from kd_lrp_plugin.training.experiment import AUC, LAST, MONITOR, OF_PREDICTIONS, Experiment
+from kd_lrp_plugin.training.loggers import Show, check_installed, open_logger
 from kd_lrp_plugin.training.meter import Meter
 from kd_lrp_plugin.training.session import describe_session, measure_memory
 from kd_lrp_plugin.training.state import describe_nonfinite, restore_state, take_state
 from kd_lrp_plugin.training.workers import choose_workers
 from kd_lrp_plugin.utils.distributed import DistributedContext, init_distributed
-from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.progress import NullProgress, current_progress
 from kd_lrp_plugin.utils.validation import message
-
-with imports_of_an_extra():
-    from torch.utils.tensorboard import SummaryWriter
 
 FORMAT = 2  # of the checkpoints: goes up when what they hold changes
 
@@ -66,9 +63,11 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         FileNotFoundError: if there is no config.
         ValueError: for a config that cannot be run, with all its problems.
         FloatingPointError: if a loss is not finite; no step is taken with it.
-        OSError: on a full disk, for example.
+        OSError: on a full disk, for example, or if the logger fails.
+        ModuleNotFoundError: if the logger is not installed.
     """
     config = spec.read()
+    check_installed(spec.log)
     with init_distributed(spec.device) as context, ExitStack() as stack:
         if context.rank > 0:  # the first process speaks for all
             stack.enter_context(NullProgress())
@@ -97,8 +96,11 @@ def distill(spec: RunSpec) -> dict[str, Any]:
         if state is not None:
             run.restore(state)
             current_progress().note(f"{folder.path}: resumes after epoch {run.epoch}")
-        run.train()
-        return run.test()
+        first = context.rank == 0
+        logger = open_logger(spec, folder, run.records) if first else nullcontext(_show_nowhere)
+        show = stack.enter_context(logger)
+        run.train(show)
+        return run.test(show)
 
 
 def _keep_threads(context: DistributedContext, folder: RunFolder) -> None:
@@ -166,22 +168,12 @@ class Trainer:
 
     # --- training -----------------------------------------------------------------------------
 
-    def train(self) -> None:
+    def train(self, show: Show) -> None:
         """The epochs that are left; after each, the folder holds all that the next one needs."""
-        if self.experiment.finished:
-            return
-        with ExitStack() as stack:
-            board = None
-            if self.context.rank == 0:
-                self.folder.clear_events()
-                board = stack.enter_context(SummaryWriter(str(self.folder.path)))
-                for metrics in self.records:
-                    _show_on(board, metrics)
-            while not self.experiment.finished:
-                metrics = self._train_epoch()
-                if board is not None:
-                    _show_on(board, metrics)
-                current_progress().epoch(metrics)
+        while not self.experiment.finished:
+            metrics = self._train_epoch()
+            show(metrics)
+            current_progress().epoch(metrics)
 
     def _train_epoch(self) -> dict[str, float]:
         self._open_cache()
@@ -353,7 +345,7 @@ class Trainer:
                     meter.count(experiment.original(images), targets, of_teacher)
         return meter.summary(prefix, self.context), meter.predictions(self.context)
 
-    def test(self) -> dict[str, Any]:
+    def test(self, show: Show) -> dict[str, Any]:
         """Test the best weights, and write what a finished run has."""
         experiment, folder = self.experiment, self.folder
         self.context.run_on_rank_zero(lambda: None)  # the first process has written the weights
@@ -365,7 +357,7 @@ class Trainer:
         summary = {
             **tested,
             "best_epoch": self.best["epoch"],
-            **{k: v for k, v in self.records[self.best["epoch"] - 1].items() if k[:4] == "val_"},
+            **_only_of("val", self.records[self.best["epoch"] - 1]),
             "epochs": self.epoch,
             "parameters": count_parameters(experiment.original),
             "seconds": round(sum(record["seconds"] for record in self.records), 1),
@@ -398,15 +390,18 @@ class Trainer:
             folder.put("student.safetensors", lambda file: file.write_bytes(save(state, about)))
             figure = curves_figure(self.records)
             folder.put("curves.png", lambda file: figure.savefig(file, format="png"))
+            show({"epoch": summary["best_epoch"], **_only_of("test", summary)})
             folder.finish(summary)
             (folder / "previous.pt").unlink(missing_ok=True)
         return self.context.run_on_rank_zero(lambda: summary)
 
 
-def _show_on(board: SummaryWriter, metrics: Mapping[str, float]) -> None:
-    for name, value in metrics.items():
-        board.add_scalar(name, value, int(metrics["epoch"]))
-    board.flush()
+def _show_nowhere(metrics: Mapping[str, float]) -> None:
+    """Of a process that is not the first, which speaks for all."""
+
+
+def _only_of(part: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name.startswith(f"{part}_")}
 
 
 def _names(dataset: Any, loader: DataLoader) -> list[str] | None:

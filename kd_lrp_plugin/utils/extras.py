@@ -20,6 +20,8 @@ EXTRAS = {
     ),
     "search": ("optuna",),
     "export": ("onnx", "onnxruntime", "onnxscript"),
+    "mlflow": ("mlflow",),
+    "wandb": ("wandb",),
 }
 
 

@@ -172,7 +172,7 @@ def test_a_function_says_what_to_install(core):
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib")
 def test_the_extras_are_those_of_pyproject():
     """By module here, by distribution there."""
-    modules = {"imagehash": "imagehash", "scikit-learn": "sklearn", "scikit-image": "skimage"}
+    modules = {"scikit-learn": "sklearn", "scikit-image": "skimage", "mlflow-skinny": "mlflow"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
     def names(requirements: list[str]) -> set[str]:

@@ -129,8 +129,18 @@ class TestBadArguments:
         with pytest.raises(ValueError, match=r"Did you mean .*'mobilenetv2_100'"):
             build_model("mobilnetv2_100", 3)
 
-    def test_a_name_that_would_download_is_unknown(self):
-        with pytest.raises(ValueError, match="build_model: name: expected one of"):
+    @pytest.mark.parametrize("name", ["hf-hub:me/mine", "hf_hub:me/mine", "HF-HUB:me/mine"])
+    def test_a_name_that_would_download_is_refused_with_the_way_out(self, name):
+        with pytest.raises(ValueError, match=r"a folder of timm's on this machine") as caught:
+            build_model(name, 3, pretrained=True)
+        words = str(caught.value)
+        assert "hf download me/mine --local-dir mine" in words
+        assert "give local-dir:PATH/mine as the name, with pretrained: True" in words
+
+    def test_a_name_of_timms_own_hub_is_refused_with_the_one_that_it_has_here(self):
+        with pytest.raises(
+            ValueError, match=r"Give resnet18.a1_in1k with pretrained: True. Or: wh"
+        ):
             build_model("hf-hub:timm/resnet18.a1_in1k", 3)
 
     def test_an_unknown_head_gets_near_names(self):

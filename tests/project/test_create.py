@@ -69,6 +69,7 @@ class TestProject:
         readme = (made / "project/README.md").read_text()
         assert "64 is the smallest of 64, 96" in readme
         assert "three equal channels" in readme
+        assert "There are 2 classes: glioma, notumor. Folders in theirs, such as 2021" in readme
         assert "Classes are not weighed" in readme
         assert f"{values['batch_size']} images" in readme
         assert f"There are {values['train']['num_epochs']} epochs" in readme
@@ -116,14 +117,16 @@ class TestCommands:
         (block,) = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
         lines = block.splitlines()
         assert [line.split()[1] for line in lines] == [
-            *("distill", "select", "distill", "study", "report")
+            *("distill", "select", "distill", "evaluate", "explain", "study", "report")
         ]
         for line in lines:
             _, command, *words = shlex.split(line)
             short = ["--set", "train.num_epochs=1"] if command in ("distill", "study") else []
             ran = preloaded.run("-m", "kd_lrp_plugin.cli", command, *words, *short, cwd=project)
             assert ran.returncode == 0, f"{line}\n{ran.stdout}\n{ran.stderr}"
-        assert (project / "page.html").is_file()
+        page = (project / "page.html").read_text()
+        assert "Not evaluated" not in page
+        assert "No metrics of maps were computed of teacher, student" not in page
         study = json.loads((project / "runs/studies/study/study.json").read_text())
         assert study["final"]
 

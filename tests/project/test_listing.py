@@ -45,6 +45,34 @@ class TestClassFolders:
         found = list_folder(fill(tmp_path, "cat/2021/0.png", "dog/2021/0.png"))
         assert labels_of(found)["dog/2021/0.png"] == ("", "dog")
 
+    def test_of_which_the_inner_folders_are_known(self, tmp_path):
+        files = ["lung/a/0.png", "lung/b/x/0.png", "colon/1.png", "colon/c/0.png"]
+        assert list_folder(fill(tmp_path, *files)).inner_folders == ["a", "b", "c"]
+
+    def test_named_ones_at_any_depth(self, tmp_path):
+        files = [f"{path}/{i}.png" for path in ("lung/aca", "lung/n", "x/y/scc") for i in range(3)]
+        found = list_folder(fill(tmp_path, *files), classes=["aca", "n", "scc"])
+        assert labels_of(found)["x/y/scc/0.png"] == ("", "scc")
+        assert {label for _, label in labels_of(found).values()} == {"aca", "n", "scc"}
+        assert found.inner_folders == []
+        assert found.layout == "in a folder per class"
+
+    def test_named_ones_below_splits(self, tmp_path):
+        folders = [f"{split}/lung/{label}" for split in ("train", "test") for label in ("a", "b")]
+        found = list_folder(fill(tmp_path, *several(*folders)), classes=["a", "b"])
+        assert labels_of(found)["test/lung/b/2.png"] == ("test", "b")
+        assert found.layout == "in splits, each with a folder per class"
+        check_counts(found)
+
+    def test_a_name_that_is_no_folder_or_too_few_of_them_are_refused(self, tmp_path):
+        fill(tmp_path, *several("lung/aca", "lung/n", "colon/scc"))
+        with pytest.raises(ValueError, match=r"expected classes \['ab', 'aca', 'n', 'scc'\], got"):
+            list_folder(tmp_path, classes=["ab", "n", "aca", "scc"])
+        with pytest.raises(ValueError, match=r"expected classes \['aca', 'n'\], got"):
+            list_folder(tmp_path, classes=["n", "aca"])
+        with pytest.raises(ValueError, match="expected folders or a table"):
+            list_folder(tmp_path, tmp_path / "t.csv", classes=["n", "aca"])
+
     def test_with_splits(self, tmp_path):
         folders = [f"{split}/{label}" for split in ("train", "test") for label in ("cat", "dog")]
         found = list_folder(fill(tmp_path, *several(*folders)))

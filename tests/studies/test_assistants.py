@@ -95,7 +95,7 @@ class TestChain:
 
             def work(self):
                 for run in self.todo:
-                    distill(run.spec("cpu"))
+                    distill(run.spec(StudyOptions(device="cpu")))
                     trained.append(run.name)
                     yield
 

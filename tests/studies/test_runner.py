@@ -768,7 +768,7 @@ class TestRealRuns:
         file.write_text(yaml.safe_dump(content))
         plan = read_plan(file, root=folder / "runs")
         (teacher,), (student,) = plan.prepared, plan.runs
-        distill(teacher.spec("cpu"))
+        distill(teacher.spec(StudyOptions(device="cpu")))
         evaluate(teacher.folder, resamples=100)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(executors, "COMMAND", (sys.executable, "-c", WAITING))
