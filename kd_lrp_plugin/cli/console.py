@@ -50,6 +50,15 @@ Safe = Annotated[
         "--safe", help="Refuse YAML tags and imports that could run code of the config's author."
     ),
 ]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Of a dask scheduler, such as tcp://host:8786, whose workers do the work. They share "
+        "the folders of this command, at the same paths, and its environment. dask unpickles what "
+        "it is sent, which can run anything: only for your own machines, on a network of yours.",
+    ),
+]
 Trust = Annotated[
     bool,
     typer.Option(

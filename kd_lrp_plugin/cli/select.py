@@ -11,6 +11,7 @@ from kd_lrp_plugin.cli.console import (
     Overrides,
     RichProgress,
     Safe,
+    Scheduler,
     errors_in_words,
     say,
 )
@@ -34,7 +35,10 @@ def select(
             "Instead of the config's, for a preview: the recorded selection stays.",
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Processes to share the work.", min=1)] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes to share the work; default 1.", min=1)
+    ] = None,
+    scheduler: Scheduler = None,
     safe: Safe = False,
 ) -> None:
     """Rank the untrained students of a config whose student_model.key is diswot_student.
@@ -58,7 +62,7 @@ def select(
             spec, file = replace(spec, budget=budget), file.with_suffix(".preview.json")
         elif file.exists():
             load_choice(spec)  # that of another selection is refused
-        records = Selection(spec, make_builder).rank(jobs, latency=True)
+        records = Selection(spec, make_builder).rank(jobs, latency=True, scheduler=scheduler)
         if budget is not None:
             save_choice(spec, records, file)
         elif not file.exists():

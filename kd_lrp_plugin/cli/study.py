@@ -11,6 +11,7 @@ from kd_lrp_plugin.cli.console import (
     Overrides,
     RichProgress,
     Safe,
+    Scheduler,
     errors_in_words,
     parse_seeds,
     say,
@@ -33,7 +34,10 @@ def study(
             metavar="AXIS=VALUE", help="A part: of the grid, or configuration=NAME; repeatable."
         ),
     ] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at the same time on this machine; default 1.", min=1)
+    ] = None,
+    scheduler: Scheduler = None,
     out: Annotated[
         Path | None, typer.Option(help="For the results; default runs/studies/STUDY.")
     ] = None,
@@ -59,6 +63,8 @@ def study(
 
         kd-lrp study torchdistill_configs/studies/low_data.yaml --only "images per class=5"
 
+        kd-lrp study torchdistill_configs/studies/core.yaml --scheduler tcp://host:8786
+
         kd-lrp study my_study.yaml --set train.num_epochs=1 --seeds 0,7 --out trial
     """
     last = "What is finished stays; the same command resumes from there."
@@ -73,7 +79,16 @@ def study(
         from kd_lrp_plugin.studies import plan, runner
 
         options = plan.StudyOptions(
-            overrides or (), chosen, only or (), runs, out, jobs, device, safe, log
+            overrides or (),
+            chosen,
+            only or (),
+            runs,
+            out,
+            jobs,
+            device,
+            safe,
+            log,
+            scheduler,
         )
         folder = options.get_folder(file)
         with RichProgress():

@@ -19,7 +19,7 @@ from kd_lrp_plugin.selection.scores.observation import Observation
 from kd_lrp_plugin.selection.scores.registry import SCORES
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
-from kd_lrp_plugin.utils.workers import workers
+from kd_lrp_plugin.utils.workers import Workforce
 
 TEACHER_SEED = 1_000_003  # added to a seed for the teacher's initialisation
 
@@ -28,7 +28,8 @@ def score_candidates(
     candidates: Sequence[Candidate],
     setup: ScoringSetup,
     record: Path | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
+    scheduler: str | None = None,
 ) -> list[dict[str, Any]]:
     """Score every candidate with every seed and batch.
 
@@ -39,15 +40,20 @@ def score_candidates(
         setup: teacher, batches, scores and seeds.
         record: a file of JSON lines to which rows are added as they come; what it holds already
             is not computed again.
-        jobs: processes to share the work.
+        jobs: processes to share the work; one if None.
+        scheduler: of dask workers that share it instead; see
+            :func:`kd_lrp_plugin.utils.cluster.cluster_workers`.
 
     Returns:
         A row per candidate and seed, in their order: {"candidate", "seed", "scores": {name: [one
         value per batch, None where it failed]}, "problems": {name: why}}.
 
     Raises:
-        ValueError: for an unknown score, candidates of one name, or no batch.
+        ConnectionError: if no scheduler answers.
+        ValueError: for an unknown score, candidates of one name, no batch, or jobs beside a
+            scheduler.
     """
+    workforce = Workforce(jobs, scheduler)
     for name in setup.scores:
         check_known("score", name, SCORES)
     names = [candidate.name for candidate in candidates]
@@ -65,7 +71,9 @@ def score_candidates(
         for candidate in candidates
         if cache.row(candidate, seed) is None
     ]
-    rows = current_progress().track(_score_all(Scorer(setup), work, jobs), "scoring", len(work))
+    folder = record.parent if record else Path()
+    found = _score_all(Scorer(setup), work, workforce, folder)
+    rows = current_progress().track(found, "scoring", len(work))
     for (candidate, _), row in zip(work, rows, strict=True):
         cache.add(candidate, row)
     wanted = [(candidate, seed) for candidate in candidates for seed in setup.seeds]
@@ -124,13 +132,16 @@ class Scorer:
 
 
 def _score_all(
-    scorer: Scorer, work: list[tuple[Candidate, int]], jobs: int
+    scorer: Scorer,
+    work: list[tuple[Candidate, int]],
+    workforce: Workforce,
+    folder: Path,
 ) -> Iterable[dict[str, Any]]:
-    if jobs == 1 or len(work) < 2:
+    if workforce.is_alone or len(work) < 2:
         for candidate, seed in work:
             yield scorer(candidate, seed)
         return
-    with workers(jobs, _begin_scoring, scorer) as pool:
+    with workforce.open(folder, _begin_scoring, scorer) as pool:
         yield from pool.map(_score_in_worker, work)
 
 
@@ -138,7 +149,7 @@ _SCORER: list[Scorer] = []  # of a worker process
 
 
 def _begin_scoring(scorer: Scorer) -> None:
-    _SCORER.append(scorer)
+    _SCORER[:] = [scorer]
 
 
 def _score_in_worker(work: tuple[Candidate, int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,8 @@ from kd_lrp_plugin.selection.spaces import Space
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
 from kd_lrp_plugin.utils.files import damaged, hash_contents
 from kd_lrp_plugin.utils.progress import current_progress
-from kd_lrp_plugin.utils.workers import workers
+from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.workers import Workforce
 
 with imports_of_an_extra():
     import optuna
@@ -71,7 +73,9 @@ class SearchTask:
     budget: Budget = field(default_factory=dict)
 
 
-def search(task: SearchTask, folder: Path, jobs: int = 1) -> SearchResult:
+def search(
+    task: SearchTask, folder: Path, jobs: int | None = None, scheduler: str | None = None
+) -> SearchResult:
     """Look at some students of a space, more of those that no other one beats.
 
     The study is a journal in ``folder``: the same call resumes it, and several processes that are
@@ -83,24 +87,33 @@ def search(task: SearchTask, folder: Path, jobs: int = 1) -> SearchResult:
     Args:
         task: space, students, score, number of trials and budget.
         folder: for ``study.journal`` and ``scores.jsonl``.
-        jobs: processes to share the work.
+        jobs: processes to share the work; one if None.
+        scheduler: of dask workers that share it instead; see
+            :func:`kd_lrp_plugin.utils.cluster.cluster_workers`.
 
     Returns:
         What it has seen, earlier calls included.
 
     Raises:
-        ValueError: if no student within budget was seen (names the nearest), or if the journal is
-            damaged.
+        ConnectionError: if no scheduler answers.
+        ValueError: if no student within budget was seen (names the nearest), if the journal is
+            damaged, or for jobs or a budget of latency beside a scheduler.
 
     Reference:
         Deb et al., 2002 (NSGA-II), by Optuna (Akiba et al., KDD 2019). The thesis and DisWOT name
         an evolutionary search over one score.
     """
+    workforce = Workforce(jobs, scheduler)
+    if scheduler is not None and "latency" in task.budget:
+        fix = "Leave the scheduler out, or give a budget of macs."
+        expected = "a budget that is the same on each machine, beside --scheduler"
+        raise ValueError(message("budget", expected, "latency", fix))
     folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(logging.WARNING)
     worker = SearchWorker(task, folder.resolve())
     missing = max(0, task.trials - len(worker.finished()))
-    for _ in current_progress().track(_run_trials(worker, missing, jobs), "searching", missing):
+    trials = _run_trials(worker, missing, workforce)
+    for _ in current_progress().track(trials, "searching", missing):
         pass
     seen = {trial.user_attrs["candidate"]: trial for trial in worker.finished()}
     costs = {name: dict(t.user_attrs["costs"]) for name, t in seen.items() if t.user_attrs["costs"]}
@@ -117,14 +130,14 @@ def search(task: SearchTask, folder: Path, jobs: int = 1) -> SearchResult:
     return SearchResult(students, rows, {name: costs[name] for name in kept}, problems)
 
 
-def _run_trials(worker: "SearchWorker", missing: int, jobs: int) -> Iterator[None]:
+def _run_trials(worker: "SearchWorker", missing: int, workforce: Workforce) -> Iterator[None]:
     fresh = replace(worker)  # a forked process must open a study of its own
-    if jobs == 1 or missing < 2:
+    if workforce.is_alone or missing < 2:
         for _ in range(missing):
             fresh()
             yield
         return
-    with workers(jobs, _begin_search, fresh) as pool:
+    with workforce.open(worker.folder, _begin_search, fresh) as pool:
         yield from pool.map(_run_trial, range(missing))
 
 
@@ -133,7 +146,8 @@ _WORKER: "list[SearchWorker]" = []  # of a worker process
 
 def _begin_search(worker: "SearchWorker") -> None:
     optuna.logging.set_verbosity(logging.WARNING)
-    _WORKER.append(replace(worker, draw=os.getpid()))  # else all would draw the same students
+    here = hash_contents(socket.gethostname(), os.getpid())  # else all would draw the same students
+    _WORKER[:] = [replace(worker, draw=int(here[:7], 16))]
 
 
 def _run_trial(_: int) -> None:
@@ -214,7 +228,8 @@ class SearchWorker:
             row = self.cache.row(candidate, seed)
             if row is None:
                 row = self.scorers[seed](candidate, seed)
-                self.cache.add(candidate, row)
+                with _alone(self.folder / "adding.lock", "scores"):  # over a network, appends clash
+                    self.cache.add(candidate, row)
         return row
 
     def _evaluate(self, trial: optuna.Trial) -> tuple[float, float, float]:

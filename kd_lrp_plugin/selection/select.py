@@ -25,6 +25,7 @@ from kd_lrp_plugin.selection.spec import WHERE, SelectionSpec, make_entry
 from kd_lrp_plugin.utils.files import check_keys, read_json, write_json, write_json_once
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.workers import Workforce
 
 Builder = Callable[..., Callable[[], nn.Module]]
 Costs = dict[str, dict[str, Any]]
@@ -66,13 +67,16 @@ class Selection:
     spec: SelectionSpec
     builder: Builder
 
-    def rank(self, jobs: int = 1, latency: bool = False) -> list[dict[str, Any]]:
+    def rank(
+        self, jobs: int | None = None, latency: bool = False, scheduler: str | None = None
+    ) -> list[dict[str, Any]]:
         """The candidates that keep the budget, best first.
 
         Args:
-            jobs: processes to share the work.
+            jobs: processes to share the work; one if None.
             latency: measure it even if the budget does not name it; of a search, that of the
                 first :data:`LISTED`.
+            scheduler: of dask workers that share the work instead.
 
         Returns:
             See :func:`kd_lrp_plugin.selection.ranking.rank_candidates`; a candidate that cannot be
@@ -81,13 +85,14 @@ class Selection:
         Raises:
             ValueError: see :func:`diswot_student`.
         """
-        setup = self.setup
+        workforce, setup = Workforce(jobs, scheduler), self.setup
         self.spec.file.parent.mkdir(parents=True, exist_ok=True)
+        workforce.check(self.spec.file.parent)
         if self.spec.search and self.spec.space:
-            return self._search(self.spec.space, jobs, latency)
+            return self._search(self.spec.space, workforce, latency)
         candidates, costs, problems = self._measure(latency)
         file = self.spec.file.with_suffix(".scores.jsonl")
-        rows = score_candidates(candidates, setup, file, jobs)
+        rows = score_candidates(candidates, setup, file, jobs, scheduler)
         entries = self.spec.entries()
         return [{**r, "entry": entries[r["candidate"]]} for r in self._rank(rows, costs, problems)]
 
@@ -144,7 +149,7 @@ class Selection:
             )
         return [candidate for candidate in candidates if candidate.name in kept], costs, problems
 
-    def _search(self, space: Space, jobs: int, latency: bool) -> list[dict[str, Any]]:
+    def _search(self, space: Space, workforce: Workforce, latency: bool) -> list[dict[str, Any]]:
         # Optuna takes a second to import, and few selections search.
         from kd_lrp_plugin.selection.search import SearchTask, search
 
@@ -155,7 +160,9 @@ class Selection:
             layers=_as_tuple(self.spec.layers),
         )
         task = SearchTask(space, make_candidate, self.setup, self.spec.search, self.budget)
-        found = search(task, self.spec.file.with_suffix(".search"), jobs)
+        found = search(
+            task, self.spec.file.with_suffix(".search"), workforce.jobs, workforce.scheduler
+        )
         costs: Costs = found.costs
         records = self._rank(found.rows, costs, found.problems)
         if latency and "latency" not in self.budget:

@@ -91,10 +91,12 @@ class StudyOptions:
         only: a part of it, see :func:`kd_lrp_plugin.studies.parser.read_plan`.
         root: folder of the runs, which other studies may share.
         out: folder for the results; ``runs/studies/<study>`` if None.
-        jobs: runs at the same time.
+        jobs: runs at the same time on this machine; one if None.
         device: see :func:`kd_lrp_plugin.utils.distributed.init_distributed`.
         safe: refuse tags beyond :data:`kd_lrp_plugin.config.safety.HARMLESS`.
         log: where the epochs are shown, see :class:`kd_lrp_plugin.config.run_spec.RunSpec`.
+        scheduler: address of a dask scheduler whose workers do the runs, over folders that all
+            machines see at the same path; as many at the same time as they have threads.
     """
 
     overrides: Sequence[str] = ()
@@ -102,10 +104,11 @@ class StudyOptions:
     only: Sequence[str] = ()
     root: str | Path = "runs"
     out: str | Path | None = None
-    jobs: int = 1
+    jobs: int | None = None
     device: str | None = None
     safe: bool = False
     log: str = LOGS[0]
+    scheduler: str | None = None
 
     def get_folder(self, file: str | Path) -> Path:
         """For the results of the study in ``file``."""

@@ -1,6 +1,7 @@
 """Studies: the runs of a plan in processes of their own, and what they say together.
 
-Every run is one of the trainer's, in a process that ends when this one does, however that ends. A
+Every run is one of the trainer's, in a process that ends when this one does, however that ends, on
+this machine or, by :mod:`kd_lrp_plugin.utils.cluster`, on others that share the run folder. A
 run that another process is running, such as another study, is left to it and waited for. What
 is finished is never run again; :mod:`kd_lrp_plugin.studies.parser` says when two runs are the same.
 """
@@ -20,7 +21,7 @@ from kd_lrp_plugin.config.safety import unsafe_tags
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.provenance import list_files
 from kd_lrp_plugin.selection.select import dry_run
-from kd_lrp_plugin.studies.executors import StudyExecutor, count_threads
+from kd_lrp_plugin.studies.executors import StudyExecutor, open_processes
 from kd_lrp_plugin.studies.parser import read_plan
 from kd_lrp_plugin.studies.plan import Plan, StudyOptions
 from kd_lrp_plugin.studies.results import write_results
@@ -37,6 +38,7 @@ from kd_lrp_plugin.training.loggers import check_installed
 from kd_lrp_plugin.utils.distributed import init_distributed
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.workers import ProcessPool
 
 
 def run_study(file: str | Path, options: StudyOptions | None = None) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def run_study(file: str | Path, options: StudyOptions | None = None) -> dict[str
         The content of ``study.json``; see :func:`kd_lrp_plugin.studies.results.collect_results`.
 
     Raises:
+        ConnectionError: if no scheduler answers at the address of the options.
         FileExistsError: if the folder of the results holds those of another study, or of seeds
             beyond these, or a run was made with other images or weights than lie there now.
         FileNotFoundError: if there is no such file, or none that a config names.
@@ -62,11 +65,17 @@ def run_study(file: str | Path, options: StudyOptions | None = None) -> dict[str
     folder = options.get_folder(file)
     check_output_folder(folder, plan)
     _refuse_other_files(plan)
-    _refuse_problems(plan, options.device, options.safe)
+    with open_processes(options) as pool:
+        # A machine of the cluster may have the GPU that this one lacks.
+        _refuse_problems(plan, None if options.scheduler else options.device, options.safe)
+        return _work(plan, folder, options, pool)
+
+
+def _work(plan: Plan, folder: Path, options: StudyOptions, pool: ProcessPool) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     failed: dict[Path, str] = {}
     # With another --jobs, all runs have the threads that the study began with.
-    threads = get_threads(folder) or count_threads(options.jobs)
+    threads = get_threads(folder) or pool.threads
 
     def save() -> None:
         try:
@@ -82,7 +91,7 @@ def run_study(file: str | Path, options: StudyOptions | None = None) -> dict[str
     todo = [run for run in in_turn if not is_finished(run)]
     if not todo:
         current_progress().note(f"all {len(plan.trainings())} runs are finished already")
-    executor = StudyExecutor(todo, options, threads, failed, save)
+    executor = StudyExecutor(todo, options, threads, failed, save, pool)
     epochs = sum(map(count_epochs_left, todo))
     for _ in current_progress().track(executor.work(), "epochs", epochs):
         pass

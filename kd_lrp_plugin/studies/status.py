@@ -7,7 +7,7 @@ from kd_lrp_plugin.evaluation.explain_inputs import REPAIR_STUDY, read_study
 from kd_lrp_plugin.runs.folder import LOCK, RunFolder
 from kd_lrp_plugin.studies.plan import Plan, StudyRun
 from kd_lrp_plugin.studies.primary import KEYS
-from kd_lrp_plugin.utils.files import check_keys, locked
+from kd_lrp_plugin.utils.files import check_keys, is_locked
 from kd_lrp_plugin.utils.validation import message
 
 
@@ -53,13 +53,7 @@ def describe_status(run: StudyRun) -> str:
 
 def is_running(folder: Path) -> bool:
     """Whether another process holds a run folder."""
-    if not (folder / LOCK).exists():
-        return False
-    try:
-        with locked(folder / LOCK):
-            return False
-    except BlockingIOError:
-        return True
+    return is_locked(folder / LOCK)
 
 
 def count_epochs_left(run: StudyRun) -> int:

@@ -22,6 +22,7 @@ EXTRAS = {
     "export": ("onnx", "onnxruntime", "onnxscript"),
     "mlflow": ("mlflow",),
     "wandb": ("wandb",),
+    "cluster": ("distributed",),
 }
 
 

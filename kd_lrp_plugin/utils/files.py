@@ -294,3 +294,18 @@ def _open_locked(file: Path) -> int:
         if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)  # deleted by who held it before; a third process may lock a new one
+
+
+def is_locked(file: Path) -> bool:
+    """Whether another process, of this machine or another, holds the lock of a file; makes none.
+
+    Raises:
+        OSError: if the file cannot be opened, or the file system has no locks.
+    """
+    if not file.exists():
+        return False
+    try:
+        with locked(file):
+            return False
+    except Busy:
+        return True

@@ -147,6 +147,7 @@ FUNCTIONS = {
     "from kd_lrp_plugin.data.leakage import check": "cli",
     "from kd_lrp_plugin.metrics.classification import classification_metrics": "cli",
     "from kd_lrp_plugin.selection.search import search": "search",
+    "from kd_lrp_plugin.utils.cluster import open_cluster": "cluster",
     "from kd_lrp_plugin.evaluation.export.onnx_graph import check_installed; check_installed()": (
         "export"
     ),
@@ -182,5 +183,5 @@ def test_the_extras_are_those_of_pyproject():
     for extra, listed in EXTRAS.items():
         assert names(project["optional-dependencies"][extra]) == set(listed)
         assert not names(project["dependencies"]) & set(listed)
-    assert project["optional-dependencies"]["all"] == ["kd-lrp-plugin[cli,search,export]"]
+    assert project["optional-dependencies"]["all"] == ["kd-lrp-plugin[cli,search,export,cluster]"]
     assert "kd-lrp-plugin[all]" in project["optional-dependencies"]["test"]

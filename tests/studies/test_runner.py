@@ -35,6 +35,7 @@ from kd_lrp_plugin.studies.status import list_status
 from kd_lrp_plugin.training.trainer import distill
 from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.progress import NullProgress
+from kd_lrp_plugin.utils.workers import local_processes
 
 TEACHER = CONFIGS / "phantom/ce/resnet10t.yaml"
 TAUGHT = "models.teacher_model.src_ckpt={teacher}"
@@ -468,7 +469,7 @@ def finish(out: Path, accuracy: float, f1: float) -> None:
 def pretending(tmp_path, monkeypatch):
     """Runs are pretended, and nothing is checked before."""
     (tmp_path / "pretend.py").write_text(f"{PRETEND}f1 = 0.6\n{FINISH}")
-    monkeypatch.setattr(executors, "COMMAND", (sys.executable, str(tmp_path / "pretend.py")))
+    monkeypatch.setattr(executors, "COMMAND", (str(tmp_path / "pretend.py"),))
     monkeypatch.setattr(runner, "_refuse_problems", lambda *_: None)
     monkeypatch.setattr(results, "study_figure", lambda _: Figure(figsize=(0.1, 0.1)))
     monkeypatch.chdir(tmp_path)
@@ -770,15 +771,13 @@ class TestRealRuns:
         (teacher,), (student,) = plan.prepared, plan.runs
         distill(teacher.spec(StudyOptions(device="cpu")))
         evaluate(teacher.folder, resamples=100)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(executors, "COMMAND", (sys.executable, "-c", WAITING))
-            process = executors.StudyExecutor(
-                [], StudyOptions(device="cpu", safe=True), 1, {}, print
-            ).start(student)
         begun = student.folder / "metrics.jsonl"
-        until(lambda: begun.exists() or process.poll() is not None)
-        process.stdin.close()
-        code, before = process.wait(), begun.read_text()
+        with pytest.MonkeyPatch.context() as patch, local_processes() as pool:
+            patch.setattr(executors, "COMMAND", ("-c", WAITING))
+            options = StudyOptions(device="cpu", safe=True)
+            future = executors.StudyExecutor([], options, 1, {}, print, pool).start(student)
+            until(lambda: begun.exists() or future.done())
+        code, before = future.result(), begun.read_text()
         found = run_study(file, out=folder / "out", root=folder / "runs", device="cpu", safe=True)
         return {"found": found, "plan": plan, "code": code, "before": before}
 
