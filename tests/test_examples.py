@@ -101,7 +101,14 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
 
 # Start whole processes, each of which has to import everything; tests/training/test_resume.py and
 # tests/project/test_create.py do the same without.
-SLOW = ["benchmarks/kill_and_resume.py", "afternoon.py"]
+SLOW = {
+    "afternoon.py",
+    "benchmarks/benchmark_leaks.py",
+    "benchmarks/benchmark_step.py",
+    "benchmarks/kill_and_resume.py",
+    "demo.py",
+    "torchdistill_script.py",
+}
 
 
 def run_example(name: str, folder: Path, *arguments: str) -> str:
@@ -169,6 +176,7 @@ def test_the_benchmarks_table_has_every_case_and_the_plain_step_as_unit(short):
         assert all(float(ratio) > 0.2 for ratio in ratios)
 
 
+@pytest.mark.slow
 def test_halving_trains_fewer_students_for_longer(tmp_path):
     arguments = SHORT["benchmarks/train_space.py"][0][5:]
     run_example(

@@ -94,12 +94,14 @@ def test_the_extras_are_hidden(core):
     assert core("-c", code).stdout.splitlines() == [f"No module named {n!r}" for n in names]
 
 
+@pytest.mark.slow
 def test_the_plain_loop_runs(core):
     ran = core(EXAMPLES / "plain_loop.py", "--epochs", 1)
     assert ran.returncode == 0, ran.stderr
     assert "epoch 1  ce" in ran.stdout
 
 
+@pytest.mark.slow
 def test_torchdistills_script_runs_with_our_lines(core, tmp_path):
     import torch
 

@@ -207,6 +207,7 @@ class TestOutputs:
         assert not (tmp_path / "maps").exists()
 
 
+@pytest.mark.slow
 class TestWhateverHoldsTheModel:
     def test_all_say_the_same_with_any_preprocessing(self, run, cropped, scans, tmp_path):
         onnx = pytest.importorskip("onnxscript", reason="the extra export is not installed")

@@ -147,6 +147,7 @@ def test_a_layer_whose_weight_is_made_costs_what_the_layer_costs(change, trained
 
 
 class TestAttention:
+    @pytest.mark.slow
     def test_of_torchvision_is_counted_in_its_fast_path(self):
         model = torchvision.models.vit_b_16()
         assert count_macs(model, 224) == 17_563_828_224

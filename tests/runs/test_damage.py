@@ -119,7 +119,13 @@ class TestEveryCut:
 
 
 class TestCommands:
-    @pytest.mark.parametrize("how", ["half", "empty", "no text", "a list", "no keys"])
+    @pytest.mark.parametrize(
+        "how",
+        [
+            *("half", "a list"),
+            *(pytest.param(how, marks=pytest.mark.slow) for how in ("empty", "no text", "no keys")),
+        ],
+    )
     @pytest.mark.parametrize(
         "name",
         [

@@ -161,7 +161,7 @@ class TestJournal:
                 Path("chosen", name).write_text("another-host 1234")
         assert len(look("chosen").rows) > 0
 
-    @pytest.mark.parametrize("relative", [True, False])
+    @pytest.mark.parametrize("relative", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_is_let_go_by_a_killed_search(self, relative, folder):
         """It is killed while it holds the lock, and given again by the same words."""
         code = """

@@ -187,6 +187,7 @@ def test_half_a_line_at_the_end_of_the_journal_is_cut_off(look):
     assert look(6) == look(6)
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_scores_nothing_twice(tmp_path):
     code = "import sys, test_search; test_search.much(sys.argv[1], 500)"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}

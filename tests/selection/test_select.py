@@ -277,6 +277,7 @@ class TestRun:
         found = evaluate.evaluate("run", 100)
         assert found["teacher"]["cost"]["parameters"] == 4_924_540
 
+    @pytest.mark.slow
     def test_is_chosen_by_the_first_of_two_processes_and_trained_by_both(self, tmp_path):
         words = ["-m", "kd_lrp_plugin.cli", "distill", DISWOT, "--device", "cpu", "--out", "run"]
         sets = (w for o in QUICK for w in ("--set", o))
@@ -392,6 +393,7 @@ class TestCommand:
             assert "- test_resnett: " in said
             assert "Did you mean" in said
 
+    @pytest.mark.slow
     def test_shares_a_search_among_jobs_and_measures_the_latency_of_what_it_lists(self):
         space = "models.student_model.kwargs.candidates={width: [0.25, 0.35], depth: [0.5]}"
         more = self.flags(space, "+models.student_model.kwargs.search=4")
@@ -403,6 +405,7 @@ class TestCommand:
         ended = [line for line in map(json.loads, journal.open()) if "values" in line]
         assert len(ended) == 4
 
+    @pytest.mark.slow
     def test_takes_scores_and_spaces_of_a_users_module_into_its_processes(self, tmp_path):
         """With several threads they are spawned, and have imported nothing of this process."""
         Path("mine.py").write_text(

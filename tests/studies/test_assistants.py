@@ -83,6 +83,7 @@ class TestChain:
         with pytest.raises(ValueError, match=r"prepare 'second': set: in braces: .*got 'first'"):
             read_plan(write(tmp_path, prepare=prepare))
 
+    @pytest.mark.slow
     def test_of_three_passes_the_check_and_is_trained_each_by_the_one_before(
         self, tmp_path, monkeypatch
     ):

@@ -753,6 +753,7 @@ run_job()
 """
 
 
+@pytest.mark.slow
 class TestRealRuns:
     """A student is stopped after an epoch as a kill of the study would, then all resumes."""
 

@@ -320,6 +320,7 @@ def run(out: Path, *overrides: str) -> None:
 
 
 class TestTrainer:
+    @pytest.mark.slow
     def test_resumes_bitwise_and_logs_the_factors(self, tmp_path):
         epochs = ["train.num_epochs=2"]
         run(tmp_path / "uninterrupted", *epochs)

@@ -196,6 +196,7 @@ def run(config: Path, out: Path, *overrides: str) -> dict:
     ("config", "terms"), [(FITNET, ("kd", "hint2", "hint3")), (PROBES, ("kd", "probes"))]
 )
 class TestConfigs:
+    @pytest.mark.slow
     def test_resumes_bitwise_and_saves_a_student_without_heads(self, config, terms, tmp_path):
         run(config, tmp_path / "uninterrupted")
         with pytest.raises(Stopped), StopsAt("epoch 2"):

@@ -43,6 +43,7 @@ def test_every_config_of_marked_phantoms_has_no_problem(config):
     assert problems(config) == []
 
 
+@pytest.mark.slow
 def test_training_with_companions_is_bitwise_what_it_is_without(tmp_path):
     overrides = [*TWO_GROUPS, *NO_TEACHER]
     alone = distill(KD, overrides, tmp_path / "alone")
@@ -54,6 +55,7 @@ def test_training_with_companions_is_bitwise_what_it_is_without(tmp_path):
 
 
 class TestCleanView:
+    @pytest.mark.slow
     def test_it_is_an_override_of_the_config_with_maps(self, tmp_path):
         overrides = [*CLEAN, OWN_RECORDER]
         assert problems(MAPS, *overrides) == []

@@ -144,6 +144,7 @@ class TestTwoStages:
         after = experiment.student.state_dict()
         assert not [name for name in before if torch.equal(before[name], after[name])]
 
+    @pytest.mark.slow
     def test_killed_in_both_stages_it_ends_bitwise_as_one_that_was_not(self, root, tmp_path):
         spec = (self.FILE, self.overrides(root))
 

@@ -76,6 +76,7 @@ def test_prediction_reads_any_file_as_training_did(run, tmp_path, mode):
     np.testing.assert_allclose(list(record["all"].values()), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_methods_that_change_the_image_explain_it(run, tmp_path):
     methods = ["lime", "score_cam", "lrp_zplus"]
     explain([run], ExplainOptions(methods=methods, samples=1, n=1, out=tmp_path / "out"))

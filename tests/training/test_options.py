@@ -151,6 +151,7 @@ class TestPrecision:
         for name, change in changes["plain"].items():
             torch.testing.assert_close(changes["scaled"][name], change, rtol=1e-5, atol=1e-7)
 
+    @pytest.mark.slow
     def test_a_compiled_student_learns_the_same(self, tmp_path):
         values = {}
         for name, extra in {"plain": [], "compiled": ["+train.compile={backend: eager}"]}.items():

@@ -77,6 +77,7 @@ class TestStops:
         distill(tmp_path / "parts", None, KD, overrides)
         assert same(outcome(tmp_path / "parts"), outcome(tmp_path / "uninterrupted"))
 
+    @pytest.mark.slow
     def test_in_every_epoch_with_relevance_and_workers(self, out, with_relevance):
         for moment in ("epoch 1 val", "epoch 2", "epoch 3 val"):
             with pytest.raises(Stopped):
@@ -289,7 +290,13 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+LONG = {"float16", "early stopping", "a stage that keeps an optimizer whose step is not complete"}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in VARIANTS],
+)
 def test_whatever_is_trained_goes_on_as_if_nothing_had_been(variant, tmp_path):
     config, changes = VARIANTS[variant]
     overrides = [*THREE_EPOCHS, *changes]

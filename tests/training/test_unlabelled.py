@@ -133,6 +133,7 @@ class TestLosses:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_a_killed_run_ends_as_if_it_had_not_been(self, tmp_path):
         overrides = [*FEW, "train.num_epochs=2"]
         with NullProgress():

@@ -142,6 +142,7 @@ class TestDistill:
         assert (out / "last.pt").is_file()
         assert not (out / "summary.json").exists()
 
+    @pytest.mark.slow
     def test_a_wrong_config_is_told_once(self, tmp_path):
         words = ["-m", "kd_lrp_plugin.cli", "distill", LRP, "--device", "cpu", "--out", "run"]
         done = torchrun(*words, "--set", "train.num_epochs=zero", cwd=tmp_path)

@@ -64,6 +64,7 @@ def test_a_process_of_any_kind_ends_when_its_input_does(interrupt, tmp_path):
         assert process.returncode == (0 if interrupt else 130)
 
 
+@pytest.mark.slow
 def test_spawned_processes_import_the_modules_that_have_registered(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from kd_lrp_plugin.utils.registry import Registry\n"

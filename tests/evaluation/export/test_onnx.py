@@ -237,6 +237,7 @@ class TestInt8:
             ExportOptions("timm", int8=True)
 
 
+@pytest.mark.slow
 def test_the_classes_of_subclasses_are_folded_in_the_graph(tmp_path):
     root = write_digits(tmp_path / "digits")
     config = f"""
