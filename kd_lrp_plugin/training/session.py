@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import kd_lrp_plugin
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.utils.distributed import DistributedContext
 
@@ -25,15 +26,19 @@ def measure_memory(context: DistributedContext) -> float:
 
 def describe_session(spec: RunSpec, context: DistributedContext) -> dict[str, Any]:
     """Command, versions, commits and device of a session of a run."""
-    packages = ("torchvision", "timm", "captum", "torchdistill", "kd_lrp_plugin")
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("torchvision", "timm", "captum", "torchdistill")},
+        "kd_lrp_plugin": kd_lrp_plugin.__version__,  # also of a checkout that is only on the path
+    }
     cuda = context.device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "config": str(spec.config),
         "module_folder": str(Path(spec.config).resolve().parent),
         "overrides": list(spec.overrides),
-        "versions": versions | {name: version(name) for name in packages},
+        "versions": versions,
         "commit": _commit(Path(__file__).parent),
         "commit_of_config": _commit(Path(spec.config).resolve().parent),
         "device": torch.cuda.get_device_name(context.device) if cuda else str(context.device),
