@@ -81,7 +81,7 @@ class Propagation:
     def installed(self) -> Iterator[None]:
         """Serve the forward passes inside the context; leave no trace on the model."""
         modules = set(self.model.modules()) if _RECORDED else set()
-        if any(not modules.isdisjoint(recorded.modules()) for recorded in _RECORDED):
+        if any(not modules.isdisjoint(recorded.modules()) for recorded in list(_RECORDED)):
             fix = "Close the first recording, or ask it for all layers."
             raise ValueError(message("record", "a model that is not being recorded", "one", fix))
         try:
@@ -129,7 +129,7 @@ class Propagation:
             if attributes.get(attribute) is True:
                 got = f"gradient checkpointing: {attribute} of {name or 'the model'!r} is True"
                 raise ValueError(message("record", "a forward pass that runs once", got, fix))
-        if attributes.get("inplace", getattr(type(module), "inplace", False)):
+        if attributes.get("inplace", getattr(type(module), "inplace", False)) is True:
             self._in_place.append(module)
         if "parametrizations" in module._modules and parametrize.is_parametrized(module, "weight"):
             self._watch_weight(module)
@@ -236,7 +236,8 @@ class Propagation:
             # ordinary graph need not be kept.
             self._rules.without_gradient = self._frozen and not output.requires_grad
             for spared in self._in_place:  # from here on, what a layer reads is kept
-                self._hooks.set(spared, "inplace", False)
+                if spared.inplace:
+                    self._hooks.set(spared, "inplace", False)
         maps = layout.to_maps(output)
         kept = maps if maps.requires_grad else maps.detach().requires_grad_()
         self.outputs[name], self.layouts[name] = kept, layout

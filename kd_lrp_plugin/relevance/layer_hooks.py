@@ -1,16 +1,57 @@
 """Hooks and attributes that are set on a model's layers, all of them undone at the end."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules import module as torch_module
 
 from kd_lrp_plugin.relevance.graph import refuse_checkpointing
 from kd_lrp_plugin.utils.validation import message
 
 Serve = Callable[[Any, Any], Tensor | None]
+
+
+class ForwardHook:
+    """One forward hook on all modules of the process, there while somebody listens to it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: tuple[Callable[..., Any], ...] = ()
+        self._handle: Any = None
+
+    def add(self, listener: Callable[[nn.Module, tuple, dict, Any], Any]) -> None:
+        """Let ``listener(module, args, kwargs, output)`` give another output, or None."""
+        with self._lock:
+            if not self._listeners:
+                self._handle = torch_module.register_module_forward_hook(
+                    self._call, with_kwargs=True
+                )
+            self._listeners += (listener,)
+
+    def remove(self, listener: Callable[..., Any]) -> None:
+        with self._lock:
+            self._listeners = tuple(found for found in self._listeners if found != listener)
+            if not self._listeners and self._handle is not None:
+                self._handle.remove()
+                # The handle leaves this behind, for which torch.compile then warns of hooks.
+                torch_module._global_forward_hooks_with_kwargs.pop(self._handle.id, None)
+                self._handle = None
+
+    def _call(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
+        # Without keywords where another thread has just taken the hook away.
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)
+        result = None
+        for listener in self._listeners:
+            found = listener(module, args, kwargs, output)
+            if found is not None:
+                result = output = found
+        return result
+
+
+BEHIND_ALL = ForwardHook()
 
 
 class LayerHooks:
@@ -37,7 +78,8 @@ class LayerHooks:
         """Serve from now on, until :meth:`undo`."""
         # In front of the hooks of the user, which may change the output: what they do is then
         # part of the graph, as it would be between this layer and the next.
-        self.add(register_module_forward_hook(self._serve_behind, with_kwargs=True).remove)
+        BEHIND_ALL.add(self._serve_behind)
+        self.add(lambda: BEHIND_ALL.remove(self._serve_behind))
 
     def add(self, undo: Callable[[], object]) -> None:
         self._undo.append(undo)

@@ -283,7 +283,11 @@ class LayerRules:
         return tensor.detach() if self.without_gradient and tensor is not None else tensor
 
     def _knows_sign(self, source: Tensor, linear_map: LinearMap) -> LinearMap:
-        """The map, told that its input is not negative, where that comes straight from a ReLU."""
+        """The map, told that its input is not negative, where that comes straight from a ReLU.
+
+        A change of the values in between is seen by the tensor's version, but not one past it
+        (``output.data``).
+        """
         if self._nonnegative.get(source) == source._version:
             return replace(linear_map, is_nonnegative=True)
         return linear_map

@@ -47,7 +47,10 @@ def apply_rule(
 def apply_activation_rule(
     rule: Callable[[Tensor, Tensor, Tensor], Tensor], module: nn.Module, g: Tensor, x: Tensor
 ) -> Tensor:
-    """``rule(g, x, y)`` with the output ``y`` of ``module``, which has no weights, for ``x``."""
+    """``rule(g, x, y)`` with the output ``y`` of ``module``, which has no weights, for ``x``.
+
+    Its settings, such as a slope, must be those of the forward pass still.
+    """
 
     def compute(g: Tensor, x: Tensor) -> Tensor:
         overwrites = getattr(module, "inplace", False)

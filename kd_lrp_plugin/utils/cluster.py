@@ -186,9 +186,10 @@ def _ask_workers(client: "distributed.Client", order: Order) -> dict[str, Answer
         elif isinstance(answer, ValueError):
             problems.append(f"{worker}: {answer}")
         else:
-            fix = "Install it in the environment of the workers."
+            lacks = isinstance(answer, ImportError | AttributeError)
+            fix = "Install it in the environment of the workers." if lacks else ""
             got = f"{type(answer).__name__}: {answer}"
-            expected = "this version of kd_lrp_plugin"
+            expected = "this version of kd_lrp_plugin" if lacks else "an answer"
             problems.append(message(f"worker {worker}", expected, got, fix))
     if problems:
         raise ValueError("\n".join(problems))

@@ -287,13 +287,17 @@ def _open_locked(file: Path) -> int:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 got, fix = "one that another process holds", "Wait for it."
                 raise Busy(message(str(file), "a free lock", got, fix)) from None
-            # Without it, two processes would write into each other's files.
-            fix = "Choose a folder on a local disk, or mount this one with locks."
-            got = f"{errno.errorcode.get(error.errno or 0, '')} ({error.strerror})"
-            raise OSError(message(str(file), "a file system with flock", got, fix)) from error
+            raise _without_locks(file, error) from error
         if os.fstat(handle).st_nlink:
             return handle
         os.close(handle)  # deleted by who held it before; a third process may lock a new one
+
+
+def _without_locks(file: Path, error: OSError) -> OSError:
+    # Without them, two processes would write into each other's files.
+    fix = "Choose a folder on a local disk, or mount this one with locks."
+    got = f"{errno.errorcode.get(error.errno or 0, '')} ({error.strerror})"
+    return OSError(message(str(file), "a file system with flock", got, fix))
 
 
 def is_locked(file: Path) -> bool:
@@ -302,10 +306,16 @@ def is_locked(file: Path) -> bool:
     Raises:
         OSError: if the file cannot be opened, or the file system has no locks.
     """
-    if not file.exists():
+    try:
+        handle = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
         return False
     try:
-        with locked(file):
-            return False
-    except Busy:
-        return True
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may look at the same time
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return True
+        raise _without_locks(file, error) from error
+    finally:
+        os.close(handle)
+    return False

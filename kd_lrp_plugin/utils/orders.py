@@ -92,7 +92,12 @@ def check_order(order: Order) -> None:
         raise ValueError(message(where, f"to read {order.token}", got, fix)) from error
     if content != order.token.name:
         raise ValueError(message(where, f"{order.token.name!r} in it", repr(content[:60]), fix))
-    if not order.is_wanted():
+    try:
+        wanted = order.is_wanted()
+    except OSError as error:
+        got = f"{type(error).__name__}: {error}"
+        raise ValueError(message(where, f"to lock {order.token}", got, fix)) from error
+    if not wanted:
         fix = (
             "If the command that sent the work has ended, this is as it should be. Else mount the "
             "folder with locks that all machines share, such as NFS without nolock or local_lock."
@@ -123,15 +128,23 @@ def answer_order(order: Order) -> Answer:
     return Answer(socket.gethostname(), count_cores(), torch.cuda.is_available(), file)
 
 
-def list_versions() -> dict[str, str]:
-    """What must be the same on each machine, for its numbers to be."""
+def _hash_source() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:8]
+
+
+SOURCE = _hash_source()
+"""Of the package as this process has loaded it, whatever becomes of its files."""
+
+
+def list_versions() -> dict[str, str]:
+    """What must be the same on each machine, for its numbers to be."""
     found = {
         "python": ".".join(platform.python_version_tuple()[:2]),
-        "kd_lrp_plugin": f"with source {digest.hexdigest()[:8]}",
+        "kd_lrp_plugin": f"with source {SOURCE}",
     }
     return found | {name: importlib.metadata.version(name) for name in SAME}
 
@@ -141,7 +154,8 @@ def hold_token(folder: Path) -> Iterator[Path]:
     """A token in a folder, held until exit; those of senders that were killed are deleted."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"{TOKEN}*"):
-        if not is_locked(old):
+        # An answer has the name of its token and a suffix, and no lock of its own.
+        if not is_locked(old.with_name(f"{TOKEN}{old.name.removeprefix(TOKEN).split('.')[0]}")):
             old.unlink(missing_ok=True)
     token = folder.resolve() / f"{TOKEN}{uuid.uuid4().hex}"
     with locked(token):

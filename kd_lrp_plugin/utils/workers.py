@@ -25,6 +25,7 @@ from kd_lrp_plugin.utils.validation import message
 INTERRUPTS, PAUSE = 4, 5  # how often a process is asked to stop, and how many seconds apart
 BUSY = 75  # exit code where another process holds the lock (EX_TEMPFAIL)
 UNWANTED = 130  # exit code of a process whose sender is gone, as after Ctrl-C
+LOOKS = 5  # that must not see a sender before it counts as gone
 
 
 # --- pools of equal processes ---------------------------------------------------------------------
@@ -245,7 +246,9 @@ def run_process(job: ProcessJob, wanted: Callable[[], bool], pause: float = 0.2)
             start_new_session=True,  # Ctrl-C is for the process that waits, which ends this one
         )
     try:
-        while (code := process.poll()) is None and wanted():
+        unseen = 0  # looks in a row at which nobody waited; a network file system may err once
+        while (code := process.poll()) is None and unseen < LOOKS:
+            unseen = 0 if wanted() else unseen + 1
             time.sleep(pause)
         return UNWANTED if code is None else code
     finally:
