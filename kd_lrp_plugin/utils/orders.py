@@ -128,15 +128,15 @@ def answer_order(order: Order) -> Answer:
     return Answer(socket.gethostname(), count_cores(), torch.cuda.is_available(), file)
 
 
-def _hash_source() -> str:
+def hash_source(package: Path) -> str:
+    """A digest of the names and contents of a package's modules."""
     digest = hashlib.sha256()
-    package = Path(__file__).parents[1]
     for file in sorted(package.rglob("*.py")):
         digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:8]
 
 
-SOURCE = _hash_source()
+SOURCE = hash_source(Path(__file__).parents[1])
 """Of the package as this process has loaded it, whatever becomes of its files."""
 
 

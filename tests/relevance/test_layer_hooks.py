@@ -31,7 +31,9 @@ def take_step(net: nn.Module, method: str) -> Tensor:
 
 
 def count_hooks(net: nn.Module) -> int:
-    everywhere = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    everywhere = [
+        found for name, found in vars(torch_module).items() if name.startswith("_global_forward_")
+    ]
     own = [(*m._forward_hooks, *m._forward_pre_hooks) for m in net.modules()]
     return sum(map(len, [*everywhere, *own]))
 

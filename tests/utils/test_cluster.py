@@ -1,5 +1,6 @@
 """A worker shares folder, locks and versions with who sends it work, or is refused by name."""
 
+import fcntl
 import multiprocessing
 import os
 import time
@@ -45,15 +46,31 @@ class TestOrders:
         with pytest.raises(ValueError, match=f"got {here}.* Start the workers from"):
             check_order(other)
 
-    def test_other_source_of_the_same_version_is_another_version(self, tmp_path, monkeypatch):
-        package = tmp_path / "site/kd_lrp_plugin/utils"
-        package.mkdir(parents=True)
-        (package / "cluster.py").write_text("1")
-        monkeypatch.setattr(orders, "__file__", str(package / "cluster.py"))
-        before = list_versions()
-        assert list_versions() == before
-        (package.parent / "losses.py").write_text("")
-        assert list_versions() != before
+    def test_other_source_is_another_version_and_that_of_a_process_is_what_it_has_loaded(
+        self, tmp_path
+    ):
+        (tmp_path / "utils").mkdir()
+        (tmp_path / "utils/cluster.py").write_text("1")
+        before = orders.hash_source(tmp_path)
+        assert orders.hash_source(tmp_path) == before
+        (tmp_path / "losses.py").write_text("")
+        assert orders.hash_source(tmp_path) != before
+        loaded = orders.hash_source(Path(orders.__file__).parents[1])
+        assert list_versions()["kd_lrp_plugin"] == f"with source {loaded}"
+
+    def test_a_sender_that_begins_leaves_the_answers_to_another_one(self, tmp_path):
+        with hold_token(tmp_path) as token:
+            answer = answer_order(Order(token, tmp_path, list_versions()))
+            with hold_token(tmp_path):
+                assert answer.file.exists()
+        with hold_token(tmp_path):
+            assert not answer.file.exists()
+
+    def test_who_looks_at_a_lock_does_not_hold_it(self, order):
+        with order.token.with_name("free").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)  # as another one that looks
+            assert not files.is_locked(Path(file.name))
+        assert files.is_locked(order.token)
 
     def test_another_folder_is_named(self, order, tmp_path):
         with pytest.raises(ValueError, match=r"to read .*elsewhere.*Mount .* at the same path"):
@@ -217,11 +234,11 @@ class TestWorkers:
 
     def test_one_with_other_code_and_one_with_two_threads_are_refused(self, workers, tmp_path):
         (tmp_path / "kd_lrp_plugin").mkdir()
-        (tmp_path / "kd_lrp_plugin/__init__.py").write_text("")
+        (tmp_path / "kd_lrp_plugin/__init__.py").write_text("raise ImportError('of another make')")
         other = workers.start(PYTHONPATH=str(tmp_path))
         try:
             with pytest.raises(
-                ValueError, match=r"this version of kd_lrp_plugin, got .*ModuleNotFo"
+                ValueError, match="this version of kd_lrp_plugin, got .*another make"
             ):
                 cluster.open_cluster(workers.address, tmp_path / "runs").__enter__()
         finally:
