@@ -186,10 +186,9 @@ def _ask_workers(client: "distributed.Client", order: Order) -> dict[str, Answer
         elif isinstance(answer, ValueError):
             problems.append(f"{worker}: {answer}")
         else:
-            lacks = isinstance(answer, ImportError | AttributeError)
-            fix = "Install it in the environment of the workers." if lacks else ""
+            fix = "Install it in the environment of the workers."
             got = f"{type(answer).__name__}: {answer}"
-            expected = "this version of kd_lrp_plugin" if lacks else "an answer"
+            expected = "this version of kd_lrp_plugin"
             problems.append(message(f"worker {worker}", expected, got, fix))
     if problems:
         raise ValueError("\n".join(problems))
