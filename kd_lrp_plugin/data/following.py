@@ -49,7 +49,7 @@ FIXED_COLOURS = (
     "Normalize",
 )
 _NESTING = ("RandomApply", "RandomChoice", "RandomOrder")
-_ORIGIN = 8.0  # of coordinates that are carried as pixels: no fill of a transform is in [8, 9]
+_ORIGIN = -16.0  # of coordinates that are carried as pixels: no fill of an image is in [-16, -15]
 Field = Float[Tensor, "2 height width"]
 
 

@@ -105,10 +105,22 @@ class PixelMemory:
             self._filled[slot] = 1  # behind the pixels: a worker that is killed leaves no half
         return self._finish(Image.fromarray(self._pixels[slot]))
 
+    def change(self, transform: Any, change: Callable[[Any], Any]) -> "PixelMemory":
+        """Another of the same memory, for a copy of the data set with a changed transform.
+
+        Args:
+            transform: of the copy.
+            change: what follows on the kept images, in the same way.
+        """
+        found = object.__new__(PixelMemory)
+        vars(found).update(vars(self), transform=transform, _finish=change(self._finish))
+        return found
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "PixelMemory":
         """Another of the same memory, for a copy of the data set with a copy of its transform."""
         found = object.__new__(PixelMemory)
-        vars(found).update(vars(self), transform=deepcopy(self.transform, memo))
+        changed = {name: deepcopy(vars(self)[name], memo) for name in ("transform", "_finish")}
+        vars(found).update(vars(self), **changed)
         return found
 
     def __reduce__(self) -> Any:

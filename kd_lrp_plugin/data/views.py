@@ -201,6 +201,9 @@ def change_transform(where: str, images: Any, change: Callable[[Any], Any]) -> A
         got = f"{type(images).__name__} without"
         raise ValueError(message(where, "data with a transform", got, fix))
     found.transform = change(images.transform)
+    memory = vars(images).get("_memory")
+    if memory is not None and memory.transform is images.transform:
+        found._memory = memory.change(found.transform, change)
     return found
 
 

@@ -299,15 +299,16 @@ class Experiment:
         self.cache = cache_teacher(
             key_path, self.stage_config, box, losses, self.context.device, precision
         )
-        self.val_loader = self._loader(self.stage_config.get("val_data_loader"), "val_loader")
-        self.test_loader = self._loader(self._test_loader, "test_loader")
+        stages = list(get_stages(self.train).values())[: self.stage]
+        kept = [found for stage in stages if (found := stage.get("val_data_loader"))]
+        self.val_loader = self._loader(kept[-1])  # that of an earlier stage without one of its own
+        self.test_loader = self._loader(self._test_loader)
         if self.context.world_size > 1:
             sampler = box.train_data_loader.batch_sampler.sampler
             if isinstance(sampler, DistributedSampler):
                 sampler.seed = self._seed
             self._share_student()
         loaders = [box.train_data_loader, self.val_loader, self.test_loader]
-        stages = list(get_stages(self.train).values())[: self.stage]
         self.loading.enter(loaders, stages)
 
     def _share_student(self) -> None:
@@ -319,10 +320,8 @@ class Experiment:
             )
             setattr(self.box, self.student_name, shared)
 
-    def _loader(self, config: Mapping[str, Any] | None, name: str) -> DataLoader:
+    def _loader(self, config: Mapping[str, Any]) -> DataLoader:
         """A loader of this process's share, every image once over all processes."""
-        if not config:  # a later stage keeps the loader of the one before
-            return getattr(self, name)
         dataset = self._datasets[config["dataset_id"]]
         if self.context.world_size > 1:
             dataset = Subset(

@@ -70,7 +70,7 @@ class SeededBatches:
 
     Args:
         loader: its data set and collate function are told to draw so; a list as data set, which
-            draws nothing, is left as it is.
+            draws nothing, is left as it is (with a collate function of the config it is refused).
 
     Attributes:
         seed: of the epoch; a loader's workers take it over when they start.

@@ -56,9 +56,15 @@ def profile_epoch(experiment: Experiment, seed: int = 0) -> dict[str, Any]:
         :func:`kd_lrp_plugin.training.workers.choose_workers`.
 
     Raises:
-        ValueError: with several processes, or for fewer than two batches in an epoch.
+        ValueError: with several processes, with a cached teacher, or for fewer than two batches in
+            an epoch.
     """
     loader = experiment.box.train_data_loader
+    if experiment.cache is not None:
+        where = experiment.cache.spec.where
+        fix = f"Add --set {where}=null; examples/benchmarks/benchmark_teacher_cache.py times both."
+        expected = "a teacher that is asked in each step"
+        raise ValueError(message("--profile", expected, f"one with {where}", fix))
     if experiment.context.world_size > 1:
         got, fix = f"{experiment.context.world_size}", "Leave torchrun out."
         raise ValueError(message("--profile", "one process", got, fix))
@@ -73,7 +79,7 @@ def profile_epoch(experiment: Experiment, seed: int = 0) -> dict[str, Any]:
         main_util.set_seed(seed)
         experiment.loading.set_seed(seed)
 
-    experiment.begin_epoch()  # opens a teacher's cache, of which the loader reads
+    experiment.begin_epoch()
     for _ in range(2):
         begin()
         loading = _time_loading(loader, count, warm)

@@ -28,6 +28,8 @@ def choose_workers(experiment: Experiment) -> dict[str, Any] | None:
     them are loaded once before, so that what is kept in memory is. The smallest number is taken
     that is within 2 % of the best. Where loading takes less than two minutes in the whole run,
     there are no workers, and nothing is measured but two batches. Results do not depend on it.
+    A number with which loading fails, as in a /dev/shm that is too small, is not taken, nor is any
+    above it. A cached teacher takes no time.
 
     Returns:
         What was measured and chosen, as JSON; None where the config says how many train.
@@ -35,21 +37,24 @@ def choose_workers(experiment: Experiment) -> dict[str, Any] | None:
     if not experiment.loading.is_free:
         return None
     context, loader = experiment.context, experiment.box.train_data_loader
-    with preserved_generators():
-        started = time.monotonic()
-        batches = list(islice(loader, 2))
-        seconds = (time.monotonic() - started) / len(batches)
-        whole = seconds * len(loader) * experiment.box.num_epochs
-        found: dict[str, Any] = {"chosen": 0, "seconds_to_load_all_epochs": round(whole, 1)}
-        if context.run_on_rank_zero(lambda: whole) >= BRIEF:
-            for _ in islice(loader, BATCHES):
-                pass
-            epochs = {count: _time_epoch(experiment, count) for count in list_counts()}
-            found["seconds_of_an_epoch"] = {str(n): round(s, 2) for n, s in epochs.items()}
-            found["chosen"] = chosen = context.run_on_rank_zero(lambda: pick_count(epochs))
-            shown = ", ".join(f"{s:.1f} s with {n}" for n, s in epochs.items())
-            current_progress().note(f"num_workers: {chosen} (an epoch's batches take {shown})")
-    experiment.loading.set_workers(found["chosen"])
+    found: dict[str, Any] = {"chosen": 0}
+    try:
+        with preserved_generators():
+            started = time.monotonic()
+            batches = list(islice(loader, 2))
+            seconds = (time.monotonic() - started) / len(batches)
+            whole = seconds * len(loader) * experiment.box.num_epochs
+            found["seconds_to_load_all_epochs"] = round(whole, 1)
+            if context.run_on_rank_zero(lambda: whole) >= BRIEF:
+                for _ in islice(loader, BATCHES):
+                    pass
+                epochs = _time_epochs(experiment)
+                found["seconds_of_an_epoch"] = {str(n): round(s, 2) for n, s in epochs.items()}
+                found["chosen"] = chosen = context.run_on_rank_zero(lambda: pick_count(epochs))
+                shown = ", ".join(f"{s:.1f} s with {n}" for n, s in epochs.items())
+                current_progress().note(f"num_workers: {chosen} (an epoch's batches take {shown})")
+    finally:
+        experiment.loading.set_workers(found["chosen"])
     return found
 
 
@@ -71,11 +76,31 @@ def pick_count(epochs: dict[int, float]) -> int:
     return min(count for count, seconds in epochs.items() if seconds <= (1 + GAIN) * best)
 
 
+def _time_epochs(experiment: Experiment) -> dict[int, float]:
+    """Seconds of an epoch by the number of workers, up to one with which loading fails."""
+    epochs: dict[int, float] = {}
+    for count in list_counts():
+        seconds, failure = 0.0, ""
+        try:
+            seconds = _time_epoch(experiment, count)
+        except (RuntimeError, OSError, ValueError) as error:
+            if not count:
+                raise
+            failure = f"{type(error).__name__}: {error}"
+            error.with_traceback(None)  # lets go of the workers, which end at once
+        failures = [said for said in experiment.context.gather(failure) if said]
+        if failures:
+            current_progress().note(f"num_workers: below {count}, with which: {failures[0]}")
+            break
+        epochs[count] = seconds
+    return epochs
+
+
 def _time_epoch(experiment: Experiment, count: int) -> float:
     """Seconds of an epoch that loads with so many workers, estimated."""
     experiment.loading.set_workers(count)
     loader, models = experiment.box.train_data_loader, [experiment.original] * 3
-    if experiment.original_teacher is not None:
+    if experiment.original_teacher is not None and experiment.cache is None:
         models.append(experiment.original_teacher)
     ends, started = [], time.monotonic()
     with experiment.evaluating():

@@ -78,6 +78,17 @@ class TestMaps:
         _, wrong = both([turn, transforms.RandomHorizontalFlip(p=1.0)], (16, 16))
         assert (followed - live).abs().mean() < 0.25 * (wrong - live).abs().mean()
 
+    def test_whatever_fill_enters_the_image_has_no_relevance(self):
+        def find_inside(fill: int) -> torch.Tensor:
+            follow = Following("mine", transforms.RandomAffine(0, (0.5, 0.5), fill=fill))
+            torch.manual_seed(0)
+            follow(picture())
+            return (sample_field(follow.field, (48, 48)).abs() <= 1).all(-1)
+
+        black = find_inside(0)
+        assert 0 < int(black.sum()) < 48 * 48
+        assert all(torch.equal(find_inside(fill), black) for fill in range(1, 256))
+
     def test_what_enters_the_image_has_no_relevance(self):
         shift = transforms.RandomCrop(
             48, padding=(24, 0, 0, 0)

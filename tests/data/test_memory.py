@@ -18,6 +18,7 @@ from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.data.memory import PixelMemory, get_memory
 from kd_lrp_plugin.data.mnist import Mnist
 from kd_lrp_plugin.data.transforms import make_transforms, preprocessing
+from kd_lrp_plugin.data.views import CELLS, FollowedViews
 from kd_lrp_plugin.utils.progress import NullProgress
 
 SIZES = ((64, 48), (48, 64), (40, 40), (100, 30))
@@ -107,6 +108,23 @@ def test_each_file_is_read_once(root):
     for epoch in range(3):
         draw(data, epoch)
     assert sorted(read) == sorted(file for file, _ in data.samples)
+
+
+def test_each_file_is_read_once_where_maps_follow_the_images(root):
+    plain, kept = (folder(root, transform=augmented(), cache=c) for c in (None, "memory"))
+    read, load = [], kept.loader
+    kept.loader = lambda file: read.append(file) or load(file)
+    views = [FollowedViews("mine", images) for images in (plain, kept)]
+    views.append(deepcopy(views[1]))
+    for each in views:
+        each.sizes = [(4, 4)]
+    for index in [*range(8), *range(8)]:
+        found = []
+        for each in views:
+            torch.manual_seed(index)
+            found.append((each[index][0], each[index][2][CELLS]["4x4"], each.ask(index)[0]))
+        assert all(all(map(torch.equal, found[0], other)) for other in found[1:])
+    assert sorted(read) == sorted(file for file, _ in kept.samples)
 
 
 def test_what_workers_have_read_the_next_epoch_finds(root):

@@ -2,11 +2,13 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
 from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.folder import FolderImages
@@ -170,3 +172,69 @@ class TestIdentity:
         other[7] = (torch.zeros(3, 4, 4), 0)
         assert self.identify(one) != self.identify(other)
         assert self.identify(one) == self.identify(Plain(images))
+
+    def asked(self, images) -> int:
+        """How many items count by their pixels, of a data set without randomness."""
+        views, seen = KeyedViews("mine", images), []
+        identify_items(images, lambda row: (seen.append(row), views.ask(row))[1], views.rows)
+        return len(seen)
+
+    def test_the_transform_behind_markers_counts(self):
+        def identify(share):
+            erase = transforms.RandomErasing(p=share, value=9.0)  # of none whose pixels count
+            return self.identify(Marked(phantom(40), transform=erase))
+
+        assert identify(0.02) != identify(0.05)
+
+    @pytest.mark.parametrize("wrap", [Subset, lambda i, at: Companions(Subset(i, at), mask=True)])
+    @pytest.mark.parametrize("kind", [list, np.array])
+    def test_which_images_are_taken_counts(self, wrap, kind):
+        images, rows = phantom(40), list(range(32))
+        other = [0, 39, 38, *rows[3:]]  # all of them alike where pixels are looked at
+        found = [self.identify(wrap(images, kind(each))) for each in (rows, rows, other)]
+        assert found[0] == found[1] != found[2]
+
+    def test_names_and_files_count_if_there_is_one_for_each_item(self, tmp_path):
+        class Own(Dataset):
+            def __init__(self, values, **kwargs):
+                vars(self).update(kwargs, values=values)
+
+            def __len__(self):
+                return len(self.values)
+
+            def __getitem__(self, index):
+                return self.values[index], 0
+
+        one = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        other = one.clone()
+        other[1:5] = 0
+        for said in ({"names": ["cat", "dog"]}, {"samples": [(n, 0, 1) for n in range(40)]}):
+            assert self.identify(Own(one, **said)) == self.identify(Own(one, **said))
+            assert self.identify(Own(one, **said)) != self.identify(Own(other, **said))
+
+    def test_a_transform_of_ones_own_lets_all_pixels_count(self):
+        class Brighter:
+            def __init__(self, by: float, least: float) -> None:
+                self.by, self.least = by, least
+
+            def __call__(self, image):
+                return image + self.by * (float(image.sum()) > self.least)
+
+        def make(*how):
+            steps = [transforms.ToTensor(), Brighter(*how)]
+            return phantom(40, transform=transforms.Compose(steps))
+
+        least = sorted(float(image.sum()) for image, _ in make(0.0, 0.0))[-2]  # below one image
+        assert self.identify(make(0.0, least)) == self.identify(make(0.0, least))
+        assert self.identify(make(0.0, least)) != self.identify(make(0.1, least))
+        assert self.asked(make(0.0, least)) == 40
+
+    def test_of_what_says_all_of_itself_few_pixels_are_looked_at(self, tmp_path):
+        self.folder(tmp_path)
+        steps = transforms.Compose([transforms.Resize((16, 16)), transforms.ToTensor()])
+        folders = [
+            FolderImages(str(tmp_path), image_size=16),
+            ImageFolder(str(tmp_path / "Training"), steps),
+        ]
+        for images in (*folders, phantom(24), Marked(phantom(24)), Subset(phantom(24), range(24))):
+            assert self.asked(images) == 8

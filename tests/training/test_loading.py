@@ -15,6 +15,7 @@ from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.training import profile, trainer, workers
 from kd_lrp_plugin.training.loading import SeededBatches
 from kd_lrp_plugin.training.trainer import distill
+from kd_lrp_plugin.utils.progress import NullProgress
 
 AUGMENTED = [*SMALL, *NO_TEACHER, "+datasets.phantom/train.init.kwargs.augment=True"]
 OPEN = [
@@ -144,6 +145,54 @@ class TestWorkers:
         loaders = experiment.box.train_data_loader, experiment.val_loader, experiment.test_loader
         assert {loader.num_workers for loader in loaders} == {found["chosen"]}
 
+    @pytest.mark.parametrize("error", [RuntimeError, OSError, ValueError])
+    def test_a_number_with_which_loading_fails_is_not_taken(self, error, tmp_path, monkeypatch):
+        experiment = build(tmp_path, [*AUGMENTED, *OPEN])
+        monkeypatch.setattr(workers, "BRIEF", 0.0)
+        monkeypatch.setattr(workers, "list_counts", lambda: [0, 1, 2, 4])
+        notes = []
+        monkeypatch.setattr(NullProgress, "note", lambda _, text: notes.append(text))
+        data = type(experiment.box.train_data_loader.dataset)
+        draw = data.__getitem__
+
+        def fail(self, index):
+            if getattr(experiment.box.train_data_loader, "num_workers", 0) == 2:
+                raise error("no room")
+            return draw(self, index)
+
+        monkeypatch.setattr(data, "__getitem__", fail)
+        found = workers.choose_workers(experiment)
+        assert set(found["seconds_of_an_epoch"]) == {"0", "1"}
+        assert experiment.box.train_data_loader.num_workers == found["chosen"] < 2
+        assert notes[0].startswith("num_workers: below 2, with which: ")
+        assert "no room" in notes[0]
+
+    def test_without_any_that_loads_the_error_is_told_and_loaders_are_as_they_were(
+        self, tmp_path, monkeypatch
+    ):
+        experiment = build(tmp_path, [*AUGMENTED, *OPEN])
+        monkeypatch.setattr(workers, "BRIEF", 0.0)
+
+        def fail(experiment, count):
+            experiment.loading.set_workers(3)
+            raise RuntimeError("nothing loads")
+
+        monkeypatch.setattr(workers, "_time_epoch", fail)
+        with pytest.raises(RuntimeError, match="nothing loads"):
+            workers.choose_workers(experiment)
+        assert experiment.box.train_data_loader.num_workers == 0
+
+    def test_a_cached_teacher_takes_no_time(self, tmp_path, monkeypatch):
+        experiment = build(tmp_path, [*AUGMENTED, *OPEN, "+train.teacher.cache=exact"])
+        monkeypatch.setattr(workers, "BRIEF", 0.0)
+        monkeypatch.setattr(workers, "list_counts", lambda: [0])
+
+        def refuse(*_):
+            raise AssertionError("the teacher was run")
+
+        experiment.original_teacher.register_forward_pre_hook(refuse)
+        assert set(workers.choose_workers(experiment)["seconds_of_an_epoch"]) == {"0"}
+
     def test_counts_are_none_powers_of_two_and_all_processors(self, monkeypatch):
         monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(6), raising=False)
         assert workers.list_counts() == [0, 1, 2, 4, 6]
@@ -187,3 +236,10 @@ class TestProfile:
         experiment = build(tmp_path, [*AUGMENTED, "batch_size=16"])
         with pytest.raises(ValueError, match="two batches or more, got 1 in an epoch"):
             profile.profile_epoch(experiment)
+
+    def test_a_cached_teacher_which_no_step_would_ask_is_refused(self, tmp_path):
+        experiment = build(tmp_path, [*AUGMENTED, "+train.teacher.cache=exact"])
+        before = {k: v.clone() for k, v in experiment.student.state_dict().items()}
+        with pytest.raises(ValueError, match=r"Add --set train\.teacher\.cache=null"):
+            profile.profile_epoch(experiment)
+        assert same(dict(experiment.student.state_dict()), before)

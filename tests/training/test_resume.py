@@ -7,15 +7,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import BASELINE, KD, LRP, NO_TEACHER, SMALL, Stopped, StopsAt, outcome, same
+from small_runs import (
+    BASELINE,
+    CONFIGS,
+    CPU,
+    KD,
+    LRP,
+    NO_TEACHER,
+    SMALL,
+    Stopped,
+    StopsAt,
+    outcome,
+    same,
+)
 from torchdistill.losses.registry import register_mid_level_loss
 
+from kd_lrp_plugin.config.build import assemble
+from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.runs import checkpoints, folder
 from kd_lrp_plugin.training import trainer
+from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.progress import NullProgress
 
+TWO_STAGES = CONFIGS / "phantom/lrp_cosine/test_resnet_from_resnet10t-stages.yaml"
 THREE_EPOCHS = [*SMALL, "train.num_epochs=3"]
 RELEVANCE = [*THREE_EPOCHS, *NO_TEACHER, "num_workers=2"]
 
@@ -375,3 +391,25 @@ class TestFolder:
         assert [s["device"] for s in about["sessions"]] == ["cpu", "cpu"]
         assert about["sessions"][0]["versions"]["torch"] == torch.__version__
         assert "commit" in about["sessions"][0]
+
+
+def test_a_stage_keeps_the_validation_of_the_last_one_that_names_it():
+    size = [part for part in SMALL if "num_epochs" not in part]
+
+    def build() -> Experiment:
+        assembly = assemble(resolve_config(TWO_STAGES, [*size, *NO_TEACHER]))
+        train = assembly.content["train"]
+        train["stage1"]["num_epochs"] = train["stage2"]["num_epochs"] = 1
+        loaders = ("train_data_loader", "val_data_loader")
+        train["stage3"] = {k: v for k, v in train["stage2"].items() if k not in loaders}
+        loader = train["stage2"]["val_data_loader"]
+        kwargs = {**loader["kwargs"], "batch_size": 3}
+        train["stage2"]["val_data_loader"] = {**loader, "kwargs": kwargs}
+        return Experiment(assembly, CPU)
+
+    trained, resumed = build(), build()
+    trained.go_to_stage(2)
+    for experiment in (trained, resumed):
+        experiment.go_to_stage(3)
+    assert trained.stage == resumed.stage == 3
+    assert trained.val_loader.batch_size == resumed.val_loader.batch_size == 3

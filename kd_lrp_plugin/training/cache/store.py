@@ -130,6 +130,7 @@ class CacheStore:
             if filled.is_file():
                 return int(files.read_json(filled, self._repair, rows=int)["rows"])
         else:
+            (self.folder / "filled.json").unlink(missing_ok=True)  # of arrays that are gone
             for name, part in self._parts.items():
                 files.put(self._file(name), partial(self._reserve, part))
             files.write_json(about, self._about)

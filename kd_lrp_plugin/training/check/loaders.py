@@ -70,6 +70,10 @@ def check_loader(
         built = share(dataset, loader, DistributedContext(parts.context.device, 0, processes))
     if built.batch_sampler is None:
         raise ValueError(message("kwargs.batch_size", "a number", None, "For example 32."))
+    if name is not None and not hasattr(built.dataset, "__dict__"):
+        fix = "Give the data set a class of its own, or leave collate_fn out."
+        expected = "a data set that knows the images of a batch, which seed what is drawn for it"
+        raise ValueError(message("collate_fn", expected, type(built.dataset).__name__, fix))
     size = getattr(built.batch_sampler, "batch_size", 1)
     dropped = len(dataset) % size if getattr(built.batch_sampler, "drop_last", False) else 0
     if not trains and dropped:

@@ -68,6 +68,18 @@ class TestFilling:
         assert seen == [0, 3, 6, 9]
         check_content(tmp_path)
 
+    def test_a_note_of_arrays_that_are_gone_does_not_count(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "_EVERY", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            store(tmp_path).fill(lambda start: batches(start, stop_at=6))
+        (tmp_path / "part_00.npy").unlink()
+        with pytest.raises(KeyboardInterrupt):
+            store(tmp_path).fill(lambda start: batches(start, stop_at=0))  # before any note
+        seen: list[int] = []
+        store(tmp_path).fill(lambda start: batches(start, seen))
+        assert seen == [0, 3, 6, 9]
+        check_content(tmp_path)
+
     def test_too_few_answers_are_refused(self, tmp_path):
         with pytest.raises(ValueError, match="an answer for each image, got 3 of 10 rows"):
             store(tmp_path).fill(lambda start: iter([values(0, 3)]))

@@ -20,6 +20,7 @@ from small_runs import (
     outcome,
     same,
 )
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from kd_lrp_plugin import torchdistill as plugin
@@ -30,6 +31,7 @@ from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.relevance.recording import relevance_maps
 from kd_lrp_plugin.torchdistill.forward_proc import CachedRecording
 from kd_lrp_plugin.training import trainer
+from kd_lrp_plugin.training.cache import teacher as teacher_cache
 from kd_lrp_plugin.training.cache.spec import check_cache
 from kd_lrp_plugin.training.cache.teacher import TeacherCache, _decode, _encode
 from kd_lrp_plugin.training.check.dry_run import check
@@ -236,6 +238,31 @@ class TestAnswers:
         again = opened(tmp_path, EXACT)
         assert again.cache.describe()["made"] is False
         assert len(list((tmp_path / "teacher_cache").iterdir())) == 6
+
+    def test_losses_in_another_order_share_a_cache(self, tmp_path):
+        relation = "+train.criterion.kwargs.relation={key: RelationL2Loss, kwargs: {}}"
+        shares = ["train.criterion.kwargs.delta=0.5", "train.criterion.kwargs.gamma=0.47"]
+        opened(tmp_path, EXACT, relation, *shares)
+        other = experiment(EXACT, relation, *shares)
+        other.cache.live.losses = other.cache.live.losses[::-1]
+        assert len(other.cache.live.questions) == 2
+        other.cache.open(CPU, tmp_path)
+        assert other.cache.describe()["made"] is False
+
+    def test_workers_that_fill_it_start_as_those_of_the_training(self, monkeypatch):
+        said = []
+
+        def load(rows, size, num_workers, multiprocessing_context):
+            said.append((num_workers, multiprocessing_context))
+            return DataLoader(rows, size)
+
+        monkeypatch.setattr(teacher_cache, "DataLoader", load)
+        cache = experiment(EXACT).cache
+        for count, way in ((2, "spawn"), (0, None)):
+            told = {"num_workers": count, "multiprocessing_context": way}
+            cache._loader = SimpleNamespace(batch_size=8, **told)
+            next(cache._answer(0))
+        assert said == [(2, "spawn"), (0, None)]
 
 
 # --- runs -----------------------------------------------------------------------------------------

@@ -103,6 +103,18 @@ def test_a_section_of_a_wrong_type_hides_no_other_problem():
     assert not any("dependencies" in p or "Error" in p for p in found)
 
 
+def test_a_list_as_data_set_has_no_draws_for_a_collate_function():
+    pairs = "datasets.phantom/train=[[0, 0], [1, 1]]"
+    mix = "{key: kd_lrp_plugin.torchdistill.mixup, init: {kwargs: {num_classes: 4}}}"
+    collate = f"+train.train_data_loader.collate_fn=!import_call {mix}"
+    assert (
+        "train.train_data_loader.collate_fn: expected a data set that"
+        in problems(BASELINE, pairs, collate)[0]
+    )
+    assert "collate_fn" not in " ".join(problems(BASELINE, pairs))
+    assert problems(BASELINE, collate) == []
+
+
 def test_a_data_set_that_is_none_is_told_once():
     wrong = ["datasets.phantom/val=null", "test.test_data_loader.dataset_id=phantom/val"]
     assert len(problems(BASELINE, *wrong)) == 1
