@@ -238,7 +238,7 @@ class TestWorkers:
         other = workers.start(PYTHONPATH=str(tmp_path))
         try:
             with pytest.raises(
-                ValueError, match="this version of kd_lrp_plugin, got .*another make"
+                ValueError, match=r"this version of kd_lrp_plugin, got .*another make"
             ):
                 cluster.open_cluster(workers.address, tmp_path / "runs").__enter__()
         finally:
