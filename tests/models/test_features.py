@@ -42,6 +42,8 @@ def test_of_several_linear_layers_the_last_counts():
 )
 def test_a_model_that_does_not_end_in_a_linear_layer_is_refused(model):
     torch.manual_seed(0)
+    for parameter in model.parameters():  # below zero, where a ReLU shows
+        nn.init.uniform_(parameter, -1, 0)
     with pytest.raises(ValueError, match="a last linear layer, got Sequential"):
         read_features(model, [torch.rand(8, 1, 28, 28)])
     assert not any(module._forward_hooks for module in model.modules())

@@ -187,12 +187,16 @@ def test_a_phantom_config_trains(config, teacher):
 def test_a_brain_mri_config_takes_a_step(config, data_folder, workplace):
     assert (data_folder / "brain_mri").is_dir()
     small = ["image_size=64", "num_workers=0", "batch_size=4"]
-    if config.parent.name != "ce":
-        teacher = factory.build_model(
-            "mobilenetv2_100", 4, "flatten_mlp", image_size=64, timm_kwargs={"pad_type": "same"}
-        )
-        torch.save(teacher.state_dict(), "teacher.pt")
-        small.append("models.teacher_model.src_ckpt=teacher.pt")
+    kwargs = {"head": "flatten_mlp", "image_size": 64, "timm_kwargs": {"pad_type": "same"}}
+    for classes in (4, 12):
+        teacher = factory.build_model("mobilenetv2_100", classes, **kwargs)
+        torch.save(teacher.state_dict(), f"{classes}.pt")
+    found = config.stem.endswith("-kmeans")
+    if found:
+        key = "datasets.found/train.init.kwargs.table.init.kwargs.model.src_ckpt"
+        small.append(f"{key}=4.pt")
+    if config.parent.name not in ("ce", "subclass_labels"):
+        small.append(f"models.teacher_model.src_ckpt={12 if found else 4}.pt")
     torch.manual_seed(0)
     report = check(resolve_config(config, small), CPU)
     assert report.problems == []

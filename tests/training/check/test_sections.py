@@ -48,9 +48,7 @@ IN_A_SECTION = {
     "+train.train_data_loader.batch_sampler={key: BatchSample, kwargs: {}}": (
         "train.train_data_loader.batch_sampler.key: expected one of "
     ),
-    "+train.pre_epoch_process=default_pre_epoch": (
-        "train.pre_epoch_process: expected one of ['default_pre_epoch_process_with_teacher', "
-    ),
+    "+train.pre_epoch_process=default_pre_epoch": ("train.pre_epoch_process: expected one of "),
     f"+train.pre_epoch_process={SCHEDULE}": (
         "train.pre_epoch_process: weight_schedule: term of the criterion: expected one of ['ce'], "
         "got 'cee'. Did you mean 'ce'?"
