@@ -212,6 +212,7 @@ class TestConfigs:
         assert {name for name in heads if name.startswith("heads.")}
 
 
+@pytest.mark.slow
 def test_of_a_teacher_the_probes_alone_are_trained(tmp_path):
     states = []
     for epochs in (1, 2):

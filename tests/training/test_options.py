@@ -73,6 +73,7 @@ class TestStages:
             # The last validation image stands alone and has no loss: all means are over eight.
             assert r["val_loss"] == pytest.approx(parts, rel=1e-5)
 
+    @pytest.mark.slow
     def test_early_stopping_ends_a_stage_not_the_training(self, tmp_path):
         overrides = [*MANY, *NO_TEACHER, "+train.stage1.early_stopping={patience: 1, min_delta: 1}"]
         overrides += ["train.stage1.num_epochs=9", "train.stage2.num_epochs=1"]
@@ -184,6 +185,7 @@ class TestRecipes:
             difference = (change - changes[0]).abs().max() / changes[0].abs().max()
             assert difference < 1e-5
 
+    @pytest.mark.slow
     def test_mixup_class_weights_and_smoothing_train_together(self, tmp_path):
         mixup = "{key: kd_lrp_plugin.torchdistill.mixup, init: {kwargs: {num_classes: 4}}}"
         criterion = (

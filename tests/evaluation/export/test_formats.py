@@ -138,6 +138,7 @@ class TestTimm:
             predict(copy, ["image.png"])
 
 
+@pytest.mark.slow
 def test_pytorchs_archive_has_the_same_logits_and_says_how_to_use_it(run, images, tmp_path):
     record = export(run, ExportOptions("pt2", out=tmp_path / "pt2"))
     told = {"kd_lrp.json": ""}
