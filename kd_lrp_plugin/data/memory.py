@@ -26,7 +26,7 @@ class PixelMemory:
     """The images of a data set as they are after the first steps of its transform, as bytes.
 
     Kept is what comes out of the steps Grayscale, Resize and CenterCrop of torchvision with which
-    the transform begins; all that follows, such as random augmentation, is done anew for each
+    the transform begins; all that follows, such as random augmentation, is done again for each
     item. So items are, bit for bit, what they would be otherwise. An image is read when it is
     first asked for. The memory is one for this process and those that are forked from it, as the
     workers of a loader are on Linux; what a worker has read, those of the next epoch find.
