@@ -313,13 +313,18 @@ def main() -> None:
                 row[f"{what}, {n} layer{'s' * (n > 1)}"] = ratios.get((name, n), 1.0)
         records.append(row)
     print(f"{describe(args)}; layers {', '.join(layers)}\n")
+    show(records, args.out)
+
+
+def show(records: list[dict], out: Path | None) -> None:
+    """Print a table, and save it as CSV if there is a file for it."""
     print(table(records, digits=2))
-    if args.out:
-        with args.out.open("w", newline="") as file:
+    if out:
+        with out.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(records[0]))
             writer.writeheader()
             writer.writerows(records)
-        print(f"saved {args.out}")
+        print(f"saved {out}")
 
 
 def describe(args: argparse.Namespace) -> str:

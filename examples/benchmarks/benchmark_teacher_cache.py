@@ -17,18 +17,16 @@ wall time. The last column is the size of the cache for one view of 1,000 images
 """
 
 import argparse
-import csv
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_step import measure_times
+from benchmark_step import measure_times, show
 from torch.utils.data import default_collate
 
 from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
-from kd_lrp_plugin.plots.tables import table
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.utils.distributed import DistributedContext
 
@@ -95,13 +93,7 @@ def main() -> None:
             row[what] = times[name, n]
         row["MB per 1,000"] = cases[name, len(args.layers)].megabytes
         records.append(row)
-    print(table(records, digits=2))
-    if args.out:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(records[0]))
-            writer.writeheader()
-            writer.writerows(records)
-        print(f"saved {args.out}")
+    show(records, args.out)
 
 
 def parse() -> argparse.Namespace:

@@ -79,16 +79,16 @@ def study(
         from kd_lrp_plugin.studies import plan, runner
 
         options = plan.StudyOptions(
-            overrides or (),
-            chosen,
-            only or (),
-            runs,
-            out,
-            jobs,
-            device,
-            safe,
-            log,
-            scheduler,
+            overrides=overrides or (),
+            seeds=chosen,
+            only=only or (),
+            root=runs,
+            out=out,
+            jobs=jobs,
+            device=device,
+            safe=safe,
+            log=log,
+            scheduler=scheduler,
         )
         folder = options.get_folder(file)
         with RichProgress():

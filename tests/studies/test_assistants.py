@@ -167,9 +167,8 @@ class TestChosenAssistant:
         distill(RunSpec(FROM_CHOSEN, [*FEW, seeds], device="cpu"))
         run = Path("runs/phantom/takd/test_resnet_from_chosen/0")
         models = load_models(run)
-        assistant = torch.load(
-            "runs/phantom/takd/chosen_from_resnet10t/0/best.pt", weights_only=True
-        )
+        best = Path("runs/phantom/takd/chosen_from_resnet10t/0/best.pt")
+        assistant = torch.load(best, weights_only=True)
         loaded = models["teacher"].state_dict()
         assert all(torch.equal(assistant["model"][key], loaded[key]) for key in loaded)
         assert count_parameters(models["student"]) < count_parameters(models["teacher"])

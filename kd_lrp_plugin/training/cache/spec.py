@@ -130,7 +130,7 @@ def check_cache(
         stages: all of them by key path, in order.
         datasets: of the config.
     """
-    where, stage = f"{key_path}.teacher.cache", stages[key_path]
+    where, stage = "cache", stages[key_path]  # who reports it says at which key
     spec = CacheSpec.read(where, get_cache(stage))
     teacher, loader = stage["teacher"], stage.get("train_data_loader") or {}
     if teacher.get("requires_grad", True):

@@ -278,7 +278,7 @@ class TeacherCache:
     def __str__(self) -> str:
         about = self.describe()
         views = f"{about['views']} view{'s' * (about['views'] > 1)} of "
-        what = views if self.spec.kind == "exact" else "plain images of "
+        what = views if self.spec.kind == "exact" else "the plain view of "
         size = f"{about['bytes'] / 1e6:.1f} MB in float16"
         end = ""
         if "folder" in about:

@@ -337,7 +337,7 @@ class TestRuns:
         (session,) = json.loads((tmp_path / "run/environment.json").read_text())["sessions"]
         assert session["teacher_caches"] == [{**about, "made": True}]
         (note,) = [note for note in hears.notes if note.startswith("teacher cache")]
-        assert note.startswith("teacher cache: frozen, plain images of 16 images, ")
+        assert note.startswith("teacher cache: frozen, the plain view of 16 images, ")
 
     def test_it_lies_beside_the_teachers_checkpoint(self, tmp_path):
         file = tmp_path / "teacher" / "best.pt"
