@@ -107,6 +107,8 @@ SLOW = {
     "benchmarks/benchmark_step.py",
     "benchmarks/kill_and_resume.py",
     "demo.py",
+    "own_method.py",
+    "plain_loop.py",
     "torchdistill_script.py",
 }
 

@@ -180,6 +180,7 @@ def test_images_of_other_classes_are_refused(finished):
     assert "nowhere" in absent.output
 
 
+@pytest.mark.slow
 def test_an_exported_model_is_audited_as_the_run_it_came_from(finished):
     done = CliRunner().invoke(app, ["export", "run", "--format", "timm", "--out", "model"])
     assert done.exit_code == 0, done.output

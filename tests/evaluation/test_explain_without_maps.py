@@ -80,6 +80,7 @@ def test_a_layer_that_has_no_map_is_refused(run):
         explain([run], ExplainOptions(["grad_cam"], ["linear1"], roles=["student"]))
 
 
+@pytest.mark.slow
 def test_its_evaluation_holds_both_counts_of_flops(run):
     cost = evaluate(run, 100)["student"]["cost"]
     assert cost["flops"] == 2 * (2 * 784 * 784 + 784 * 10)

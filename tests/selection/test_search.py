@@ -120,6 +120,7 @@ def test_a_score_that_fails_is_in_the_rows(look):
     assert "expected" in rows[0]["problems"]["reference_semantic"]
 
 
+@pytest.mark.slow
 def test_a_search_scores_as_a_ranking_of_all_does(look):
     """Twelve students are few enough to see nearly all of them, and the best."""
     setup = ScoringSetup(TEACHER, look.batches, ["diswot"])

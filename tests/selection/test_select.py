@@ -357,6 +357,7 @@ class TestCommand:
         assert "The nearest is test_efficientnet" in result.output
         assert not list(Path().iterdir())
 
+    @pytest.mark.slow
     def test_writes_a_preview_of_another_budget_beside_the_record(self):
         budget = ["--budget", "params=200K"]
         result = CliRunner().invoke(app, ["select", str(DISWOT), *self.flags(), *budget])

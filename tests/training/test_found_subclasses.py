@@ -106,6 +106,7 @@ def test_what_is_reported_has_classes_and_subclasses(student):
             assert np.sum(of_class) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_tells_how_many_are_used(student):
     found = evaluate.evaluate(student, 100)
     for role in ("student", "teacher"):

@@ -51,6 +51,7 @@ def test_the_summary_says_so_and_the_weights_are_of_one_channel(run):
     assert first.in_channels == 1
 
 
+@pytest.mark.slow
 def test_evaluation_costs_it_with_one_channel(run):
     cost = evaluate.evaluate(run, 100)["student"]["cost"]
     model, _ = loading.load_run(run)

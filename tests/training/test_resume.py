@@ -306,7 +306,12 @@ VARIANTS = {
 }  # fmt: skip
 
 
-LONG = {"float16", "early stopping", "a stage that keeps an optimizer whose step is not complete"}
+LONG = {
+    "float16",
+    "bfloat16",
+    "early stopping",
+    "a stage that keeps an optimizer whose step is not complete",
+}
 
 
 @pytest.mark.parametrize(
