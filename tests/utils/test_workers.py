@@ -50,8 +50,8 @@ def test_a_process_of_any_kind_ends_when_its_input_does(interrupt, tmp_path):
         import time
         from kd_lrp_plugin.utils.workers import end_with_parent
         end_with_parent(interrupt={interrupt})
-        print("working", flush=True)
         try:
+            print("working", flush=True)
             time.sleep(600)
         except KeyboardInterrupt:
             print("put away", flush=True)
