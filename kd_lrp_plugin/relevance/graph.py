@@ -191,7 +191,7 @@ def find_carriers(
                 _check_change_of_view(node, carriers, method)
         stack.pop()
     for owner in owners:
-        for node in _find_owned(owner, carriers, consumers, method):
+        for node in _find_owned(owner, carriers, consumers, wanted, method):
             unowned.pop(node, None)
     if unowned:
         raise next(iter(unowned.values()))
@@ -207,20 +207,22 @@ def _list_inputs(node: Any) -> list[Any]:
 
 
 def _find_owned(
-    owner: Any, carriers: dict[Any, bool], consumers: Counter[Any], method: str
+    owner: Any, carriers: dict[Any, bool], consumers: Counter[Any], wanted: set[Any], method: str
 ) -> list[Any]:
     """The operations of an attention that the rule ``owner`` makes right, back to the product.
 
     All relevance on the way must be the owner's: nothing else may read what lies there, or add to
-    it. In between, every operation hands on a part that does not depend on how much there is.
+    it. In between, every operation hands on a part that does not depend on how much there is, and
+    there is no target layer: the owner has halved its relevance in advance, for the product.
     """
     layer_rule, owned, node = owner.layer_rule, [], owner
     while _get_kind(node) != MATRIX_PRODUCT:
         carried = [i for i in _list_inputs(node) if carriers.get(i, False)]
-        if len(carried) != 1 or consumers[carried[0]] != 1:
+        is_target = not wanted.isdisjoint(carried)
+        if len(carried) != 1 or consumers[carried[0]] != 1 or is_target:
             expected = "one product of two matrices in front, read by nothing else"
             fix = "Choose another method, such as lrp_epsilon, or layers behind this one."
-            got = f"{node.name()} of {len(carried)} inputs"
+            got = "a target layer" if is_target else f"{node.name()} of {len(carried)} inputs"
             raise ValueError(message(f"{method} at {layer_rule.name!r}", expected, got, fix))
         (node,) = carried
         owned += [node] if _get_kind(node) in layer_rule.owns else []

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,8 +91,11 @@ class LayerHooks:
             self._undo.pop()()
 
     def set(self, module: nn.Module, name: str, value: object) -> None:
-        found = getattr(module, name)
-        self.add(lambda: setattr(module, name, found))
+        own = vars(module)
+        if name in own:
+            self.add(partial(setattr, module, name, own[name]))
+        else:  # of the class
+            self.add(partial(delattr, module, name))
         setattr(module, name, value)
 
     def put_behind(self, name: str, module: nn.Module, serve: Serve) -> None:

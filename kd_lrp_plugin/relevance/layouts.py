@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.layers import LayerNorm2d, LayerNorm2dFp32
+from timm.models.nest import NestLevel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
@@ -124,8 +125,8 @@ def _has_channels_last(
     layer, *around = _enclosing(model, name)
     if isinstance(layer, CHANNELS_FIRST):
         return False
-    if any(hasattr(module, "fused_attn") for module in around):
-        got = f"{shape[0]} x {shape[1]} x {shape[2]} inside an attention"
+    if any(hasattr(module, "fused_attn") or isinstance(module, NestLevel) for module in around):
+        got = f"{shape[0]} x {shape[1]} x {shape[2]} inside an attention or what cuts maps for it"
         raise ValueError(message(where, EXPECTED, got, "Choose the attention or the block."))
     kinds = {_get_side(module) for module in layer.modules()}
     formats = (getattr(module, "output_fmt", None) for module in (layer, *around))

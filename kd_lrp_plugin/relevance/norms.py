@@ -26,6 +26,8 @@ class _BatchVariance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # derived again: the mean depends on x
+            mean = x.mean([0, *range(2, x.ndim)], keepdim=True)
         weight = (grads[0] * (2 * x.shape[1] / x.numel())).view_as(mean)
         return (x - mean) * weight
 

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from timm.models.nest import Nest
 from torch import Tensor, nn
 
 from kd_lrp_plugin.attribution.methods import attribute
@@ -217,6 +218,17 @@ class TestRefusedLayers:
     def test_inside_the_patches_of_mobilevit(self):
         model = timm.create_model("mobilevit_xxs", num_classes=3).eval()
         self.refuse(model, "stages.2.1.transformer.0", "one map per image")
+
+    def test_inside_the_blocks_of_nest(self):
+        settings = {"patch_size": 4, "embed_dims": (4, 4, 8), "num_heads": (1, 1, 1)}
+        model = Nest(img_size=64, num_classes=3, depths=(1, 1, 1), **settings).eval()
+        x = images(64, 64)
+        (map_,) = relevance_maps(model, x, TARGETS, ["levels.0"])
+        assert map_.shape == (2, 16, 16)
+        # As many positions in a block as there are blocks, and as rows and columns in a map.
+        assert heard(model, "levels.0.transformer_encoder", x).shape == (2, 16, 16, 4)
+        with pytest.raises(ValueError, match=r"'levels\.0\.transformer_encoder'.*what cuts maps"):
+            relevance_maps(model, x, TARGETS, ["levels.0.transformer_encoder"])
 
     @pytest.mark.parametrize("layer", ["attn.attn_drop", "attn.q_norm"])
     def test_weights_and_heads_of_an_attention(self, layer):

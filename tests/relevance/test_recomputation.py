@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from kd_lrp_plugin.relevance import linear_maps, rules
 from kd_lrp_plugin.relevance.methods import METHODS, Method
+from kd_lrp_plugin.relevance.norms import batch_variance
 from kd_lrp_plugin.relevance.recomputation import apply_activation_rule, apply_rule
 from kd_lrp_plugin.relevance.recording import record, relevance_maps
 from kd_lrp_plugin.relevance.rules import RULES, stabilize
@@ -119,6 +120,15 @@ def test_a_share_is_the_ratio_it_says_it_is():
     torch.testing.assert_close(rules.share(g, y, z), g * (y / stabilize(z)), rtol=0, atol=1e-15)
     assert torch.autograd.gradcheck(rules.share, (g, y, z))
     assert torch.autograd.gradgradcheck(rules.share, (g, y, z))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 2, 2), (4, 3)])
+def test_the_variance_of_a_batch_can_be_derived_twice(shape):
+    x = torch.randn(shape).double().requires_grad_()
+    expected = x.transpose(0, 1).flatten(1).var(1, correction=0)
+    torch.testing.assert_close(batch_variance(x), expected, rtol=1e-14, atol=0)
+    assert torch.autograd.gradcheck(batch_variance, x)
+    assert torch.autograd.gradgradcheck(batch_variance, x)
 
 
 # --- a convolution that others read, too ----------------------------------------------------------

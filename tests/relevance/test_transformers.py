@@ -285,6 +285,15 @@ def test_attention_of_another_form_is_refused_by_attn_lrp(way):
     relevance_maps(plain, torch.randn(2, 3, 6, 6), TARGETS, ["layer"], "attn_lrp")
 
 
+@pytest.mark.parametrize("layers", [["blocks.0", "blocks.1.attn.norm"], ["blocks.1.attn.norm"]])
+def test_a_layer_whose_relevance_is_halved_for_the_product_is_refused_by_attn_lrp(layers):
+    net = build_vit(depth=2, class_token=False, global_pool="avg")
+    images = torch.randn(2, 3, 16, 16)
+    with pytest.raises(ValueError, match=r"attn_lrp at 'blocks.1.attn'.*read by nothing else"):
+        relevance_maps(net, images, TARGETS, layers, "attn_lrp")
+    relevance_maps(net, images, TARGETS, ["blocks.0", "blocks.1.attn.proj"], "attn_lrp")
+
+
 def test_a_fused_attention_of_pytorch_can_be_trained_through_by_gradients():
     torch.manual_seed(18)
     net = Mixed("fused")
@@ -311,6 +320,17 @@ def test_a_kernel_that_the_net_chooses_is_refused():
 
     with pytest.raises(ValueError, match="attention as separate operations, got ScaledDotProduct"):
         relevance_maps(Chosen("fused"), torch.randn(2, 3, 6, 6), TARGETS, ["layer"])
+
+
+def test_a_class_that_is_marked_is_left_as_found(untouched: Untouched):
+    class Marked(Mixed):
+        fused_attn = True
+
+    net = Marked("unmarked")
+    with untouched(net):
+        relevance_maps(net, torch.randn(2, 3, 6, 6), TARGETS, ["layer"], "attn_lrp")
+    Marked.fused_attn = False
+    assert not net.fused_attn
 
 
 def test_a_softmax_gate_has_no_rule_in_attn_lrp():
