@@ -24,6 +24,7 @@ from kd_lrp_plugin.utils.files import get_command, put, to_csv, write_json, writ
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 
+STEM = 40  # signs of a map's name that are of its image: file systems take 255 bytes
 TABLES = (".csv", ".tsv", ".txt")
 
 
@@ -169,6 +170,7 @@ def check_new(out: Path | None) -> None:
 
     Raises:
         FileExistsError: if one of them is there.
+        NotADirectoryError: if it would lie in a file.
         ValueError: for a name that does not end in .csv.
     """
     if out is None:
@@ -180,6 +182,15 @@ def check_new(out: Path | None) -> None:
         fix = "Choose another --out, or delete it."
         got = f"one that is there, {found[0]}"
         raise FileExistsError(message("predict --out", "a new file", got, fix))
+    _check_above("predict --out", out)
+
+
+def _check_above(where: str, path: Path) -> None:
+    """Raise ``NotADirectoryError`` for a path that is to lie in what is no folder."""
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        fix = "Choose another place."
+        raise NotADirectoryError(message(where, "a path in a folder", f"{path} in a file", fix))
 
 
 def write_predictions(
@@ -227,13 +238,15 @@ class MapWriter:
     Raises:
         ValueError: for a model without a module, or a method that does not fit it.
         FileExistsError: if there is something at ``folder``.
+        NotADirectoryError: if it would lie in a file.
     """
 
     def __init__(self, folder: Path, model: Predictor, method: str = "grad_cam") -> None:
         check_known("predict --method", method, ATTRIBUTIONS)
-        if folder.exists():
+        if os.path.lexists(folder):
             fix = "Choose another --maps, or delete it."
             raise FileExistsError(message("predict --maps", "a new folder", folder, fix))
+        _check_above("predict --maps", folder)
         if model.module is None:
             fix = "Give the run, or a folder that kd-lrp export --format timm has written."
             got = f"{model.name}, which has no gradients"
@@ -263,6 +276,6 @@ class MapWriter:
         )
         figure = map_figure([row], f"Relevance of the predicted class at {self.layer}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{number:05d}-{Path(ascii_name(file)).stem}.png"
+        name = f"{number:05d}-{Path(ascii_name(file)).stem[:STEM]}.png"
         put(self.folder / name, lambda draft: figure.savefig(draft, format="png"))
         return name

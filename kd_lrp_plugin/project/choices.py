@@ -129,6 +129,10 @@ def choose(
         if missing := [label for label in classes if not counts.get(name, {}).get(label)]:
             got = f"none of {missing} in {name}, of which duplicates are left out"
             fix = "Add images; kd-lrp check-data shows which are alike."
+            if broken := summary["unreadable"]:
+                file, why = next(iter(broken.items()))
+                got += f"; {len(broken):,} cannot be read, such as {file}: {why}"
+                fix = "Mend or add images; for 16-bit values give --bits."
             raise ValueError(message(where, "images of each class in each split", got, fix))
     train = counts[splits["train"]]
     smallest, largest = min(train.values()), max(train.values())

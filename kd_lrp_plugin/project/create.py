@@ -60,14 +60,14 @@ def create_project(data: Data, out: Path, models: Models) -> tuple[Choices, dict
 
     Args:
         data: where the images are.
-        out: a new or empty folder, outside of that of the images.
+        out: a new or empty folder, no link, outside of that of the images and not the current one.
         models: teacher, student, and what the student learns from.
 
     Returns:
         What was chosen, and the summary of the leak check.
 
     Raises:
-        FileExistsError: if ``out`` holds something.
+        FileExistsError: if ``out`` holds something, or is a link.
         FileNotFoundError: if images, a table, weights or a model's folder are not there.
         ValueError: for images that make no data set, a model or table that is not known, or a
             config that does not run, with all its problems.
@@ -88,7 +88,7 @@ def create_project(data: Data, out: Path, models: Models) -> tuple[Choices, dict
             student=name_from_project(models.names["student"], out),
             weights={role: from_project(file, out) for role, file in models.weights.items()},
         )
-        texts = render_configs(choices, seen, from_project(str(folder), out))
+        texts = render_configs(choices, seen, from_project(str(folder.resolve()), out))
         for name, text in texts.items():
             write_text(stage / name, text)
         with init_distributed() as context:
@@ -112,9 +112,13 @@ def describe_leaks(summary: Mapping[str, Any]) -> str:
 
 def _check_out(out: Path, folder: Path) -> None:
     where = f"{WHERE}: out"
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    is_empty = out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if os.path.lexists(out) and not is_empty:
         fix = "Choose another --out; nothing was changed."
         raise FileExistsError(message(where, "a new folder", f"{out}, which is there", fix))
+    if not out.name or out.resolve() == Path.cwd():  # another folder takes the place of this one
+        fix = "Give the command in the folder above, with the name of this one for --out."
+        raise ValueError(message(where, "a new folder", f"the one you are in, {out}", fix))
     if out.resolve().is_relative_to(folder.resolve()):
         fix = "Choose another --out."
         raise ValueError(message(where, f"a folder outside {folder}", out, fix))

@@ -410,7 +410,7 @@ def render_readme(
     ]
     kd = "" if models.method == "kd" else "| `kd.yaml` | the student, from soft labels alone |\n"
     return _README.substitute(
-        title=plain_text(listing.folder.name),
+        title=plain_text(listing.folder.resolve().name),
         made=f"\nMade by `{plain_text(about['command'])}`.\n" if about["command"] else "",
         commands="\n".join(COMMANDS.values()),
         times=tables.table(words),

@@ -16,7 +16,7 @@ from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation.export.export import ExportOptions, export
-from kd_lrp_plugin.evaluation.predict import list_images, predict
+from kd_lrp_plugin.evaluation.predict import MapWriter, check_new, list_images, predict
 from kd_lrp_plugin.evaluation.predictors import open_predictor
 from kd_lrp_plugin.runs import loading
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -171,6 +171,22 @@ class TestOutputs:
         status, shown = kd_lrp(run, scans, "--maps", scans)
         assert status == 1
         assert "expected a new folder" in shown
+
+    def test_an_output_in_a_file_is_refused_before_anything_is_predicted(self, scans, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match=r"predict --out: expected a path in a folder"):
+            check_new(tmp_path / "file/deep/p.csv")
+        with pytest.raises(NotADirectoryError, match=r"predict --maps: expected a path in a"):
+            MapWriter(tmp_path / "file/maps", None)
+        (tmp_path / "dangling").symlink_to("nowhere")
+        with pytest.raises(FileExistsError, match=r"predict --maps: expected a new folder"):
+            MapWriter(tmp_path / "dangling", None)
+
+    def test_an_image_whose_name_is_as_long_as_can_be_has_a_map(self, run, scans, tmp_path):
+        (scans / "a.png").rename(scans / f"{'é' * 120}.png")
+        status, shown = kd_lrp(run, scans, "--maps", tmp_path / "maps")
+        assert status == 0, shown
+        assert len(list((tmp_path / "maps").iterdir())) == 4
 
     def test_an_image_that_cannot_be_read_is_named_and_the_others_predicted(self, run, scans):
         (scans / "c.png").write_text("no image")

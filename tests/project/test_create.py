@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.project import create
 from kd_lrp_plugin.project.choices import Models, from_project, name_from_project
 from kd_lrp_plugin.project.create import Data, create_project
 from kd_lrp_plugin.studies.parser import read_plan
@@ -181,10 +182,26 @@ class TestRefusals:
         with pytest.raises(ValueError, match="a folder outside"):
             create_project(Data(images), images / "out", Models(*SMALL))
 
+    def test_an_out_that_no_folder_can_become_is_refused_before_anything_is_read(
+        self, images, tmp_path, monkeypatch
+    ):
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        (tmp_path / "dangling").symlink_to("nowhere")
+        monkeypatch.setattr(create, "list_folder", None)
+        for name in ("link", "dangling"):
+            with pytest.raises(FileExistsError, match=f"expected a new folder, got .*{name}"):
+                create_project(Data(images), tmp_path / name, Models(*SMALL))
+        monkeypatch.chdir(tmp_path / "real")
+        for out in (Path(), Path("../real")):
+            with pytest.raises(ValueError, match="got the one you are in"):
+                create_project(Data(images), out, Models(*SMALL))
+
     def test_images_that_cannot_be_read_are_no_images(self, images, tmp_path):
         for file in (images / "glioma").glob("*.png"):
             file.write_bytes(b"no image")
-        with pytest.raises(ValueError, match=r"images of each class.*got none of \['glioma'\]"):
+        words = r"images of each class.*got none of \['glioma'\].*glioma/.*\.png: not an image"
+        with pytest.raises(ValueError, match=words):
             create_project(Data(images), tmp_path / "out", Models(*SMALL))
         assert not (tmp_path / "out").exists()
 

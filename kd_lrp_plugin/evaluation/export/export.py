@@ -127,8 +127,8 @@ def export(folder: str | Path, options: ExportOptions | None = None) -> dict[str
         got = "one that timm cannot build by itself"
         raise ValueError(message("export --format timm", "a model of timm's", got, fix))
     leaks = read_leak_check(Path(options.data_check) if options.data_check else None)
-    student = open_student(run, options.safe)
     with _making(out) as draft:
+        student = open_student(run, options.safe)
         record: dict[str, Any] = {"format": options.format, "command": files.get_command()}
         if options.format == "onnx":
             record |= _write_onnx(student, draft, options)
@@ -210,15 +210,34 @@ def _make_int8(
         name: _draw(load_data_set(student.run.path, name, options.safe), most)
         for name, most in {"train": CALIBRATION, "val": JUDGED}.items()
     }
-    made = quantise(graph, parts["train"], parts["val"], options.agreement)
+    judged = _leave_out_tested(parts["val"], student.test_set)
+    made = quantise(graph, parts["train"], judged, options.agreement)
     return made, {
         "float_layers": made.float_layers,
         "layers": made.layers,
         "calibration_images": len(parts["train"]),
         "agreement_bound": options.agreement,
         "validation_agreement": made.agreement,
-        "validation_images": len(parts["val"]),
+        "validation_images": len(judged),
     }
+
+
+def _leave_out_tested(
+    images: Sequence[Float[np.ndarray, "c h w"]], test_set: Any
+) -> list[Float[np.ndarray, "c h w"]]:
+    """Those that are no test image, pixel by pixel: what is measured on these may choose nothing.
+
+    Raises:
+        ValueError: if all of them are.
+    """
+    rows = range(len(test_set))
+    tested = {files.hash_contents(test_set[row][0].contiguous().numpy().tobytes()) for row in rows}
+    left = [image for image in images if files.hash_contents(image.tobytes()) not in tested]
+    if not left:
+        got = f"{len(images)} that are all test images, too"
+        fix = "Leave --int8 out, or train with a validation set of its own."
+        raise ValueError(message("export --int8", "validation images to judge by", got, fix))
+    return left
 
 
 def _draw(dataset: Any, most: int) -> Sequence[Float[np.ndarray, "c h w"]]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import nn
 
-from kd_lrp_plugin.data.transforms import build_transform
+from kd_lrp_plugin.data.transforms import build_transform, describe_transform
 from kd_lrp_plugin.evaluation.explain_inputs import load_tested_images
 from kd_lrp_plugin.evaluation.predictors import FoldedModel, measure_calibration, no_gradients
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -109,6 +109,7 @@ def open_student(run: RunFolder, safe: bool = False) -> Student:
     _check_policy(run, policy, safe)
     predictions = read_predictions(run)
     test_set = load_tested_images(run, predictions.labels, safe)
+    _check_tested_alike(run, policy, test_set)
     logits = score_all(no_gradients(model), test_set)
     then = predictions.probabilities["student"]
     off = float(np.abs(softmax(logits) - then).max()) if logits.shape == then.shape else np.inf
@@ -130,6 +131,22 @@ def _check_policy(run: RunFolder, policy: Mapping[str, Any], safe: bool) -> None
         fix = "Use torchvision's Resize, CenterCrop, ToTensor and Normalize."
         where = f"preprocessing of {run.path}"
         raise ValueError(message(where, "one that can be written down", "another", fix))
+
+
+def _check_tested_alike(run: RunFolder, policy: Mapping[str, Any], test_set: Any) -> None:
+    """Raise ``ValueError`` where test images are prepared by another policy: what is measured on
+    them would not hold for the images that the policy prepares.
+    """
+    transform = getattr(test_set, "transform", None)
+    if transform is None:  # a data set that prepares its images itself
+        return
+    where = f"preprocessing of {run.path}: test"
+    shape = (policy["channels"], *policy["size"])
+    found = describe_transform(where, transform, shape, policy["bits"])
+    if differs := [key for key in found if found[key] != policy[key]]:
+        of_validation, of_test = ({key: each[key] for key in differs} for each in (policy, found))
+        fix = "Give both data sets one transform, and train the student again in another --out."
+        raise ValueError(message(where, f"that of validation, {of_validation}", of_test, fix))
 
 
 def score_all(score: Score, dataset: Any) -> Float[np.ndarray, "n outputs"]:

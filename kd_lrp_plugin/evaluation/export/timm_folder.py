@@ -90,7 +90,9 @@ def load_folder(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def prepares_alike(model: nn.Module, policy: Mapping[str, Any]) -> bool:
-    """Whether the transform that timm makes of a model's config prepares images by the policy."""
+    """Whether timm alone reads images, and prepares them by a model's config, by the policy."""
+    if policy["bits"] is not None:  # Pillow's convert("RGB") cuts values off above 8 bits
+        return False
     prepare = create_transform(**resolve_model_data_config(model))
     noise = torch.randint(256, (61, 83, 3), generator=torch.Generator().manual_seed(0))
     image = Image.fromarray(noise.to(torch.uint8).numpy())

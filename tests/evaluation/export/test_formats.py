@@ -14,6 +14,9 @@ from typer.testing import CliRunner
 from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.data.transforms import make_transforms
+from kd_lrp_plugin.evaluation.export import student as comparing
+from kd_lrp_plugin.evaluation.export import timm_folder
 from kd_lrp_plugin.evaluation.export.export import ExportOptions, export
 from kd_lrp_plugin.evaluation.predict import predict
 from kd_lrp_plugin.runs import loading
@@ -90,6 +93,12 @@ class TestTimm:
         shown = found["logits"].softmax(1)[0].tolist()
         assert shown == pytest.approx(list(record["all"].values()), abs=1e-6)
 
+    def test_its_card_has_no_example_of_timm_for_images_of_12_bits(self, folder):
+        model, about = timm_folder.load_folder(folder)
+        assert timm_folder.prepares_alike(model, about["preprocessing"])
+        about["preprocessing"]["bits"] = 12
+        assert "create_transform" not in timm_folder.write_example(model, about)
+
     def test_a_leak_check_that_was_not_made_is_said_and_one_that_is_not_there_refused(
         self, run, folder, tmp_path
     ):
@@ -136,6 +145,19 @@ class TestTimm:
         (copy / "config.json").write_text("{}")
         with pytest.raises(ValueError, match=r"config\.json: expected a key 'kd_lrp'"):
             predict(copy, ["image.png"])
+
+
+def test_test_images_that_are_prepared_otherwise_than_is_said_are_refused(
+    run, tmp_path, monkeypatch
+):
+    others = Phantom("test", size=8, image_size=48, transform=make_transforms(48, mean=0.4))
+    monkeypatch.setattr(comparing, "load_tested_images", lambda *_: others)
+    words = (
+        r"test: expected that of validation, \{'mean': \[0\.5, 0\.5, 0\.5\]\}, got \{'mean': \[0\.4"
+    )
+    with pytest.raises(ValueError, match=words):
+        export(run, ExportOptions("timm", out=tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small_runs import KD, NO_TEACHER, SMALL, write_digits
 from torch import nn
+from torch.utils.data import ConcatDataset
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
@@ -185,6 +186,23 @@ class TestInt8:
         with pytest.raises(ValueError, match=r"export --int8: expected an agreement of .* at best"):
             export(run, ExportOptions(int8=True, out=tmp_path / "out"))
         assert left_in(tmp_path) == set()
+
+    def test_test_images_choose_nothing(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(exporting, "load_data_set", lambda *a: load(a[0], "test", a[2]))
+        load = loading.load_data_set
+        with pytest.raises(ValueError, match="to judge by, got 8 that are all test images"):
+            export(run, ExportOptions("onnx", True, tmp_path / "out", 0.01))
+
+    @pytest.mark.slow
+    def test_test_images_among_those_of_validation_are_left_out(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            exporting,
+            "load_data_set",
+            lambda *a: ConcatDataset([load(a[0], "test", a[2]), load(*a)]),
+        )
+        load = loading.load_data_set
+        record = export(run, ExportOptions("onnx", True, tmp_path / "out", 0.01))
+        assert record["int8"]["validation_images"] == 9
 
     def test_without_a_measurement_nothing_is_written(self, run, tmp_path, monkeypatch):
         calls = []
