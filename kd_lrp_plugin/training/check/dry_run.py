@@ -93,7 +93,12 @@ def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
             if stage.get(name):
                 key_paths.setdefault(stage[name]["dataset_id"], f"{key_path}.{name}.dataset_id")
         if stage.get("val_data_loader"):
-            evaluated.add(stage["val_data_loader"]["dataset_id"])
+            judge = stage["val_data_loader"]["dataset_id"]
+            evaluated.add(judge)
+            chooses = content["train"].get("monitor") != LAST or stage.get("early_stopping")
+            if chooses and content["datasets"][judge] is content["datasets"][test]:
+                words = "the test images, which so choose the epoch: their figures will flatter"
+                report.warn(f"{key_path}.val_data_loader.dataset_id", words)
     key_paths.setdefault(test, "test.test_data_loader.dataset_id")
     for name, key_path in key_paths.items():
         with report.at(key_path):

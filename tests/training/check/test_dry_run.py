@@ -325,6 +325,17 @@ def test_a_key_that_nothing_reads_is_a_warning():
     assert report.warnings == ["--set +train.colour=blue  train.colour: nothing reads it"]
 
 
+@pytest.mark.parametrize("more", [[], ["+train.early_stopping={patience: 3}"]])
+@pytest.mark.parametrize("monitor", ["val_accuracy", "last"])
+def test_test_images_that_choose_the_epoch_are_a_warning(monitor, more):
+    loader = "train.val_data_loader.dataset_id=phantom/test"
+    overrides = [*SMALL, loader, f"+train.monitor={monitor}", *more]
+    report = check(resolve_config(BASELINE, overrides), CPU)
+    assert report.problems == []
+    words = ["test images, which so choose the epoch" in warning for warning in report.warnings]
+    assert words == ([] if monitor == "last" and not more else [True])
+
+
 class TestCommand:
     def test_says_that_nothing_is_wrong(self):
         flags = [word for override in [*SMALL, *NO_TEACHER] for word in ("--set", override)]
