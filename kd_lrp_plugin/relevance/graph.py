@@ -195,7 +195,39 @@ def find_carriers(
             unowned.pop(node, None)
     if unowned:
         raise next(iter(unowned.values()))
+    _check_gates(carriers, method)
     return carriers
+
+
+def _check_gates(carriers: dict[Any, bool], method: str) -> None:
+    """Raise ``ValueError`` unless all that gates let through ends as a factor of features.
+
+    A gate takes no relevance, which is right for a factor, whose product hands all of it to the
+    features. What adds its output to features would lose its share without a word.
+
+    Args:
+        carriers: the nodes, the inputs of each before it.
+        method: for messages.
+    """
+    gates = [n for n in carriers if is_relevance_function(n) and n.layer_rule.rule is None]
+    gated = {node: node.layer_rule.name for node in gates}
+    parameters: set[Any] = set()
+    for node, carries in carriers.items() if gates else ():
+        kind, inputs = _get_kind(node), [i for i in _list_inputs(node) if i is not None]
+        if hasattr(node, "variable") or (
+            inputs and kind in LINEAR_OPERATIONS and parameters.issuperset(inputs)
+        ):
+            parameters.add(node)
+        squashed = [gated[i] for i in inputs if i in gated]
+        is_factor = kind in PRODUCTS and any(i not in gated and i not in parameters for i in inputs)
+        if not squashed or is_factor:
+            continue
+        if carries and any(carriers[i] for i in inputs):
+            expected = "a sigmoid or softmax that is a factor of features"
+            fix = "Choose layers behind it, or the method gradient_activation."
+            got = f"the output of {squashed[0]!r} in {node.name()}"
+            raise ValueError(message(method, expected, got, fix))
+        gated[node] = squashed[0]
 
 
 def _list_inputs(node: Any) -> list[Any]:

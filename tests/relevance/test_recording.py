@@ -751,6 +751,37 @@ def test_a_function_without_a_rule_is_refused_by_name_in_lrp_only(name):
         assert net_maps(function, method, **modules).abs().max() > 0
 
 
+GATES: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
+    "factor": (lambda net, x: x + x * net.gate(x), True),
+    "complement": (lambda net, x: x + x * (1 - net.gate(x)), True),
+    "two factors": (lambda net, x: x + x * (net.gate(x) * net.gate(-x)), True),
+    "scaled factor": (lambda net, x: x + x * (net.gate(x) * scale(net)), True),
+    "activation": (lambda net, x: x + net.gate(x), False),
+    "two activations": (lambda net, x: x + net.gate(x) * net.gate(-x), False),
+    "scaled activation": (lambda net, x: x + net.gate(x) * scale(net), False),
+    "activation of a layer": (lambda net, x: x + net.after(net.gate(x)), False),
+}
+
+
+def scale(net: nn.Module) -> Tensor:
+    return net.conv.bias[:, None, None]
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_sigmoid_is_a_factor_or_refused(name):
+    """As an activation it would keep for itself what relevance reaches it."""
+    function, is_factor = GATES[name]
+    modules = {"gate": nn.Sigmoid(), "after": nn.Conv2d(4, 4, 1)}
+    for method in LRP:
+        if is_factor:
+            assert net_maps(function, method, **modules).abs().max() > 0
+            continue
+        with pytest.raises(ValueError, match=rf"{method}.*factor of features, .*'gate'"):
+            net_maps(function, method, **modules)
+    for method in PLAIN:
+        assert net_maps(function, method, **modules).abs().max() > 0
+
+
 def test_functions_that_are_linear_need_no_rule():
     def linear(net: nn.Module, x: Tensor) -> Tensor:
         x = F.pad(x[:, :, :-1], (1, 1)) * net.head.bias[0] - 2 * x.roll(1, 2).mean()
