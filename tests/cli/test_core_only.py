@@ -186,4 +186,4 @@ def test_the_extras_are_those_of_pyproject():
         assert names(project["optional-dependencies"][extra]) == set(listed)
         assert not names(project["dependencies"]) & set(listed)
     assert project["optional-dependencies"]["all"] == ["kd-lrp-plugin[cli,search,export,cluster]"]
-    assert "kd-lrp-plugin[all]" in project["optional-dependencies"]["test"]
+    assert "kd-lrp-plugin[all,mlflow]" in project["optional-dependencies"]["test"]
