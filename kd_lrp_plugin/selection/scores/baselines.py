@@ -68,7 +68,10 @@ def bn_log_variance(student: Observation, _: Observation) -> float:
     def see(inputs: Tensor) -> None:
         found.append(inputs.var((0, 2, 3), unbiased=False).mean().log() / 2)
 
-    _run_with_inputs(student, (_BatchNorm,), torch.randn_like(student.images), see)
+    # Drawn in the plain order and then laid out as the images are: randn_like draws in theirs.
+    images = student.images
+    noise = torch.empty_like(images).copy_(torch.randn(images.shape, dtype=images.dtype))
+    _run_with_inputs(student, (_BatchNorm,), noise, see)
     return -float(torch.stack(found).sum())
 
 

@@ -43,7 +43,9 @@ class Observation:
             fix = "Use a larger batch: relations are between images."
             raise ValueError(message("Observation", "two images or more", len(images), fix))
         self.model = model
-        self.images, self.targets = images, targets
+        # A forward pass of a convolutional network takes half the time in this format.
+        self.images = images.contiguous(memory_format=torch.channels_last)
+        self.targets = targets
         self.layers = layers or (last_map(model),)
         self.train_mode, self.seed = train_mode, seed
         self._recordings: dict[str, tuple[Recording, Tensor]] = {}
