@@ -95,6 +95,10 @@ def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
         if stage.get("val_data_loader"):
             judge = stage["val_data_loader"]["dataset_id"]
             evaluated.add(judge)
+            if _are_prepared_otherwise(content["datasets"][judge], content["datasets"][test]):
+                words = "prepares images otherwise than the test set does: predict prepares as "
+                words += "this one does, so that test figures do not hold for what it predicts"
+                report.warn(f"{key_path}.val_data_loader.dataset_id", words)
             chooses = content["train"].get("monitor") != LAST or stage.get("early_stopping")
             if chooses and content["datasets"][judge] is content["datasets"][test]:
                 words = "the test images, which so choose the epoch: their figures will flatter"
@@ -111,6 +115,12 @@ def _check_images(report: CheckReport, content: Mapping[str, Any]) -> None:
                 fix = "Repair or remove them, or set skip_corrupt: True to leave them out."
                 got = f"{len(broken)} of {name} that cannot be read: {shown}"
                 raise ValueError(message("images", "readable files", got, fix))
+
+
+def _are_prepared_otherwise(validation: Any, test: Any) -> bool:
+    """Whether their transforms are known to differ, by what they say of themselves."""
+    ours, theirs = (repr(getattr(images, "transform", None)) for images in (validation, test))
+    return ours != theirs and not any(text == "None" or " at 0x" in text for text in (ours, theirs))
 
 
 def _check_steps(report: CheckReport, assembly: Assembly, context: DistributedContext) -> None:

@@ -336,6 +336,19 @@ def test_test_images_that_choose_the_epoch_are_a_warning(monitor, more):
     assert words == ([] if monitor == "last" and not more else [True])
 
 
+@pytest.mark.parametrize("mean", [0.5, 0.25])
+def test_a_test_set_that_is_prepared_otherwise_is_a_warning(mean):
+    transform = (
+        "!import_call {key: kd_lrp_plugin.data.transforms.make_transforms, "
+        f"init: {{kwargs: {{image_size: 48, mean: {mean}}}}}}}"
+    )
+    overrides = [*SMALL, f"+datasets.phantom/test.init.kwargs.transform={transform}"]
+    report = check(resolve_config(BASELINE, overrides), CPU)
+    assert report.problems == []
+    words = ["otherwise than the test set does" in warning for warning in report.warnings]
+    assert words == ([] if mean == 0.5 else [True])
+
+
 class TestCommand:
     def test_says_that_nothing_is_wrong(self):
         flags = [word for override in [*SMALL, *NO_TEACHER] for word in ("--set", override)]
