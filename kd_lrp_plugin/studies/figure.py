@@ -17,6 +17,7 @@ _SHOWN = 4  # measures in one picture
 _LINES = 7  # more of them look alike
 _NAMED = "named"  # id of the lines that the legend names
 _TITLE = 32  # letters in a line above a plot
+_LABELS = 42  # letters in a line below one
 
 
 def study_figure(content: Mapping[str, Any]) -> Figure:
@@ -120,5 +121,12 @@ def _draw_lines(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
             ax.plot(
                 *zip(*drawn, strict=True), "-o", color=colour, markersize=4, label=name, gid=_NAMED
             )
-    ax.set_xticks(range(len(values)), [plain_text(value) for value in values], fontsize=8, **PLAIN)
+    room = max(1, _LABELS // len(values))
+    labels = [
+        textwrap.fill(plain_text(value), room, break_long_words=False, break_on_hyphens=False)
+        for value in values
+    ]
+    fits = all(len(line) <= room for label in labels for line in label.splitlines())
+    turned: dict[str, Any] = {} if fits else {"rotation": 25, "ha": "right"}
+    ax.set_xticks(range(len(values)), labels, fontsize=8, **turned, **PLAIN)
     ax.set_xlabel(plain_text(axis), fontsize=9, **PLAIN)

@@ -1,6 +1,7 @@
 """Studies plan what they say, run it once whatever happens, and compare what belongs together."""
 
 import csv
+import itertools
 import json
 import multiprocessing
 import os
@@ -413,6 +414,23 @@ class TestComparing:
         assert [label.get_text() for label in dots.get_yticklabels()] == [
             *("CE", "KD, tau 1", "KD, tau 4")
         ]
+
+    @pytest.mark.parametrize(
+        "values",
+        [["patch", "patch 0.98", "patch 0.9", "glyph", "frame", "diffuse"], ["a_" * 16, 2]],
+    )
+    def test_words_below_a_plot_do_not_touch(self, values):
+        rows = make_rows({("KD", "marker", value): [0.8, 0.9] for value in values})
+        content = self.content(rows, axes={"marker": values})
+        measures = ["test_accuracy", "macro_f1", "test_accuracy"]  # plots as narrow as they get
+        figure = study_figure({**content, "measures": measures})
+        figure.canvas.draw()
+        labels = figure.get_axes()[0].get_xticklabels()
+        boxes = [label.get_window_extent() for label in labels]
+        upright = all(label.get_rotation() == 0 for label in labels)
+        apart = all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+        assert apart if upright else len({label.get_rotation() for label in labels}) == 1
+        assert upright is (max(map(len, map(str, values))) < 20)
 
     def test_lines_that_are_too_many_to_be_told_apart_become_dots(self):
         rows = make_rows({("KD", "tau", 1, "alpha", a): [0.8, 0.9] for a in range(9)})
