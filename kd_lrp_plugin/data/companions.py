@@ -1,6 +1,7 @@
 """What a training image brings along: its view without a marker, its mask, its group."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from kd_lrp_plugin.data.following import find_kind, list_steps
 from kd_lrp_plugin.data.shortcuts import Marked, get_range
 from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.data.validation import check_flags
@@ -27,7 +29,8 @@ class Companions(Dataset):
     =============  ==============================================================================
     ``clean``      "clean": the image without its marker, the same random augmentation
     ``mask``       "mask": the object's pixels, booleans (h, w) of the item's size, moved by the
-                   same random augmentation; a pixel is the object's where more than half of it is.
+                   same random augmentation, whatever that does to colours (an erased pixel stays
+                   the object's); a pixel is the object's where more than half of it is.
                    "mask_known": False where no mask is known, and "mask" all False; an image that
                    is known to show nothing has an empty mask that is known.
     ``group``      "group": index among the sorted names of the data set's groups; "group_name"
@@ -119,16 +122,21 @@ def _move(images: Any, mask: Bool[np.ndarray, "h w"]) -> Bool[Tensor, "height wi
     """A mask by the transforms of the images, in the order in which an image meets them."""
     page = Image.fromarray(np.uint8(255) * mask.astype(np.uint8)).convert("RGB")
     low, high = (torch.as_tensor(of) for of in get_range(images))
-    return (_transform(images)(page) > (low + high) / 2).any(0)
+    moved: Any = page
+    for step in _list_steps(images):
+        if find_kind(step) == "random colour":
+            step(deepcopy(moved))  # draws what it draws for the image, and no more
+        else:
+            moved = step(moved)
+    return (moved > (low + high) / 2).any(0)
 
 
-def _transform(images: Any) -> Callable[[Any], Tensor]:
+def _list_steps(images: Any) -> list[Callable[[Any], Any]]:
     if isinstance(images, Subclasses):
-        return _transform(images.images)
-    if not isinstance(images, Marked):
-        return images.transform
-    first, last = _transform(images.images), images.after
-    return (lambda page: last(first(page))) if last else first
+        return _list_steps(images.images)
+    if isinstance(images, Marked):
+        return [*_list_steps(images.images), *(list_steps(images.after) if images.after else [])]
+    return list_steps(images.transform)
 
 
 def _check_state(name: str, after: Generators) -> None:
@@ -169,6 +177,10 @@ def _check_masks(images: Any) -> None:
     if not callable(getattr(images, "transform", None)):
         fix = "Give the data set a transform that makes tensors of PIL images."
         raise ValueError(message("companions: mask", "data with a transform", "none", fix))
+    if mixed := [step for step in _list_steps(images) if find_kind(step) == "mixed"]:
+        fix = "Take steps that do one or the other."
+        expected = "steps that change colours or move pixels"
+        raise ValueError(message("companions: mask", expected, f"both in {mixed[0]}", fix))
     blank = np.zeros_like(known)
     for _ in range(_TRIALS):
         if bool(_move(images, blank).any()) or not bool(_move(images, ~blank).any()):

@@ -1,6 +1,6 @@
 """Maps of a plain image, moved as a random transform has moved the image."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +36,8 @@ RANDOM_COLOURS = (
     "RandomErasing",
     "GaussianBlur",
     "GaussianNoise",
+    "RandomPhotometricDistort",
+    "RandomChannelPermutation",
 )
 FIXED_COLOURS = (
     "Grayscale",
@@ -48,6 +50,7 @@ FIXED_COLOURS = (
     "ConvertImageDtype",
     "Normalize",
 )
+_POLICIES = ("AutoAugment", "RandAugment", "TrivialAugmentWide", "AugMix")
 _NESTING = ("RandomApply", "RandomChoice", "RandomOrder")
 _ORIGIN = -16.0  # of coordinates that are carried as pixels: no fill of an image is in [-16, -15]
 Field = Float[Tensor, "2 height width"]
@@ -75,7 +78,7 @@ class Following:
     """
 
     def __init__(self, where: str, transform: Any) -> None:
-        self.transforms = list(_flatten(transform))
+        self.transforms = list_steps(transform)
         self.field: Field | None = None
         self._where = where
         moved = False
@@ -133,35 +136,46 @@ class _Steps:
         return repr(self.transforms)
 
 
-def _flatten(transform: Any) -> Iterator[Any]:
-    if type(transform).__name__ != "Compose" or not _is_torchvision(transform):
-        yield transform
-        return
-    for step in transform.transforms:
-        yield from _flatten(step)
+def list_steps(transform: Any) -> list[Any]:
+    """The steps of a transform, those of each ``Compose`` of torchvision's in it one by one."""
+    of_torchvision = type(transform).__name__ == "Compose" and _is_torchvision(transform)
+    if not (of_torchvision or isinstance(transform, Following | _Steps)):
+        return [transform]
+    return [inner for step in transform.transforms for inner in list_steps(step)]
 
 
 def _is_torchvision(step: Any) -> bool:
     return type(step).__module__.startswith("torchvision.transforms")
 
 
-def _classify(where: str, step: Any) -> str:
+def find_kind(step: Any) -> str | None:
+    """What a step changes, and whether by chance: such as "random colour" or "fixed move".
+
+    "mixed" for what may change colours as well as move pixels; None for a step that is unknown.
+    """
     name = type(step).__name__
-    if _is_torchvision(step):
-        if name in _NESTING:
-            kinds = {_classify(where, inner) for inner in step.transforms}
-            if kinds <= {"random colour", "fixed colour"}:
-                return "random colour"
-            if kinds == {"random move"}:
-                return "random move"
-        for kind, names in {
-            "random move": RANDOM_MOVES,
-            "fixed move": FIXED_MOVES,
-            "random colour": RANDOM_COLOURS,
-            "fixed colour": FIXED_COLOURS,
-        }.items():
-            if name in names:
-                return kind
+    if not _is_torchvision(step):
+        return None
+    if name in _NESTING:
+        kinds = {find_kind(inner) for inner in step.transforms}
+        if kinds <= {"random colour", "fixed colour"}:
+            return "random colour"
+        if kinds == {"random move"}:
+            return "random move"
+        return "mixed" if kinds & {"random colour", "mixed"} else None
+    known = {
+        "random move": RANDOM_MOVES,
+        "fixed move": FIXED_MOVES,
+        "random colour": RANDOM_COLOURS,
+        "fixed colour": FIXED_COLOURS,
+        "mixed": _POLICIES,
+    }
+    return next((kind for kind, names in known.items() if name in names), None)
+
+
+def _classify(where: str, step: Any) -> str:
+    if (kind := find_kind(step)) not in (None, "mixed"):
+        return kind
     fix = f"Take cache: exact, or of torchvision's {', '.join(RANDOM_MOVES + RANDOM_COLOURS)}."
     raise ValueError(message(where, "steps that a map can follow", step, fix))
 

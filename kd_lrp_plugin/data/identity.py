@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -23,7 +24,8 @@ def identify_items(images: Any, ask: Callable[[int], tuple], rows: int) -> str:
     """A digest of a data set and of what it hands out.
 
     Files count by their bytes, images of a built-in set by their names, each wrapper by what can
-    be written down of it, transforms by their text; eight items, spread over all, by their pixels.
+    be written down of it, transforms by their text and settings; eight items, spread over all, by
+    their pixels.
     All items count by their pixels where images have neither files nor names, one for each, and
     where a part of a data set cannot be written down, such as a transform of one's own.
 
@@ -80,7 +82,17 @@ def _write(value: Any) -> tuple[Any, bool]:
     if isinstance(value, FunctionType):
         return f"{value.__module__}.{value.__qualname__}", _is_stated(value)
     text = repr(value) if callable(value) else type(value).__name__
-    return _ADDRESS.sub("", text), _is_stated(value) and not _ADDRESS.search(text)
+    stated = _is_stated(value) and not _ADDRESS.search(text)
+    return [_ADDRESS.sub("", text), _list_settings(value) if stated else []], stated
+
+
+def _list_settings(value: Any) -> Any:
+    """What a transform was made with, of which torchvision's text may leave some out."""
+    if isinstance(value, list | tuple):
+        return [_list_settings(part) for part in value]
+    settings = {} if isinstance(value, Enum) else getattr(value, "__dict__", {})
+    inner = {n: _list_settings(part) for n, part in settings.items() if not n.startswith("_")}
+    return [type(value).__name__, inner] if inner else _ADDRESS.sub("", str(value))
 
 
 def _is_stated(value: Any) -> bool:

@@ -11,14 +11,16 @@ from weakref import WeakSet
 import numpy as np
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 
 CACHES = ("memory",)
 SHARE = 0.5  # of the machine's memory, for all that is kept
-_SURE = (transforms.Grayscale, transforms.Resize, transforms.CenterCrop)
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_RESIZES = (transforms.Resize, v2.Resize)
+_SURE = (*_RESIZES, transforms.Grayscale, v2.Grayscale, transforms.CenterCrop, v2.CenterCrop)
+_GROUPS, _LIMITS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _ALIVE: "WeakSet[PixelMemory]" = WeakSet()
 
 
@@ -69,7 +71,7 @@ class PixelMemory:
         _ALIVE.add(self)
 
     def _check_steps(self, steps: Sequence[Any], count: int) -> None:
-        if any(isinstance(step, transforms.Resize) for step in steps[:count]):
+        if any(isinstance(step, _RESIZES) for step in steps[:count]):
             return
         got = f"{type(steps[count]).__name__} before any Resize" if count < len(steps) else "none"
         fix = "Put Resize first, since what is kept cannot change by chance; or leave cache out."
@@ -150,10 +152,32 @@ def make_memory(
 def get_memory() -> int:
     """Bytes of memory that this machine has, or that this process is allowed to take."""
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for limit in map(Path, _LIMITS):
+    for limit in _list_limits():
         if limit.is_file() and (text := limit.read_text().strip()).isdigit():
             found.append(int(text))
     return min(found)
+
+
+def _list_limits() -> list[Path]:
+    """Where the limits of this process's control group may be, and of those around it.
+
+    A job of SLURM, for example, has a group of its own, while the outermost has no limit.
+    """
+    try:
+        lines = _GROUPS.read_text().splitlines()
+    except OSError:
+        lines = []
+    found = [_LIMITS / "memory.max", _LIMITS / "memory" / "memory.limit_in_bytes"]
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        version_1 = "memory" in kinds.split(",")
+        if kinds and not version_1:
+            continue
+        top = _LIMITS / "memory" if version_1 else _LIMITS
+        name = "memory.limit_in_bytes" if version_1 else "memory.max"
+        inside = Path(path.lstrip("/"))
+        found += [top / group / name for group in (inside, *inside.parents)]
+    return found
 
 
 def _gib(count: float) -> str:

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from kd_lrp_plugin.data.images import ImageLoader
 from kd_lrp_plugin.data.subclasses import Subclasses
@@ -313,13 +314,31 @@ def _told(
 
 
 def get_range(images: Any) -> tuple[Any, Any]:
-    """What black and white are in the items, by channel: of the transform's last normalisation."""
-    steps = getattr(getattr(images, "transform", None), "transforms", [])
-    for step in reversed(steps):
-        if isinstance(step, transforms.Normalize):
+    """What black and white are in the items, by channel: what normalisations make of 0 and 1."""
+    low: Any = 0.0
+    high: Any = 1.0
+    for step in _list_all_steps(images):
+        if isinstance(step, transforms.Normalize | v2.Normalize):
             mean, std = (torch.as_tensor(of)[:, None, None] for of in (step.mean, step.std))
-            return -mean / std, (1 - mean) / std
-    return 0.0, 1.0
+            low, high = (low - mean) / std, (high - mean) / std
+    return low, high
+
+
+def _list_all_steps(images: Any) -> list[Any]:
+    """The steps of all transforms that an item goes through, those behind markers included."""
+    if isinstance(images, Subclasses):
+        return _list_all_steps(images.images)
+    if isinstance(images, Marked):
+        return [*_list_all_steps(images.images), *_list_steps(images.after)]
+    return _list_steps(getattr(images, "transform", None))
+
+
+def _list_steps(transform: Any) -> list[Any]:
+    """The steps of a transform, and of those in it that have steps themselves."""
+    inner = getattr(transform, "transforms", None)
+    if inner is None:
+        return [transform]
+    return [step for part in inner for step in _list_steps(part)]
 
 
 def _check_share(name: str, value: Any, zero: bool = False) -> None:

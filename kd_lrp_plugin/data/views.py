@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ ROW = "teacher_row"
 """In what a batch brings along: which answer of the teacher belongs to the image."""
 CELLS = "teacher_cells"
 """Likewise, by size of a map: where its cells come from in the plain image."""
-_TRIALS = 4  # images by which a transform is judged
+_TRIALS = 4  # images, from all over a data set, by which it is judged
 Item = tuple[Tensor, Any, dict[str, Any]]
 
 
@@ -42,7 +42,8 @@ class KeyedViews(Dataset):
         views: how many there are.
 
     Raises:
-        ValueError: for images that draw from other generators than these.
+        ValueError: for images that draw from other generators than these; from an item, if it is
+            random where those by which the data set was judged are not.
 
     Example:
         >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
@@ -54,9 +55,10 @@ class KeyedViews(Dataset):
 
     def __init__(self, where: str, images: Any, views: int = 4, seed: int = 0) -> None:
         self.images, self.views, self.seed, self.epoch = images, views, seed, 0
-        draws = [self._draws(where, index) for index in range(min(_TRIALS, len(images)))]
+        self._where, self._still = where, False
+        draws = [self._draws(where, index) for index in _choose_trials(images)]
         if not any(draws):
-            self.views = 1
+            self.views, self._still = 1, views > 1
 
     @property
     def rows(self) -> int:
@@ -81,7 +83,13 @@ class KeyedViews(Dataset):
         view, index = divmod(int(row), len(self))
         with preserved_generators():
             Generators.seed(self.seed, index, view)
-            return _complete(self.images[index])
+            before = Generators.take()
+            found = _complete(self.images[index])
+            if self._still and not Generators.take().is_same(before):
+                fix = "Set views: 1, or leave cache out."
+                expected = f"images without randomness, such as item {_choose_trials(self)[0]}"
+                raise ValueError(message(self._where, expected, f"a random item {index}", fix))
+            return found
 
     def _draws(self, where: str, index: int) -> bool:
         with preserved_generators():
@@ -89,7 +97,7 @@ class KeyedViews(Dataset):
             before = Generators.take()
             first = self.images[index][0]
             draws = not Generators.take().is_same(before)
-        if not all(torch.equal(self.ask(index)[0], first) for _ in range(_TRIALS)):
+        if not _is_same_again(self.ask, index, first):
             fix = "Take transforms that draw from PyTorch, NumPy or Python, as torchvision's do."
             got = f"two images from one state, of item {index}"
             expected = "augmentation by the global random number generators"
@@ -110,13 +118,15 @@ class FollowedViews(Dataset):
         plain: the same images, wrapped alike, without the random steps.
 
     Raises:
-        ValueError: for steps that no map can follow, or plain images of another shape.
+        ValueError: for steps that no map can follow, plain images of another shape, or ones that
+            are random, as of a data set that moves images by other means than its ``transform``.
     """
 
     views = 1
 
     def __init__(self, where: str, images: Any, wrap: Callable[[Any], Any] = lambda i: i) -> None:
         self._followed: list[Following] = []
+        self._where = where
 
         def follow(transform: Any) -> Following:
             self._followed.append(Following(where, transform))
@@ -132,6 +142,9 @@ class FollowedViews(Dataset):
             fix = "Put Resize in front of random crops, to the size that they leave."
             expected = f"plain images of shape {shapes[0]}, as the random steps make them"
             raise ValueError(message(where, expected, shapes[1], fix))
+        for index in _choose_trials(images):
+            if not _is_same_again(self.ask, index, self.ask(index)[0]):
+                self._refuse_random(index)
 
     @property
     def rows(self) -> int:
@@ -157,7 +170,26 @@ class FollowedViews(Dataset):
     def ask(self, row: int) -> Item:
         """What the teacher is asked: plain image, label and companions of a row."""
         with preserved_generators():
-            return _complete(self.plain[int(row)])
+            before = Generators.take()
+            found = _complete(self.plain[int(row)])
+            if not Generators.take().is_same(before):
+                self._refuse_random(int(row))
+            return found
+
+    def _refuse_random(self, index: int) -> NoReturn:
+        fix = "Let steps of its transform alone draw what is random, or take cache: exact."
+        expected = "plain images without randomness"
+        raise ValueError(message(self._where, expected, f"a random item {index}", fix))
+
+
+def _choose_trials(images: Any) -> list[int]:
+    """Indices from all over a data set, whose parts may be augmented differently."""
+    steps = max(1, min(_TRIALS, len(images)) - 1)
+    return sorted({step * (len(images) - 1) // steps for step in range(steps + 1)})
+
+
+def _is_same_again(ask: Callable[[int], Item], index: int, first: Tensor) -> bool:
+    return all(torch.equal(ask(index)[0], first) for _ in range(_TRIALS))
 
 
 def name_size(size: tuple[int, int]) -> str:

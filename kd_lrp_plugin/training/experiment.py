@@ -90,7 +90,9 @@ class Experiment:
         models = {}
         self.pretrained: dict[str, str] = {}
         checkpoint = content["models"].get("teacher_model", {}).get("src_ckpt")
-        self.beside_teacher = Path(os.path.expandvars(checkpoint)).parent if checkpoint else None
+        self.beside_teacher = None
+        if checkpoint:
+            self.beside_teacher = Path(os.path.expandvars(checkpoint)).expanduser().parent
         for role, built in assembly.models.items():
             if found := get_pretrained_hash(built.module):
                 self.pretrained[f"models.{role}.pretrained"] = found

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchdistill.common import main_util
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from kd_lrp_plugin.training.experiment import Experiment
 from kd_lrp_plugin.training.workers import choose_workers
@@ -85,14 +86,15 @@ def profile_epoch(experiment: Experiment, seed: int = 0) -> dict[str, Any]:
         loading = _time_loading(loader, count, warm)
     begin()
     kept: list[Any] = []
-    batches = _keep(loader, kept, count)
+    sizes: list[int] = []
+    batches = _keep(loader, kept, sizes, count)
     seconds = _time_steps(experiment, batches, warm)
     steps = count - warm
     again = _time_steps(experiment, iter(kept), 0)
     return {
         "steps": steps,
         "warm_up": warm,
-        "images": steps * (loader.batch_size or 1),
+        "images": sum(sizes[warm:]),
         "seconds": {
             **{name: seconds[name] / steps for name in PARTS},
             **{name: loading[name] / steps for name in LOADING},
@@ -103,10 +105,14 @@ def profile_epoch(experiment: Experiment, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _keep(loader: DataLoader, kept: list[Any], count: int) -> Iterator[Any]:
-    """Batches of a loader; after the warm-up, as many as have room are kept, one at least."""
+def _keep(loader: DataLoader, kept: list[Any], sizes: list[int], count: int) -> Iterator[Any]:
+    """Batches of a loader; after the warm-up, as many as have room are kept, one at least.
+
+    How many images each of them has is added to ``sizes``.
+    """
     room, warm = MOST_BYTES, min(WARM, len(loader) - 1)
     for number, batch in enumerate(islice(loader, count)):
+        sizes.append(len(batch[0]))
         room -= batch[0].nbytes
         if number >= warm and (room > 0 or not kept):
             kept.append(batch)
@@ -171,24 +177,29 @@ def _time_loading(loader: DataLoader, count: int, warm: int) -> dict[str, float]
 
 @contextmanager
 def _timed_transforms(seconds: dict[str, float]) -> Iterator[None]:
-    """Count the seconds of torchvision's ``Compose``, of the outermost ones."""
-    call, depth = transforms.Compose.__call__, [0]
+    """Count the seconds of torchvision's ``Compose``, of either version, of the outermost ones."""
+    depth = [0]
 
-    def timed(self: Any, image: Any) -> Any:
-        started = time.perf_counter()
-        depth[0] += 1
-        try:
-            return call(self, image)
-        finally:
-            depth[0] -= 1
-            if not depth[0]:
-                seconds["transform"] += time.perf_counter() - started
+    def time_calls(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(self: Any, *images: Any) -> Any:
+            started = time.perf_counter()
+            depth[0] += 1
+            try:
+                return call(self, *images)
+            finally:
+                depth[0] -= 1
+                if not depth[0]:
+                    seconds["transform"] += time.perf_counter() - started
 
-    transforms.Compose.__call__ = timed
-    try:
+        return timed
+
+    calls = {transforms.Compose: "__call__", v2.Compose: "forward"}
+    with ExitStack() as stack:
+        for kind, name in calls.items():
+            call = getattr(kind, name)
+            stack.callback(setattr, kind, name, call)
+            setattr(kind, name, time_calls(call))
         yield
-    finally:
-        transforms.Compose.__call__ = call
 
 
 def list_rows(found: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,12 +5,14 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.folder import FolderImages
+from kd_lrp_plugin.data.following import Following
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.data.shortcuts import Marked
 from kd_lrp_plugin.data.transforms import make_transforms
@@ -151,6 +153,51 @@ class TestMask:
         found = Companions(Marked(images, transform=flip), mask=True)[2][2]["mask"]
         assert found.tolist() == images.blots[2][::-1].tolist()
 
+    @pytest.mark.parametrize(
+        "colours",
+        [
+            transforms.ColorJitter(contrast=(0.01, 0.02)),
+            transforms.ColorJitter(0.9, 0.9, 0.9, 0.5),
+            transforms.RandomApply([transforms.ColorJitter((0.1, 0.2))], p=0.5),
+            transforms.RandomInvert(0.5),
+            transforms.RandomSolarize(9, 0.5),
+            v2.RandomPhotometricDistort(p=1.0),
+        ],
+        ids=lambda step: type(step).__name__,
+    )
+    @pytest.mark.parametrize("followed", [False, True])
+    def test_colours_leave_it_as_it_is(self, colours, followed):
+        turn = transforms.RandomRotation(40)
+        images = Outlines(transforms.Compose([colours, turn, transforms.ToTensor()]))
+        if followed:
+            images.transform = Following("mine", images.transform)
+        found = Companions(images, mask=True)
+        for seed in range(12):
+            torch.manual_seed(seed)
+            colours(Image.new("RGB", (48, 40)))
+            expected = np.asarray(turn(Image.fromarray(images.blots[3]))) > 0
+            torch.manual_seed(seed)
+            assert np.array_equal(found[3][2]["mask"], expected)
+
+    def test_an_erased_pixel_stays_the_objects(self):
+        erase = transforms.RandomErasing(1.0, (0.9, 0.9), value=0, inplace=True)
+        images = Outlines(transforms.Compose([transforms.ToTensor(), erase]))
+        image, _, found = Companions(images, mask=True)[2]
+        assert np.array_equal(found["mask"], images.blots[2])
+        assert image.sum() < images.blots[2].sum()
+
+    def test_half_of_a_pixel_is_enough_however_the_image_is_normalised(self):
+        first = [transforms.Resize((20, 20)), transforms.ToTensor()]
+        plain, last = transforms.Compose(first), transforms.Normalize([0.1] * 3, [0.1] * 3)
+        expected = Companions(Outlines(plain), mask=True)[1][2]["mask"]
+        ways = [
+            Outlines(v2.Compose([*first, v2.Normalize([0.1] * 3, [0.1] * 3)])),
+            Outlines(transforms.Compose([plain, last])),
+            Marked(Outlines(plain), variants="none", transform=last),
+        ]
+        for images in ways:
+            assert torch.equal(Companions(images, mask=True)[1][2]["mask"], expected)
+
     def test_nothing_there_is_known_and_no_mask_is_not(self, tmp_path):
         images = Phantom("train", size=8, image_size=48, augment=True, cache=True)
         both = Companions(images, mask=True)
@@ -245,7 +292,8 @@ def steps(*more) -> transforms.Compose:
     return transforms.Compose([*more, transforms.ToTensor()])
 
 
-INVERTS, PLAIN = transforms.RandomInvert(0.5), steps()
+INVERTS, PLAIN = transforms.Lambda(ImageOps.invert), steps()
+BOTH = transforms.RandomApply([transforms.ColorJitter(0.4), transforms.RandomRotation(9)])
 
 
 @pytest.mark.parametrize(
@@ -260,7 +308,8 @@ INVERTS, PLAIN = transforms.RandomInvert(0.5), steps()
         (Outlines(lambda page: page), {"mask": True}, "images that are tensors, got Image"),
         (WithoutTransform(), {"mask": True}, "mask: expected data with a transform, got none"),
         (Outlines(steps(INVERTS)), {"mask": True}, "black stays black, and white white"),
-        (Outlines(steps(transforms.RandomSolarize(9, 1.0))), {"mask": True}, "white white"),
+        (Outlines(steps(BOTH)), {"mask": True}, "colours or move pixels, got both in RandomApply"),
+        (Outlines(steps(v2.RandAugment())), {"mask": True}, "got both in RandAugment"),
         (Outlines(OwnGenerator()), {"mask": True}, "got two images from one state"),
         (Marked(Outlines(OwnGenerator())), {"clean": True}, "got two images from one state"),
     ],

@@ -11,6 +11,7 @@ from PIL import Image
 from small_runs import idx
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from kd_lrp_plugin.data import memory as memory_module
 from kd_lrp_plugin.data.csv_images import CsvImages
@@ -73,6 +74,15 @@ class TestItems:
         for epoch in range(3):
             assert all(map(torch.equal, draw(kept, epoch), draw(plain, epoch)))
         assert [target for _, target in kept] == plain.targets
+
+    def test_are_kept_behind_steps_of_either_version(self, root, make):
+        first = [v2.Grayscale(3), v2.Resize(30), v2.CenterCrop(24)]
+        last = [v2.RandomRotation(20), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        plain = make(root, transform=v2.Compose([*first, *last]))
+        kept = make(root, transform=v2.Compose([*first, *last]), cache="memory")
+        for epoch in range(2):
+            assert all(map(torch.equal, draw(kept, epoch), draw(plain, epoch)))
+        assert kept._memory.bytes == 8 * 24 * 24 * 3
 
     def test_are_augmented_anew_in_every_epoch(self, root, make):
         plain = make(root, transform=augmented())
@@ -190,9 +200,27 @@ class TestRoom:
             PixelMemory("mine", [str(n) for n in range(10)], make_transforms(24))
 
     def test_a_limit_of_the_process_counts(self, tmp_path, monkeypatch):
-        whole = get_memory()
-        (tmp_path / "limit").write_text("1024\n")
-        monkeypatch.setattr(memory_module, "_LIMITS", (str(tmp_path / "limit"),))
+        whole, limit = get_memory(), tmp_path / "memory.max"
+        monkeypatch.setattr(memory_module, "_LIMITS", tmp_path)
+        limit.write_text("1024\n")
         assert get_memory() == 1024 < whole
-        (tmp_path / "limit").write_text("max\n")
+        limit.write_text("max\n")
         assert get_memory() >= whole
+
+    @pytest.mark.parametrize(
+        ("line", "file"),
+        [
+            ("0::/slurm/job_7/step_0", "slurm/job_7/memory.max"),
+            ("0::/slurm/job_7", "slurm/job_7/memory.max"),
+            ("4:cpu,memory:/user/7", "memory/user/7/memory.limit_in_bytes"),
+        ],
+    )
+    def test_so_does_one_of_a_group_around_it(self, line, file, tmp_path, monkeypatch):
+        (tmp_path / "groups").write_text(f"9:pids:/other\n{line}\n")
+        monkeypatch.setattr(memory_module, "_GROUPS", tmp_path / "groups")
+        monkeypatch.setattr(memory_module, "_LIMITS", tmp_path)
+        limit = tmp_path / file
+        limit.parent.mkdir(parents=True)
+        whole = get_memory()
+        limit.write_text("1024\n")
+        assert get_memory() == 1024 < whole

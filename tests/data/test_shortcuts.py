@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.data.phantom.dataset import Phantom
@@ -151,6 +152,23 @@ def test_white_is_white_in_every_channel():
     plain = back(torch.zeros(3, *images.shape))
     value, _ = draw_marker("diffuse", 0, 4, images.shape, (0.1, 1.0))
     torch.testing.assert_close(gradient, (plain + value).clamp(0, 1))
+
+
+@pytest.mark.parametrize("how", ["version 2", "nested", "behind another marker"])
+def test_white_is_white_wherever_and_by_whichever_version_it_is_normalised(how):
+    plain = [transforms.Resize((32, 32)), transforms.ToTensor()]
+    last = transforms.Normalize([0.5] * 3, [0.25] * 3)
+    if how == "behind another marker":
+        images = Phantom("test", 4, 32, transform=transforms.Compose(plain))
+        images = Marked(images, variants="none", transform=last)
+    else:
+        of_2 = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.25])]
+        steps = of_2 if how == "version 2" else [transforms.Compose([*plain, last])]
+        images = Phantom("test", 4, 32, transform=v2.Compose(steps))
+    expected = Marked(Phantom("test", 4, 32, transform=transforms.Compose([*plain, last])))
+    for kind in ("patch", "diffuse"):
+        item = Marked(images, kind=kind)[0][0]
+        torch.testing.assert_close(item, Marked(expected.images, kind=kind)[0][0])
 
 
 def test_a_letter_for_each_class_or_none():

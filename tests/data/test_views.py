@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.transforms import v2
 
 from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.folder import FolderImages
@@ -29,6 +30,37 @@ def read(views: KeyedViews, workers: int, order: list[int]) -> dict[int, torch.T
     for images, _, companions in DataLoader(views, 2, sampler=order, num_workers=workers):
         found |= dict(zip(companions[ROW].tolist(), images, strict=True))
     return found
+
+
+FAR = [transforms.RandomPerspective(far, p=1.0) for far in (0.2, 0.6)]
+
+
+class OneNoisy(Dataset):
+    """Images of which the sixth alone is random."""
+
+    def __init__(self, images: Phantom) -> None:
+        self.images, self.transform = images, images.transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, label = self.images[index]
+        return (image + torch.rand(()) if index == 5 else image), label
+
+
+class Pets(VisionDataset):
+    """Pictures that are transformed by ``transforms``, as torchvision's OxfordIIITPet does it."""
+
+    def __init__(self, transform) -> None:
+        super().__init__("nowhere", transform=transform)
+        self._images = Phantom("train", size=4, image_size=32)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transforms(self._images.image(index), 0)
 
 
 class TestKeyedViews:
@@ -72,6 +104,21 @@ class TestKeyedViews:
         transform = transforms.Compose([turn, transforms.ToTensor()])
         with pytest.raises(ValueError, match="by the global random number generators, got two"):
             KeyedViews("mine", phantom(transform=transform))
+
+    def test_randomness_of_a_part_of_the_images_counts(self):
+        pair = WithUnlabelled(phantom(9), phantom(2, augment=True, seed=1))
+        views = KeyedViews("mine", pair, views=3)
+        assert views.views == 3
+        assert not torch.equal(views.ask(9)[0], views.ask(9 + 11)[0])
+        assert torch.equal(views.ask(1)[0], views.ask(1 + 11)[0])
+
+    def test_a_random_image_among_others_that_are_not_is_refused(self):
+        views = KeyedViews("mine", OneNoisy(phantom(8)), views=2)
+        assert views.rows == 8
+        with pytest.raises(ValueError, match=r"such as item 0, got a random item 5\. Set views: 1"):
+            [views.ask(row) for row in range(8)]
+        first, *again = [KeyedViews("mine", OneNoisy(phantom(8)), views=1)[5][0] for _ in range(3)]
+        assert all(torch.equal(image, first) for image in again)
 
     def test_companions_are_of_the_same_view(self):
         images = Marked(phantom(augment=True), size=0.2)
@@ -121,6 +168,27 @@ class TestFollowedViews:
         steps = [transforms.RandomCrop(24), transforms.ToTensor()]
         with pytest.raises(ValueError, match="Put Resize in front of random crops"):
             FollowedViews("mine", phantom(transform=transforms.Compose(steps)))
+
+    def test_images_that_another_transform_moves_are_refused(self):
+        steps = [transforms.RandomRotation(30), transforms.ToTensor()]
+        with pytest.raises(ValueError, match="without randomness, got a random item 0"):
+            FollowedViews("mine", Pets(transforms.Compose(steps)))
+        assert torch.equal(FollowedViews("mine", Pets(steps[1])).ask(3)[0], Pets(steps[1])[3][0])
+
+    def test_one_random_image_that_no_step_moves_is_refused(self):
+        views = FollowedViews("mine", OneNoisy(phantom(8)))
+        with pytest.raises(ValueError, match="or take cache: exact"):
+            views.ask(5)
+
+    def test_plain_images_that_differ_by_a_generator_of_their_own_are_refused(self):
+        own = random.Random(0)
+
+        class Noisy(OneNoisy):
+            def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+                return self.images[index][0] + own.random(), 0
+
+        with pytest.raises(ValueError, match="plain images without randomness"):
+            FollowedViews("mine", Noisy(phantom(2)))
 
     def test_data_without_a_transform_are_refused(self):
         with pytest.raises(ValueError, match="data with a transform, got list without"):
@@ -185,6 +253,23 @@ class TestIdentity:
             return self.identify(Marked(phantom(40), transform=erase))
 
         assert identify(0.02) != identify(0.05)
+
+    @pytest.mark.parametrize(
+        ("make", "values"),
+        [
+            (lambda far: transforms.RandomPerspective(far, p=0.01), (0.2, 0.6)),
+            (lambda p: v2.RandomApply([transforms.RandomVerticalFlip(1.0)], p), (0.01, 0.02)),
+            (lambda to: transforms.RandomChoice([transforms.CenterCrop(32), to], [99, 1]), FAR),
+        ],
+        ids=["distortion", "share", "inside"],
+    )
+    def test_what_no_text_of_a_transform_says_counts(self, make, values):
+        def identify(value) -> str:
+            steps = [make(value), transforms.ToTensor()]
+            return self.identify(phantom(40, transform=transforms.Compose(steps)))
+
+        one, other = map(identify, values)
+        assert one == identify(values[0]) != other
 
     @pytest.mark.parametrize("wrap", [Subset, lambda i, at: Companions(Subset(i, at), mask=True)])
     @pytest.mark.parametrize("kind", [list, np.array])

@@ -8,6 +8,8 @@ import pytest
 import torch
 from small_runs import CPU, KD, NO_TEACHER, SMALL, outcome, same
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.transforms import v2
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
@@ -220,6 +222,23 @@ class TestProfile:
         shares = [row["share"] for row in profile.list_rows(found)][:6]
         assert sum(float(share[:-1]) for share in shares) == pytest.approx(100, abs=0.5)
         assert loader.collate_fn.__self__._dataset is loader.dataset
+
+    @pytest.mark.parametrize("version", [transforms, v2], ids=["version 1", "version 2"])
+    def test_the_time_of_a_transform_is_not_that_of_reading(self, version, tmp_path):
+        experiment = build(tmp_path, AUGMENTED)
+        call, forward = transforms.Compose.__call__, v2.Compose.forward
+        slow = version.Lambda(lambda image: profile.time.sleep(0.02) or image)
+        outer = version.Compose([version.Compose([slow]), transforms.ToTensor()])
+        experiment.box.train_data_loader.dataset.org_dataset.transform = outer
+        seconds = profile.profile_epoch(experiment)["seconds"]
+        assert 2 * 8 * 0.02 > seconds["transform"] > 8 * 0.02 > seconds["decode"]
+        assert (transforms.Compose.__call__, v2.Compose.forward) == (call, forward)
+
+    def test_images_of_a_last_batch_that_is_smaller_are_counted_as_they_are(self, tmp_path):
+        few = "datasets.phantom/train.init.kwargs.size=11"
+        whole = "+train.train_data_loader.kwargs.drop_last=False"
+        found = profile.profile_epoch(build(tmp_path, [*AUGMENTED, few, whole]))
+        assert (found["steps"], found["warm_up"], found["images"]) == (1, 1, 3)
 
     def test_the_command_prints_the_table_and_writes_nothing(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

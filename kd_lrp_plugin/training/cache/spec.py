@@ -1,5 +1,6 @@
 """What a config says of a cached teacher, and where such a teacher cannot be."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,9 @@ class CacheSpec:
         folder = said.get("folder")
         if folder is not None and not (isinstance(folder, str) and folder):
             raise ValueError(message(f"{where}: folder", "a path", repr(folder), ""))
+        if folder is not None and "$" in (expanded := os.path.expandvars(folder)):
+            fix = "Set them, or write the path out."
+            raise ValueError(message(f"{where}: folder", "variables that are set", expanded, fix))
         return cls(where, **said)
 
 

@@ -348,6 +348,12 @@ class TestRuns:
         found.cache.open(CPU, found.beside_teacher)
         assert Path(found.cache.describe()["folder"]).parent == file.parent / "teacher_cache"
 
+    def test_a_checkpoint_below_home_has_it_there_too(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        torch.save(experiment().original_teacher.state_dict(), tmp_path / "best.pt")
+        found = experiment(EXACT, "models.teacher_model.src_ckpt=~/best.pt")
+        assert found.beside_teacher == tmp_path
+
     def test_stages_have_caches_of_their_own(self, tmp_path):
         stages = ["+train.stage1.teacher.cache=exact", "+train.stage2.teacher.cache=frozen"]
         epochs = ["train.stage1.num_epochs=1", "train.stage2.num_epochs=1"]
@@ -418,6 +424,10 @@ REFUSED = {
     "a key": (["+train.teacher.cache={kind: exact, view: 2}"], "Did you mean 'views'?"),
     "no kind": (["+train.teacher.cache={views: 2}"], "expected a kind of cache"),
     "a number": (["+train.teacher.cache={kind: exact, views: 0}"], "an integer views of 1"),
+    "a folder that no variable names": (
+        ["+train.teacher.cache={kind: exact, folder: $KD_LRP_NOWHERE/caches}"],
+        "expected variables that are set, got $KD_LRP_NOWHERE/caches",
+    ),
     "views of frozen": (["+train.teacher.cache={kind: frozen, views: 2}"], "no choice of views"),
     "of the student": (["+train.student.cache=exact"], "none but the teacher's"),
     "a trained teacher": ([EXACT, "train.teacher.requires_grad=True"], "a frozen teacher"),
