@@ -329,7 +329,8 @@ def _read_rows(
             if not row[column] and (chosen or role == "file"):
                 at = f"{where} line {line}"
                 expected = f"a value of {column!r}"
-                raise ValueError(message(at, expected, "an empty cell", "Fill it in."))
+                got = "an empty cell, as which nan, NA, none and the like count"
+                raise ValueError(message(at, expected, got, "Fill it in."))
         cells = {
             role: plain_value(column, row[column]) if row[column] else ""
             for role, column in named.items()
@@ -340,7 +341,7 @@ def _read_rows(
     if not any(row.chosen for row in rows):
         got = f"none with {dict(wanted)}" if rows else "an empty table"
         raise ValueError(message(f"{where}: split", "an image or more", got, "Change split."))
-    for role in ("label", "group"):
+    for role in ("label", "group", "patient"):  # else a cut would divide p1 and P1
         check_spelling(where, "values", {getattr(row, role) for row in rows})
     return rows
 

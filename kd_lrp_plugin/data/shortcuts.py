@@ -21,9 +21,11 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from kd_lrp_plugin.data.following import find_kind, list_steps
 from kd_lrp_plugin.data.images import ImageLoader
 from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.data.validation import check_integer
+from kd_lrp_plugin.utils.files import hash_contents
 from kd_lrp_plugin.utils.validation import check_known, message
 
 KINDS = ("patch", "glyph", "frame", "diffuse")
@@ -70,7 +72,7 @@ class Marked(Dataset):
         transform: applied to the marked image, such as torchvision's ``RandomErasing``.
 
     Attributes:
-        classes, targets, transform, samples, names, bits, loader: those of ``images``.
+        classes, targets, samples, names, bits, loader: those of ``images``.
         subclasses, subclass_targets, subclass_of: those of ``images``; only where it has any.
         groups: of each item the variant, or, of a single variant ``as_trained``, whether the
             marker "agrees" or "conflicts" with the class ("none" without one).
@@ -78,7 +80,9 @@ class Marked(Dataset):
 
     Raises:
         ValueError: for an unknown kind or variant, a number out of range, a marker that the image
-            has no room for, or data without ``targets`` and ``classes``.
+            has no room for or that looks alike for two classes, data without ``targets`` and
+            ``classes`` or with images that nobody has labelled, or values that are not between the
+            black and the white of their transform.
 
     Example:
         >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
@@ -127,6 +131,11 @@ class Marked(Dataset):
             got = f"{len(images.classes)} classes"
             raise ValueError(message("marked: glyph", f"at most {len(_LETTERS)}", got, fix))
         known = range(len(images.classes))
+        labels = [int(label) for label in images.targets]  # torchvision has tensors of them
+        if wrong := sorted(set(labels) - set(known)):
+            fix = "Wrap the marked images in with_unlabelled instead."
+            expected = "a class index for each image"
+            raise ValueError(message("marked: images", expected, f"labels {wrong[:5]}", fix))
         if classes is not None and (wrong := [c for c in classes if c not in known]):
             fix = "Give class indices, in the order of the data set's classes."
             raise ValueError(message("marked: classes", f"indices below {len(known)}", wrong, fix))
@@ -140,10 +149,10 @@ class Marked(Dataset):
                 _told(variant, label, len(known), agreement, (seed, index))
                 if label in carriers
                 else None
-                for index, label in enumerate(images.targets)
+                for index, label in enumerate(labels)
             ]
-        self.targets = list(images.targets) * len(names)
-        self.groups = [name for name in names for _ in images.targets]
+        self.targets = labels * len(names)
+        self.groups = [name for name in names for _ in labels]
         if hasattr(images, "subclass_targets"):
             self.subclasses, self.subclass_of = images.subclasses, images.subclass_of
             self.subclass_targets = list(images.subclass_targets) * len(names)
@@ -151,12 +160,15 @@ class Marked(Dataset):
             pairs = zip(self.shown, self.targets, strict=True)
             self.groups = ["none" if s is None else _WORDS[s == t] for s, t in pairs]
         if any(shown is not None for shown in self.shown):
-            self._drawn(0, tuple(images[0][0].shape))  # there is room for it, or an error
+            self._check_values(images[0][0])
 
     @property
     def transform(self) -> Any:
-        """That of the images, so that prediction prepares others in the same way."""
-        return getattr(self.images, "transform", None)
+        """Of the images, then the marked ones', so that prediction prepares others in this way."""
+        first = getattr(self.images, "transform", None)
+        if self.after is None or first is None:
+            return first
+        return transforms.Compose([first, self.after])
 
     @property
     def bits(self) -> int | None:
@@ -209,12 +221,51 @@ class Marked(Dataset):
         return find(index % len(self.images)) if find else None
 
     def marker(self, index: int) -> Bool[np.ndarray, "h w"] | None:
-        """The marker's pixels, in the geometry of the items; None without a marker."""
+        """The marker's pixels in the item, moved as ``transform`` moves it; None without a marker.
+
+        What changes colours by chance, such as ``RandomErasing``, leaves it as it is.
+        """
         shown = self.shown[index]
         if shown is None:
             return None
-        _, alpha = self._drawn(shown, tuple(self.images[index % len(self.images)][0].shape))
-        return (alpha > 0).numpy()
+        shape = tuple(self.images[index % len(self.images)][0].shape)
+        _, alpha = self._drawn(shown, shape)
+        if self.after is None:
+            return (alpha > 0).numpy()
+        low, high = torch.as_tensor(self._black), torch.as_tensor(self._white)
+        moved: Any = torch.where(alpha > 0, high, low).expand(shape)
+        for step in list_steps(self.after):
+            moved = moved if find_kind(step) == "random colour" else step(moved)
+        low, high = (torch.as_tensor(of) for of in get_range(self))
+        return (moved > (low + high) / 2).any(0).numpy()
+
+    def _check_values(self, image: Tensor) -> None:
+        """Raise ``ValueError`` for an image without room, or of another black and white."""
+        slack = 0.1 * (self._white - self._black)
+        outside = (image < self._black - slack) | (image > self._white + slack)
+        if outside.float().mean() > 0.25:  # less may be noise of an augmentation
+            fix = "Let its transform end in torchvision's ToTensor and Normalize, or ToTensor."
+            expected = "values between black and white, 0 and 1 before torchvision's Normalize"
+            got = f"{float(image.min()):.3g} to {float(image.max()):.3g}"
+            raise ValueError(message("marked: images", expected, got, fix))
+        self._check_markers(tuple(image.shape))
+
+    def _check_markers(self, shape: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` for markers without room, or that do not tell their classes."""
+        first: dict[str, int] = {}
+        for shown in sorted({shown for shown in self.shown if shown is not None}):
+            name = self.classes[shown]
+            value, alpha = self._drawn(shown, shape)
+            look = hash_contents((value * alpha).numpy().tobytes())
+            if look in first or not alpha.any():
+                got = f"none for {name!r}"
+                if alpha.any():
+                    got = f"the same for {self.classes[first[look]]!r} and {name!r}"
+                got += f" in images of {shape[-2]} x {shape[-1]}"
+                fix = "Enlarge the images, raise size, or take another kind."
+                expected = "a marker of its own for each class"
+                raise ValueError(message(f"marked: {self.kind}", expected, got, fix))
+            first[look] = shown
 
     def _drawn(self, shown: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         return draw_marker(

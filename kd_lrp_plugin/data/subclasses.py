@@ -7,7 +7,7 @@ from torch.utils.data import Dataset, Subset
 
 from kd_lrp_plugin.data.clusters import Table, look_up, name_subclasses
 from kd_lrp_plugin.data.validation import check_integer
-from kd_lrp_plugin.utils.validation import message
+from kd_lrp_plugin.utils.validation import UNLABELLED, message
 
 _WHERE = "subclasses"
 
@@ -65,6 +65,10 @@ class Subclasses(Dataset):
             )
         self.images, self.classes, self.known = images, classes, per_class is None
         self.class_targets = list(images.targets)
+        if UNLABELLED in self.class_targets or isinstance(images, Subclasses):
+            fix = "Wrap a data set in subclasses that with_unlabelled or subclasses do not wrap."
+            got = "images without a label" if UNLABELLED in self.class_targets else "subclasses"
+            raise ValueError(message(f"{_WHERE}: images", "a class for each image", got, fix))
         self.source = getattr(table, "source", "")
         given = {"per_class": per_class is not None, "table": table is not None}
         sources = [name for name, there in given.items() if there]

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from kd_lrp_plugin.data.subclasses import Subclasses
 from kd_lrp_plugin.utils.preserved import preserved_generators
 from kd_lrp_plugin.utils.validation import UNLABELLED, message
 
@@ -29,7 +30,8 @@ class WithUnlabelled(Dataset):
         samples: file and label of the images that have a file.
 
     Raises:
-        ValueError: for images without targets, none that are unlabelled, or ones of another shape.
+        ValueError: for images without targets, or whose labels are subclasses, none that are
+            unlabelled, or ones of another shape.
 
     Example:
         >>> from kd_lrp_plugin.data.phantom.dataset import Phantom
@@ -43,6 +45,9 @@ class WithUnlabelled(Dataset):
             fix = "Alias a data set such as phantom or folder_images, not a part of it or its name."
             got = type(images).__name__
             raise ValueError(message(f"{_WHERE}: images", "data with targets", got, fix))
+        if isinstance(images, Subclasses):
+            got, fix = "labels of subclasses", "Subclasses cannot have images without a label."
+            raise ValueError(message(f"{_WHERE}: images", "labels of classes", got, fix))
         if isinstance(unlabelled, str) or not hasattr(unlabelled, "__getitem__"):
             fix = "Alias a data set, such as *others."
             got = repr(unlabelled)

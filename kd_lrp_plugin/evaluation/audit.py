@@ -30,7 +30,7 @@ from kd_lrp_plugin.evaluation.explain_inputs import (
 )
 from kd_lrp_plugin.losses import resize_maps
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
-from kd_lrp_plugin.utils.files import get_command, put, write_json
+from kd_lrp_plugin.utils.files import get_command, put, read_json, write_json
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
 
@@ -72,20 +72,22 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
     """What the regions where nothing should tell the class are worth to a run's models.
 
     The regions are border, corners, background; where the data set puts markers on its images, the
-    marker; and, of images with a mask, what is most relevant outside of it: the same share of each
-    image's pixels as a corner has, another part for each model.
+    marker, unless it is everywhere; and, of images with a mask, what is most relevant outside of
+    it: the same share of each image's pixels as a corner has, another part for each model.
 
     Writes ``audit.json`` and ``audit.png`` into the run folder: the images whose prediction changes
-    most. Of other images than the test set, the files have the folder's name too.
+    most. Of other images than the test set, the files have the folder's name too; those of another
+    folder of this name are not overwritten.
 
     Args:
         folder: a finished run, or a model in a folder of timm's, with ``data``.
         options: all of them as they are by themselves, if None.
 
     Returns:
-        ``images``; ``relevance``, by role and region the mean share of positive relevance there
-        (``mean``), and the region's share of the image (``chance``), of images with a mask also
-        for all that lies outside of it, which is not replaced; ``replaced``, by role, region
+        ``images``; ``data``, the folder of other images; ``relevance``, by role and region the mean
+        share of positive relevance there (``mean``), and the region's share of the image
+        (``chance``), of images with a mask also for all that lies outside of it, which is not
+        replaced; ``replaced``, by role, region
         and replacement (``blur``, ``mean``, ``swap``: another image's) the accuracy before and
         after (``accuracy_before``, ``accuracy``) and the share of predictions that change
         (``flips``); ``object_removed``, by role, accuracy where the masked object takes the mean of
@@ -94,6 +96,7 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
 
     Raises:
         FileNotFoundError: if there is no finished run.
+        FileExistsError: where the files are those of another folder of this name.
         ValueError: for a run that cannot be loaded, an unknown layer, or images of other classes
             than the run's.
 
@@ -102,20 +105,27 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
         (right for the right reasons). The regions and replacements are ours.
     """
     options = options or AuditOptions()
+    table, picture = name_files(options)
+    data = None if options.data is None else str(Path(options.data).resolve())
+    _refuse_another_folder(Path(folder) / table, data)
     layers = [options.layer] if options.layer else []
     asked = ExplainOptions(
         methods=[METHOD], layers=layers, device=options.device, safe=options.safe
     )
     run = open_audited(Path(folder), asked, options.data)
     indices = sample_indices(run, options.samples)
+    if len(indices) < 2:
+        got, fix = len(indices), "One takes the region of another: raise samples, or add images."
+        raise ValueError(message(f"audit {folder}", "two images or more", got, fix))
     sample = make_sample(run, indices, options.device)
     regions = find_regions(sample.images)
-    if markers := _find_markers(run, indices):
+    if markers := find_markers(run, indices):
         regions["marker"] = torch.stack(markers)
     answers: dict[str, Answers] = {}
     maps: dict[str, Float[Tensor, "n h2 w2"]] = {}
     regions_of: dict[str, dict[str, Region]] = {}
     found: dict[str, Any] = {"images": len(sample.labels), "command": get_command()}
+    found |= {} if data is None else {"data": data}
     others = {how: make(sample.images) for how, make in _REPLACEMENTS.items()}
     parts: dict[str, dict[str, Any]] = {"relevance": {}, "replaced": {}, "object_removed": {}}
     for role in current_progress().track(list(run.models), "auditing", len(run.models)):
@@ -139,7 +149,6 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
     found |= parts
     flips = [r["flips"] for of in found["replaced"]["student"].values() for r in of.values()]
     found["most_flips"] = max(flips)
-    table, picture = name_files(options)
     figure = _draw(run, sample, regions_of["student"], maps["student"], answers["student"])
     put(run.folder / picture, lambda file: figure.savefig(file, format="png"))
     write_json(run.folder / table, found)
@@ -152,6 +161,17 @@ def name_files(options: AuditOptions) -> tuple[str, str]:
         return FILE, "audit.png"
     name = Path(options.data).resolve().name
     return f"audit-{name}.json", f"audit-{name}.png"
+
+
+def _refuse_another_folder(file: Path, data: str | None) -> None:
+    """Raise FileExistsError where an audit of other images would be overwritten."""
+    if data is None or not file.is_file():
+        return
+    before = read_json(file, "Delete it.").get("data", data)
+    if before != data:
+        fix = "Rename one of the folders, or move the file away."
+        got = f"that of {before}"
+        raise FileExistsError(message(str(file), f"the audit of {data}", got, fix))
 
 
 def find_regions(images: Float[Tensor, "n c h w"]) -> dict[str, Region]:
@@ -206,14 +226,15 @@ def find_most_relevant(
     return chosen.view(where.shape) & (relevance > 0)
 
 
-def _find_markers(run: LoadedRun, indices: Sequence[int]) -> list[Bool[Tensor, "h w"]]:
-    """Where the data set has put a marker, an empty region where it has put none."""
+def find_markers(run: LoadedRun, indices: Sequence[int]) -> list[Bool[Tensor, "h w"]]:
+    """Where the data set has put a marker; empty where it has put none, or over all the image."""
     find = getattr(run.test_set, "marker", None)
     if find is None:
         return []
     nothing = np.zeros(run.summary["image_shape"][-2:], bool)
     found = [find(index) for index in indices]
-    return [torch.from_numpy(nothing if marker is None else marker) for marker in found]
+    # Of all of the image, what is replaced is no longer the region but the image.
+    return [torch.from_numpy(nothing if m is None or m.all() else m) for m in found]
 
 
 def _find_foreground(image: Float[np.ndarray, "h w"]) -> Bool[np.ndarray, "h w"]:

@@ -209,7 +209,7 @@ def _build_transform(config: Document, where: str) -> tuple[int | None, Any]:
         pairs = walk_pairs(node) if node is not None else {}
         node = pairs[key][1] if key in pairs else None
     given = {key: pair[1] for key, pair in walk_pairs(node).items()} if node is not None else {}
-    if "transform" in given:  # so the images need not be here
+    if "transform" in given and "images" not in given:  # so the images need not be here
         parts = config.only("dependencies").root
         found = [
             (yaml.ScalarNode("tag:yaml.org,2002:str", key), given[key])

@@ -39,6 +39,8 @@ import yaml
 
 from kd_lrp_plugin.config.build import get_stages
 from kd_lrp_plugin.config.document import resolve_config
+from kd_lrp_plugin.config.inheritance import read_text
+from kd_lrp_plugin.config.nodes import compose
 from kd_lrp_plugin.studies.plan import COLUMNS, MEASURES, Plan, StudyRun, check_measure
 from kd_lrp_plugin.studies.primary import read_primary, refuse_further_seeds
 from kd_lrp_plugin.utils.files import hash_contents
@@ -100,6 +102,9 @@ def read_plan(
                     s: planner.plan(name, entry["config"], {}, s, changes) for s in chosen
                 }
             else:
+                if of_each := planner.find_each(changes):
+                    fix = "Its model of one seed would go into the runs of all."
+                    raise ValueError(message("seed", f"each, as of {of_each}", seed, fix))
                 (seed,) = _list_seeds([seed])
                 made[name] = {None: planner.plan(name, entry["config"], {}, seed, changes)}
     runs = []
@@ -168,9 +173,11 @@ def _errors_at(where: str) -> Iterator[None]:
 def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(message("study", "a YAML file", f"none at {file}", _SEE))
+    text = read_text(file)
+    compose(str(file), text)  # refuses a key that is there twice
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise ValueError(message(str(file), "YAML", str(error), "Correct it there.")) from error
     if not isinstance(content, dict):
         raise ValueError(message(str(file), "a mapping of keys", repr(content)[:60], _SEE))
@@ -259,6 +266,9 @@ def _read_axes(file: Path, grid: Any) -> dict[str, dict[Any, list[str]]]:
                     raise ValueError(message(where, f"a {key!r}", given.get(key), _SEE))
             values = _list(f"{where}: values", given["values"])
             axes[str(axis)] = {_name(v): [f"{given['key']}={_text(v)}"] for v in values}
+            if len(axes[str(axis)]) < len(values):  # 1 and true are one, too
+                fix = "Leave one out, or name each by a list of its overrides."
+                raise ValueError(message(f"{where}: values", "each value once", values, fix))
         else:
             axes[str(axis)] = {
                 value: _list_overrides(f"{where}: {value!r}", changes)
@@ -310,8 +320,12 @@ class RunPlanner:
 
     def depend_on_seed(self, overrides: Sequence[str]) -> bool:
         """Whether overrides say something else for another seed."""
+        return bool(self.find_each(overrides)) or any("{seed}" in text for text in overrides)
+
+    def find_each(self, overrides: Sequence[str]) -> list[str]:
+        """Names in overrides of what is prepared once for each seed."""
         each = [name for name, by_seed in self.prepared.items() if None not in by_seed]
-        return any(f"{{{name}}}" in override for name in ("seed", *each) for override in overrides)
+        return [name for name in each if any(f"{{{name}}}" in text for text in overrides)]
 
     def plan(
         self, name: str, config: str, point: Mapping[str, Any], seed: int, overrides: Sequence[str]

@@ -1,5 +1,6 @@
 """Which runs a study is made of."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from kd_lrp_plugin.attribution.summary import METRICS
 from kd_lrp_plugin.config.run_spec import LOGS, RunSpec
 from kd_lrp_plugin.studies.primary import Primary
-from kd_lrp_plugin.utils.validation import check_known
+from kd_lrp_plugin.utils.validation import check_known, message
 
 MEASURES = ("val_accuracy", "test_accuracy", "macro_f1", "calibration_error")
 COLUMNS = ("configuration", "seed", "state", "folder")  # of the results, beside axes and measures
@@ -50,6 +51,25 @@ OF_BOTH = (
     *("accuracy_difference", "p_value"),
 )
 
+_OF_ROLE = "(student|teacher)"
+# What has to follow where a name alone is no number: a pattern, and an example.
+BELOW = {
+    "accuracy_interval": ("[01]", "0"),
+    "confusion_matrix": (r"\d+\.\d+", "0.1"),
+    "per_class": (r"\d+\.(precision|recall|f1|auc|support)", "0.recall"),
+    "cost": (f"({'|'.join(OF_COST)})", "macs"),
+    "groups": (
+        r"worst_group_accuracy|by_group\..+\.(n|accuracy|accuracy_interval\.[01]|minus_teacher)",
+        "by_group.random.accuracy",
+    ),
+    "relevance": (rf"{_OF_ROLE}\..+\.(mean|chance|n)", "student.border.mean"),
+    "replaced": (
+        rf"{_OF_ROLE}\..+\.(blur|mean|swap)\.(accuracy_before|accuracy|flips)",
+        "student.border.blur.flips",
+    ),
+    "object_removed": (rf"{_OF_ROLE}\.(accuracy_before|accuracy)", "student.accuracy"),
+} | {name: (rf".+\..+\.{name}", f"gradient.layer2.{name}") for name in METRICS}
+
 
 def check_measure(where: str, measure: str, terms: Iterable[str]) -> None:
     """Raise ValueError for a measure that no finished run of a study can have.
@@ -75,10 +95,26 @@ def check_measure(where: str, measure: str, terms: Iterable[str]) -> None:
     inner |= dict.fromkeys(roles, (*OF_MODEL, *METRICS))
     if head not in inner:
         check_known(where, head, (*OF_RUN, *OF_MODEL, *of_terms, *inner))
+        _check_number(where, "", head, rest)
         return
-    check_known(f"{where}: {head}.", rest.partition(".")[0], inner[head])
-    if head in roles and rest.startswith("cost."):
-        check_known(f"{where}: {head}.cost.", rest.removeprefix("cost."), OF_COST)
+    if head == "cost":
+        check_known(f"{where}: cost.", rest, OF_COST)
+        return
+    name, _, rest = rest.partition(".")
+    check_known(f"{where}: {head}.", name, inner[head])
+    if name == "cost":
+        check_known(f"{where}: {head}.cost.", rest, OF_COST)
+    _check_number(where, f"{head}.", name, rest)
+
+
+def _check_number(where: str, above: str, name: str, rest: str) -> None:
+    """Raise ValueError unless what follows a name leads to a number."""
+    pattern, example = BELOW.get(name, ("", ""))
+    if not re.fullmatch(pattern, rest):
+        path = example if name in METRICS else f"{name}.{example}" if example else name
+        got = repr(f"{above}{name}.{rest}".removesuffix("."))
+        fix = "Name a number by all keys on the way to it."
+        raise ValueError(message(where, f"a number such as {above}{path}", got, fix))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ the others would make a difference out of chance, so that they are refused. A st
 from the command line is not the one that was registered, and has no primary comparison.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,18 +85,32 @@ def read_primary(
     for name in minus:
         others = [other for other in known if other != given["configuration"]]
         check_known(f"{where}: minus", name, others)
-    point = given.get("where") or {}
+    given_point = given.get("where") or {}
     for name in (given["configuration"], *minus):
-        entry = content["configurations"][name]
-        crossed = entry.get("axes", list(axes))
-        if name == given["configuration"] and set(point) != set(crossed):
+        crossed = content["configurations"][name].get("axes", list(axes))
+        if name == given["configuration"] and set(given_point) != set(crossed):
             fix = "Name one value of each axis that the configuration is crossed with."
-            expected, got = f"a value of each of {crossed}", sorted(point)
-            raise ValueError(message(f"{where}: where", expected, got, fix))
-    for axis, value in point.items():
-        if value not in axes[axis]:
-            check_known(f"{where}: where: {axis}", str(value), [str(known) for known in axes[axis]])
-    return Primary(given["measure"], given["configuration"], tuple(minus), dict(point), seeds)
+            expected = f"a value of each of {crossed}"
+            raise ValueError(message(f"{where}: where", expected, sorted(given_point), fix))
+        if further := [axis for axis in crossed if axis not in given_point]:
+            fix = "Compare with a configuration that has no axes beyond those of where."
+            got = f"{name!r}, which has {further} too"
+            raise ValueError(message(f"{where}: minus", f"axes among {[*given_point]}", got, fix))
+    point = {axis: _find_value(where, axis, axes[axis], v) for axis, v in given_point.items()}
+    return Primary(given["measure"], given["configuration"], tuple(minus), point, seeds)
+
+
+def _find_value(where: str, axis: str, known: Iterable[Any], given: Any) -> Any:
+    """The value of an axis that is meant: 0.1 and "0.1" are one, and a list is its text."""
+
+    def spell(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    equal = [value for value in known if value == given]
+    spelt = {spell(value): value for value in known}
+    if not equal:
+        check_known(f"{where}: where: {axis}", spell(given), spelt)
+    return equal[0] if equal else spelt[spell(given)]
 
 
 def refuse_further_seeds(file: Path, primary: Primary | None, seeds: Sequence[int]) -> None:

@@ -98,6 +98,9 @@ def kmeans_subclasses(
     if names is None:
         got, fix = type(images).__name__, "Alias a data set of kd_lrp_plugin, not a part of it."
         raise ValueError(message(f"{WHERE}: images", "data with names of the images", got, fix))
+    if len(set(names)) < len(names):
+        got, fix = "images of one name", "Take one variant of marked: its clusters are of names."
+        raise ValueError(message(f"{WHERE}: images", "images of different names", got, fix))
     if not isinstance(model, Mapping) or not model.get("src_ckpt"):
         got = f"{model!r}"[:80]
         fix = "Train it first, and name its best.pt in src_ckpt."

@@ -1,5 +1,6 @@
 """Pre-epoch processes: schedules of the weights of loss terms."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from torchdistill.core.interfaces.registry import register_pre_epoch_proc_func
 
 from kd_lrp_plugin.utils.validation import check_known, message, strict
 
+logger = logging.getLogger(__name__)
 _FULL_WEIGHTS: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
 
@@ -22,8 +24,9 @@ def weight_schedule(terms: Mapping[str, Mapping[str, float]]) -> str:
 
     In epoch e a term weighs ``full * clamp((e - after + 1) / max(warm_up, 1), 0, 1)``, with its
     weight in the criterion as the full one: nothing before epoch ``after``, all of it from the
-    end of its ``warm_up`` on. The other terms are not scaled up meanwhile, so that the weights of
-    ``DisWOTPlusLoss`` sum to one only after the last warm-up.
+    end of its ``warm_up`` on; where no epoch is left for it, a warning says so. The other terms
+    are not scaled up meanwhile, so that the weights of ``DisWOTPlusLoss`` sum to one only after
+    the last warm-up.
 
     A term with ``until`` weighs ``full * clamp(1 - e / until, 0, 1)``: all of it at first, nothing
     from epoch ``until`` on; a number below 1 is a share of all epochs. What it loses goes to the
@@ -87,9 +90,13 @@ def weight_schedule(terms: Mapping[str, Mapping[str, float]]) -> str:
             fix = "Call box.pre_epoch_process(epoch=epoch), with epochs from 0."
             raise ValueError(message("weight_schedule", "an epoch", None, fix))
         in_use = getattr(box.criterion, "term_dict", {})
+        is_first = box.criterion not in _FULL_WEIGHTS
         full = _FULL_WEIGHTS.setdefault(box.criterion, {n: w for n, (_, w) in in_use.items()})
         for name in terms:
             check_known("weight_schedule: term of the criterion", name, in_use)
+            if is_first and (after := terms[name].get("after", 0)) >= box.num_epochs:
+                words = "sets in with epoch %d, and there are %d: it never weighs anything"
+                logger.warning(f"weight_schedule: %s {words}", name, after, box.num_epochs)
         for name, weight in scheduled_weights(full, terms, epoch, box.num_epochs).items():
             in_use[name] = in_use[name][0], weight
 

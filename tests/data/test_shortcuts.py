@@ -11,6 +11,7 @@ from kd_lrp_plugin.data.folder import FolderImages
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.data.shortcuts import KINDS, VARIANTS, Marked, draw_marker
 from kd_lrp_plugin.data.transforms import preprocessing
+from kd_lrp_plugin.data.unlabelled import WithUnlabelled
 from kd_lrp_plugin.data.validation import unreadable_images
 
 
@@ -183,3 +184,94 @@ def test_a_letter_for_each_class_or_none():
     }
     assert len(letters) == 26
     assert len(Marked(Many("test", size=8, image_size=32), kind="glyph", size=0.3)) == 8
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "side", "words"),
+    [
+        ("glyph", 4, 40, "the same for 'class 1' and 'class 3' in images of 40 x 40"),
+        ("glyph", 10, 28, "the same for"),
+        ("glyph", 2, 20, "none for 'class"),
+        ("patch", 1000, 128, "the same for"),
+    ],
+)
+def test_markers_that_do_not_tell_their_classes_are_refused(kind, classes, side, words):
+    with pytest.raises(ValueError, match=f"marked: {kind}: expected a marker of its own.*{words}"):
+        Marked(Blank(classes, classes, (side, side)), kind)
+    assert len(Marked(Blank(classes, classes, (side, side)), kind, variants="none")) == classes
+
+
+_NORMALIZE = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        v2.Compose(
+            [
+                v2.Resize((64, 64)),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(**_NORMALIZE),
+            ]
+        ),
+        transforms.Compose(
+            [
+                transforms.Resize((64, 64)),
+                transforms.Compose([transforms.ToTensor(), transforms.Normalize(**_NORMALIZE)]),
+            ]
+        ),
+    ],
+)
+def test_white_is_white_behind_a_normalisation_of_whatever_form(transform):
+    marked = Marked(Phantom("test", size=4, image_size=64, transform=transform))
+    mean, std = (torch.tensor(_NORMALIZE[key])[:, None] for key in ("mean", "std"))
+    pixels = marked[0][0][:, torch.from_numpy(marked.marker(0))] * std + mean
+    torch.testing.assert_close(pixels, torch.ones_like(pixels))
+
+
+def test_images_of_another_black_and_white_are_refused():
+    steps = [transforms.Resize((64, 64)), transforms.PILToTensor()]
+    images = Phantom("test", size=4, image_size=64, transform=transforms.Compose(steps))
+    with pytest.raises(ValueError, match=r"between black and white.*got 0 to 255"):
+        Marked(images)
+    own = transforms.Lambda(lambda image: 2 * transforms.functional.to_tensor(image) - 1)
+    images.transform = transforms.Compose([steps[0], own])
+    with pytest.raises(ValueError, match=r"between black and white.*got -1 to 1"):
+        Marked(images, kind="diffuse")
+    noise = transforms.RandomErasing(p=1, scale=(0.3, 0.33), value="random")
+    images.transform = transforms.Compose(
+        [steps[0], transforms.ToTensor(), transforms.Normalize(**_NORMALIZE), noise]
+    )
+    assert all(len(Marked(images)) == 4 for _ in range(10))
+
+
+def test_images_that_nobody_has_labelled_are_not_marked_as_if_they_were_of_a_class():
+    images = Phantom("train", size=4, image_size=64)
+    with pytest.raises(ValueError, match=r"got labels \[-100\]. Wrap the marked images in with_un"):
+        Marked(WithUnlabelled(images, images))
+    assert WithUnlabelled(Marked(images), images).targets[4:] == [-100] * 4
+
+
+def test_labels_may_be_a_tensor_as_of_torchvision():
+    images = Blank(8)
+    images.targets = torch.tensor(images.targets)
+    marked = Marked(images)
+    assert marked.shown == marked.targets == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert marked.groups == ["agrees"] * 8
+
+
+def test_the_marker_is_followed_through_the_transform_and_prediction_repeats_it():
+    data = Phantom("test", size=4, image_size=64)
+    crop = transforms.Compose([transforms.CenterCrop(60), transforms.Resize((64, 64))])
+    flip = transforms.RandomHorizontalFlip(p=1)
+    for transform in (crop, flip):
+        marked, plain = Marked(data, transform=transform), Marked(data, variants="none")
+        for index in range(4):
+            bright = marked[index][0] == 1
+            found = torch.from_numpy(marked.marker(index))
+            assert found.any()
+            assert bright[:, found].float().mean() > 0.8  # a resize blurs its edge
+            assert torch.equal(marked.transform(data.image(index)), transform(plain[index][0]))
+        assert preprocessing(marked) is None
+    assert not Marked(data, transform=transforms.CenterCrop(40)).marker(0).any()

@@ -13,6 +13,7 @@ from kd_lrp_plugin.data.companions import Companions
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.data.shortcuts import Marked
 from kd_lrp_plugin.data.subclasses import Subclasses, share_subclasses
+from kd_lrp_plugin.data.unlabelled import WithUnlabelled
 from kd_lrp_plugin.torchdistill import SubclassCrossEntropyLoss, class_weights
 
 
@@ -98,6 +99,15 @@ def test_known_subclasses_pass_through_markers():
     assert (label, found["group_name"]) == (images.subclass_targets[3], "random")
     assert SubclassCrossEntropyLoss(data).subclass_of == images.subclass_of
     assert not hasattr(Marked(Phantom("train", size=4)), "subclasses")
+
+
+def test_images_whose_label_is_no_class_are_refused():
+    images = Phantom("train", size=4, image_size=48)
+    for others in (WithUnlabelled(images, images), Subclasses(images, per_class=2)):
+        with pytest.raises(ValueError, match="subclasses: images: expected a class for each"):
+            Subclasses(others, per_class=2)
+    with pytest.raises(ValueError, match="with_unlabelled: images: expected labels of classes"):
+        WithUnlabelled(Subclasses(images, per_class=2), images)
 
 
 def test_those_of_a_table_are_known():

@@ -1,7 +1,9 @@
 """What regions are worth to a model: against models that look at one region alone, by design."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_runs import CONFIGS, SMALL
@@ -9,10 +11,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.cli.main import app
+from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.data.shortcuts import Marked
 from kd_lrp_plugin.evaluation import audit
 from kd_lrp_plugin.evaluation.audit import (
+    AuditOptions,
     ask,
+    find_markers,
     find_most_relevant,
     find_regions,
     measure_relevance,
@@ -21,6 +27,9 @@ from kd_lrp_plugin.evaluation.audit import (
 )
 from kd_lrp_plugin.evaluation.predict import predict
 from kd_lrp_plugin.models.factory import build_model
+from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.runs.predictions import read_predictions
+from kd_lrp_plugin.training.trainer import distill
 
 MARKED = CONFIGS / "phantom_marked/kd/test_resnet_from_resnet10t.yaml"
 
@@ -91,6 +100,13 @@ def test_relevance_is_compared_with_chance(scene):
     assert even["border"]["mean"] == pytest.approx(even["border"]["chance"])
 
 
+def test_a_marker_that_is_everywhere_is_no_region():
+    for kind, found in {"diffuse": False, "frame": True}.items():
+        marked = Marked(Phantom("test", size=4, image_size=32), kind, variants=["random", "none"])
+        run = SimpleNamespace(test_set=marked, summary={"image_shape": [3, 32, 32]})
+        assert [bool(m.any()) for m in find_markers(run, range(8))] == [found] * 4 + [False] * 4
+
+
 def test_the_most_relevant_pixels_are_chosen_among_those_that_are_allowed():
     draw = torch.Generator().manual_seed(0)
     maps = torch.rand(3, 8, 8, generator=draw) - 0.3
@@ -141,6 +157,29 @@ def test_the_command_audits_a_run_and_fails_where_it_is_told_to(tmp_path, monkey
     assert "a finished run" in missing.output
 
 
+@pytest.mark.slow
+def test_a_run_on_cropped_images_predicts_and_is_audited_on_cropped_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": build_model("resnet10t", 4).state_dict()}, "teacher.pt")
+    crop = "!import_call {key: torchvision.transforms.CenterCrop, init: {kwargs: {size: 40}}}"
+    changes = [*SMALL, "models.teacher_model.src_ckpt=teacher.pt"] + [
+        f"+datasets.phantom_marked/{part}.init.kwargs.transform={crop}"
+        for part in ("train", "val", "test")
+    ]
+    distill(RunSpec(MARKED, tuple(changes), "run"))
+    test = Phantom("test", size=8, image_size=48)
+    for index in range(8):
+        test.image(index).save(f"{index}.png")
+    predicted = predict("run", [f"{index}.png" for index in range(8)])
+    known = read_predictions(RunFolder("run"))
+    unmarked = known.probabilities["student"][[group == "none" for group in known.groups]]
+    found = [list(row["all"].values()) for row in predicted]
+    np.testing.assert_allclose(found, unmarked, atol=1e-5)
+    regions = audit.audit("run", AuditOptions(samples=8))["relevance"]["student"]
+    assert "outside the mask" not in regions  # where the mask is after the crop is not known
+    assert regions["marker"]["chance"] == pytest.approx(4 / 40**2)  # what is left of it
+
+
 @pytest.fixture
 def finished(tmp_path, monkeypatch):
     """A run of the phantom, and images of its classes in a folder, in another order of classes."""
@@ -178,6 +217,22 @@ def test_images_of_other_classes_are_refused(finished):
     absent = CliRunner().invoke(app, ["audit", "run", "--data", "nowhere"])
     assert absent.exit_code == 1
     assert "nowhere" in absent.output
+
+
+def test_the_audit_of_another_folder_of_the_same_name_is_not_overwritten(finished):
+    audit.audit("run", AuditOptions(data="elsewhere", samples=2))
+    file = finished / "run/audit-elsewhere.json"
+    before = file.read_bytes()
+    (finished / "second").mkdir()
+    (finished / "elsewhere").rename(finished / "second/elsewhere")
+    with pytest.raises(FileExistsError, match=r"second/elsewhere, got that of .*/elsewhere\. Ren"):
+        audit.audit("run", AuditOptions(data="second/elsewhere", samples=2))
+    assert file.read_bytes() == before
+    (finished / "second/elsewhere").rename(finished / "elsewhere")
+    audit.audit("run", AuditOptions(data="elsewhere", samples=4))
+    assert json.loads(file.read_text())["images"] == 4
+    with pytest.raises(ValueError, match="two images or more, got 1"):  # it would swap with itself
+        audit.audit("run", AuditOptions(samples=1))
 
 
 @pytest.mark.slow

@@ -84,6 +84,15 @@ class TestChain:
             read_plan(write(tmp_path, prepare=prepare))
 
     @pytest.mark.slow
+    def test_with_one_link_for_all_seeds_behind_one_for_each_is_refused(self, tmp_path):
+        prepare = dict(CHAIN["prepare"])
+        prepare["teacher"] = {**prepare["teacher"], "seed": "each"}
+        words = (
+            r"prepare 'first': seed: expected each, as of \['teacher'\], got 0\. Its model of one"
+        )
+        with pytest.raises(ValueError, match=words):
+            read_plan(write(tmp_path, prepare=prepare))
+
     def test_of_three_passes_the_check_and_is_trained_each_by_the_one_before(
         self, tmp_path, monkeypatch
     ):

@@ -95,11 +95,34 @@ def test_further_seeds_are_refused(write, seeds):
         ({"where": {}}, r"primary: where: expected a value of each of \['rate'\], got \[\]"),
         ({"where": {"rate": 0.2}}, "primary: where: rate"),
         ({"seeds": 9}, "primary: key"),
+        (
+            {"configuration": "other", "minus": ["CE"], "where": {}},
+            r"primary: minus: expected axes among \[\], got 'CE', which has \['rate'\] too",
+        ),
     ],
 )
 def test_a_comparison_that_the_study_cannot_make_is_refused(write, changes, words):
     with pytest.raises(ValueError, match=words):
         read_plan(write(primary={**STUDY["primary"], **changes}))
+
+
+@pytest.mark.parametrize(
+    ("values", "given", "meant"),
+    [([0.1, 0.01], "0.1", 0.1), (["1e-3", "1e-4"], "1e-3", "1e-3"), ([1, 2], 2.0, 2)],
+)
+def test_a_value_may_be_spelt_as_in_yaml_or_as_text(write, values, given, meant):
+    grid = {"rate": {"key": "train.optimizer.kwargs.lr", "values": values}}
+    plan = read_plan(write(grid=grid, primary={**STUDY["primary"], "where": {"rate": given}}))
+    assert plan.primary.where == {"rate": meant}
+    rows = [make_row(run.name, run.seed, 0.5 + run.seed, **run.point) for run in plan.runs]
+    assert judge_primary(plan.primary, rows)["complete"]
+
+
+def test_a_value_may_be_a_list(write):
+    grid = {"rate": {"key": "train.optimizer.kwargs.lr", "values": [[0.1, 0.2], [0.3]]}}
+    plan = read_plan(write(grid=grid, primary={**STUDY["primary"], "where": {"rate": [0.1, 0.2]}}))
+    rows = [make_row(run.name, run.seed, 0.5 + run.seed, **run.point) for run in plan.runs]
+    assert judge_primary(plan.primary, rows)["complete"]
 
 
 def test_it_is_judged_at_its_point_of_the_grid_by_pairs_and_corrected_for_itself_alone():

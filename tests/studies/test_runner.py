@@ -142,9 +142,10 @@ class TestPlan:
         once = {"teacher": {"config": str(TEACHER)}, "assistant": prepare["assistant"]}
         shared = read_plan(written(prepare=once, configurations={"KD": student}, compare_to=None))
         assert [run.needs for run in shared.prepared[1:]] == [(shared.prepared[0].folder,)] * 2
-        fixed = {**prepare, "assistant": {**prepare["assistant"], "seed": 7}}
-        with pytest.raises(ValueError, match=r"prepare 'assistant': set: in braces.*'teacher'"):
-            read_plan(written(prepare=fixed))
+        for seed in (0, 7):  # 0 is one of the study's, so that there is such a teacher
+            fixed = {**prepare, "assistant": {**prepare["assistant"], "seed": seed}}
+            with pytest.raises(ValueError, match=r"'assistant': seed: expected each.*'teacher'"):
+                read_plan(written(prepare=fixed))
 
     def test_a_part_of_a_study_is_the_same_runs(self, written):
         grid = {"rate": {"key": "train.optimizer.kwargs.lr", "values": [0.1, 0.01]}}
@@ -272,6 +273,59 @@ class TestPlan:
         (tmp_path / "broken.yaml").write_text("question: [")
         with pytest.raises(ValueError, match=r"broken\.yaml: expected YAML"):
             read_plan(tmp_path / "broken.yaml")
+
+    def test_a_configuration_that_is_there_twice_is_refused(self, written):
+        file = written()
+        text = file.read_text()
+        again = text.replace("configurations:\n", f"configurations:\n  CE: {{config: {KD}}}\n")
+        assert again != text
+        file.write_text(again)
+        with pytest.raises(ValueError, match=r"each key once in a mapping, got 'CE' at .*yaml:"):
+            read_plan(file)
+
+    @pytest.mark.parametrize(
+        ("measure", "example"),
+        [
+            ("groups.random.accuracy", "groups.by_group.random.accuracy"),
+            ("groups.by_group.random.acuracy", "groups.by_group.random.accuracy"),
+            ("teacher.groups.worst_group", "teacher.groups.by_group.random.accuracy"),
+            ("per_class.recall", "per_class.0.recall"),
+            ("accuracy_interval", "accuracy_interval.0"),
+            ("student.confusion_matrix", "student.confusion_matrix.0.1"),
+            ("test_accuracy.mean", "test_accuracy"),
+            ("last.val_accuracy.x", "last.val_accuracy"),
+            ("student.insertion", "student.gradient.layer2.insertion"),
+            ("audit.relevance.student.marker", "audit.relevance.student.border.mean"),
+            ("audit.replaced.student.corners.flips", "audit.replaced.student.border.blur.flips"),
+            ("audit.most_flips.student", "audit.most_flips"),
+        ],
+    )
+    def test_a_measure_that_can_be_no_number_is_refused(self, written, measure, example):
+        words = f"measures: expected a number such as {re.escape(example)}, got '{measure}'"
+        with pytest.raises(ValueError, match=words):
+            read_plan(written(measures=[measure]))
+
+    @pytest.mark.parametrize(
+        "measure",
+        [
+            "groups.by_group.site 1.5.accuracy",
+            "groups.by_group.random.accuracy_interval.1",
+            "student.groups.worst_group_accuracy",
+            "confusion_matrix.0.3",
+            "per_class.11.f1",
+            "teacher.gradient_activation.blocks.4.insertion",
+            "audit.replaced.teacher.most relevant outside.swap.accuracy",
+            "audit.object_removed.student.accuracy",
+            "student_and_teacher.p_value",
+        ],
+    )
+    def test_a_measure_may_be_a_number_anywhere(self, written, measure):
+        assert read_plan(written(measures=[measure])).measures == (measure,)
+
+    @pytest.mark.parametrize("values", [[0.1, 0.1], [0, False], [2, True, 1]])
+    def test_a_value_that_is_there_twice_is_refused(self, written, values):
+        with pytest.raises(ValueError, match=r"grid 'lr': values: expected each value once"):
+            read_plan(written(grid={"lr": {"key": RATE, "values": values}}))
 
     def test_seeds_are_typed_as_a_number_of_them_or_one_by_one(self):
         assert [parse_seeds(text) for text in ("3", "3,", "0 2", None)] == [3, [3], [0, 2], None]

@@ -110,6 +110,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match="names of the images, got Subset"):
             kmeans_subclasses(part, entry, 2)
 
+    def test_images_of_one_name(self, images, entry):
+        with pytest.raises(ValueError, match=r"different names.*one variant of marked"):
+            kmeans_subclasses(Marked(images, variants=["random", "none"]), entry, 2)
+
     @pytest.mark.parametrize("dry", [False, True])
     def test_more_clusters_than_images(self, dry, images, entry):
         words = r"11 images or more of each class, got 10 of"

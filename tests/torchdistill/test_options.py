@@ -243,6 +243,17 @@ class TestWeightSchedule:
         assert terms[1] - terms[0] == {"semantic"}
         assert terms[0] == {"ce", "kl", "relation"}
 
+    @pytest.mark.parametrize("after", [1, 4])
+    def test_a_term_that_never_sets_in_is_said_once(self, after, caplog):
+        key = weight_schedule(terms={"semantic": {"after": after}})
+        box = distillation_box(stage({"key": "DisWOTPlusLoss"}, pre_epoch_process=key))
+        assert box.num_epochs == 2
+        for epoch in range(2):
+            box.pre_epoch_process(epoch=epoch)
+        said = [record.getMessage() for record in caplog.records]
+        words = "weight_schedule: semantic sets in with epoch 4, and there are 2: it never"
+        assert [text.startswith(words) for text in said] == [True] * (after == 4)
+
     def test_an_epoch_without_any_term_is_named(self):
         key = weight_schedule(terms={"semantic": {"after": 1}})
         only = {"alpha": 0.0, "beta": 0.0, "gamma": 1.0, "delta": 0.0}
