@@ -55,7 +55,9 @@ def evaluate(
     entries = read_model_entries(run, summary, safe)
     for role, values in probabilities.items():
         outputs = name_outputs(summary["classes"], values.shape[1])
-        found[role] = classification_metrics(values, labels, outputs, resamples)
+        found[role] = classification_metrics(
+            values, labels, outputs, resamples, images=predictions.images
+        )
         channels, height, width = summary["image_shape"]
         size = (height, width)
         model = build_untrained(role, entries)
@@ -76,7 +78,7 @@ def evaluate(
         found[role]["effective_subclasses"] = sum(known) / len(known)
     if "teacher" in probabilities:
         found["student_and_teacher"] = compare_predictions(
-            probabilities["student"], probabilities["teacher"], labels
+            probabilities["student"], probabilities["teacher"], labels, predictions.images
         )
     names = [row["class"] for row in found["student"]["per_class"]]
     matrices = {role: found[role]["confusion_matrix"] for role in probabilities}

@@ -1,5 +1,7 @@
 """What a student and its teacher agree on, and which of them is right."""
 
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ def compare_predictions(
     student: Float[np.ndarray | Tensor, "n outputs"],
     teacher: Float[np.ndarray | Tensor, "n outputs"],
     labels: Int[np.ndarray | Tensor, " n"],
+    images: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     r"""Where a student and its teacher say the same, and which of them is right.
 
@@ -30,6 +33,7 @@ def compare_predictions(
         student: softmax outputs; each row sums to one.
         teacher: softmax outputs for the same images.
         labels: class indices.
+        images: what each row is of, if rows may be of one image, as those of its variants.
 
     Returns:
         A record that JSON can hold: ``n``; ``agreement`` (share of images with the same
@@ -54,7 +58,8 @@ def compare_predictions(
 
     Reference:
         McNemar, Psychometrika 1947, in its exact form (a binomial test on the images that only
-        one of them gets right).
+        one of them gets right). Deviation: of an image with several rows, the one that gets more of
+        them right.
     """
     where = "compare_predictions"
     ours, theirs = check_probabilities(where, student), check_probabilities(where, teacher)
@@ -64,10 +69,17 @@ def compare_predictions(
         expected = "probabilities of one shape (n, outputs) and labels (n,)"
         raise ValueError(message(where, expected, shapes, "Give both models the same images."))
     check_label_range(where, truth, ours.shape[1])
+    if images is not None and len(images) != len(truth):
+        fix = "Name the image of each row."
+        raise ValueError(message(where, f"{len(truth)} images, one per row", len(images), fix))
 
     same = ours.argmax(1) == theirs.argmax(1)
     right, taught = ours.argmax(1) == truth, theirs.argmax(1) == truth
     gained, lost = int((right & ~taught).sum()), int((taught & ~right).sum())
+    balance: Counter[Hashable] = Counter()
+    for image, step in zip(images or range(len(truth)), right.astype(int) - taught, strict=True):
+        balance[image] += int(step)
+    better, worse = (sum(sign * of > 0 for of in balance.values()) for sign in (1, -1))
     divergence = rel_entr(theirs.clip(_SMALLEST), ours.clip(_SMALLEST)).sum(1).mean()
     return {
         "n": len(truth),
@@ -80,5 +92,5 @@ def compare_predictions(
         "only_teacher_right": lost,
         "both_wrong": int((~right & ~taught).sum()),
         "accuracy_difference": (gained - lost) / len(truth),
-        "p_value": float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0,
+        "p_value": float(binomtest(better, better + worse).pvalue) if better + worse else 1.0,
     }

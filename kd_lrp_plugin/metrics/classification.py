@@ -6,12 +6,12 @@ maps are in :mod:`kd_lrp_plugin.attribution.localisation`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
@@ -36,6 +36,7 @@ def classification_metrics(
     resamples: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    images: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     """Figures of a classifier on one data set, of two classes or more.
 
@@ -52,6 +53,8 @@ def classification_metrics(
         resamples: of the images, for the interval.
         seed: of the resampling.
         confidence: share of the resampled accuracies inside the interval.
+        images: what each row is of, if rows may be of one image, as those of its variants; they are
+            drawn together, since they do not tell as much as other images would.
 
     Returns:
         A record that JSON can hold: ``n``, ``accuracy``, ``accuracy_interval`` ([low, high],
@@ -91,10 +94,15 @@ def classification_metrics(
         got = f"{resamples} and {confidence}"
         raise ValueError(message(where, "resamples >= 1 and confidence in (0, 1)", got, ""))
 
+    if images is not None and len(images) != n:
+        fix = "Name the image of each row."
+        raise ValueError(message(where, f"{n} images, one per row", len(images), fix))
+
     names = [*map(str, classes), *map(str, range(len(classes), outputs))]
     numbers = np.arange(outputs)
     predicted = values.argmax(1)
-    accuracy = float((predicted == truth).mean())
+    right = predicted == truth
+    accuracy = float(right.mean())
     precision, recall, f1, support = precision_recall_fscore_support(
         truth, predicted, labels=numbers, zero_division=np.nan
     )
@@ -104,7 +112,7 @@ def classification_metrics(
     return {
         "n": n,
         "accuracy": accuracy,
-        "accuracy_interval": _interval(accuracy, n, resamples, seed, confidence),
+        "accuracy_interval": _interval(right, images, resamples, seed, confidence),
         "balanced_accuracy": defined_mean(recall),
         "macro_precision": defined_mean(precision),
         "macro_f1": defined_mean(f1),
@@ -169,12 +177,25 @@ def _areas(values: Float[np.ndarray, "n outputs"], truth: Int[np.ndarray, " n"])
     ]
 
 
-def _interval(accuracy: float, n: int, resamples: int, seed: int, confidence: float) -> list[float]:
-    # Each image drawn again is right with probability `accuracy`: the number of right ones in a
-    # resample is binomial, so no image needs to be drawn.
-    right = np.random.default_rng(seed).binomial(n, accuracy, resamples)
-    tail = (1 - confidence) / 2
-    return np.quantile(right / n, [tail, 1 - tail]).tolist()
+def _interval(
+    right: Bool[np.ndarray, " n"],
+    images: Sequence[Hashable] | None,
+    resamples: int,
+    seed: int,
+    confidence: float,
+) -> list[float]:
+    draw, tail = np.random.default_rng(seed), (1 - confidence) / 2
+    numbers = {image: number for number, image in enumerate(dict.fromkeys(images or ()))}
+    if images is None or len(numbers) == len(right):
+        # Each image drawn again is right with probability `accuracy`: the number of right ones in a
+        # resample is binomial, so no image needs to be drawn.
+        found = draw.binomial(len(right), right.mean(), resamples) / len(right)
+    else:
+        owners = np.array([numbers[image] for image in images])
+        rows, hits = np.bincount(owners), np.bincount(owners, right)
+        drawn = (draw.integers(len(rows), size=len(rows)) for _ in range(resamples))
+        found = np.array([hits[some].sum() / rows[some].sum() for some in drawn])
+    return np.quantile(found, [tail, 1 - tail]).tolist()
 
 
 def _calibration_error(

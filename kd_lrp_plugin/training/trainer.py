@@ -405,10 +405,18 @@ def _only_of(part: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names(dataset: Any, loader: DataLoader) -> list[str] | None:
-    """The files of a data set in the order of its loader; None where they are not known."""
-    samples = getattr(dataset, "samples", None)
-    if not samples or not isinstance(loader.sampler, SequentialSampler):
+    """What a data set calls its images, in the order of its loader; None where that is not known.
+
+    Files have the path below the folder that they share; an image with several variants is called
+    the same in each.
+    """
+    if not isinstance(loader.sampler, SequentialSampler):
         return None
+    samples = getattr(dataset, "samples", None)
+    if not samples:
+        names = getattr(dataset, "names", None)
+        each = len(dataset) // len(getattr(dataset, "variants", [""]))  # one after the other
+        return list(map(str, names or (index % each for index in range(len(dataset)))))
     files = [str(file) for file, _ in samples]
     common = os.path.commonpath(files) if len(files) > 1 else os.path.dirname(files[0])
     return [os.path.relpath(file, common) for file in files]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import evaluate, predict
+from kd_lrp_plugin.metrics.classification import classification_metrics
 from kd_lrp_plugin.runs import loading, predictions
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.training import trainer
@@ -48,6 +50,21 @@ class TestWeights:
             RunSpec(BASELINE, [*SMALL, *head], tmp_path / "run", device="cpu")
         )
         assert summary["timm"] is None
+
+
+def test_variants_of_an_image_count_as_one_image(tmp_path):
+    marked = BASELINE.parents[2] / "phantom_marked/kd/test_resnet_from_resnet10t.yaml"
+    trainer.distill(RunSpec(marked, [*SMALL, *NO_TEACHER], tmp_path / "run", device="cpu"))
+    read = predictions.read_predictions(RunFolder(tmp_path / "run"))
+    variants = list(dict.fromkeys(read.groups))
+    assert len(variants) > 1
+    images = [f"test 0 {index}" for index in range(8)]
+    assert list(zip(read.groups, read.images, strict=True)) == [*product(variants, images)]
+    found = evaluate.evaluate(tmp_path / "run")["student"]
+    values, names = read.probabilities["student"], read.outputs
+    expected = classification_metrics(values, read.labels, names, images=read.images)
+    assert found["accuracy_interval"] == expected["accuracy_interval"]
+    assert found["n"] == 8 * len(variants)
 
 
 def test_a_choice_in_a_summary_runs_no_code(run, tmp_path):

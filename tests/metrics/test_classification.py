@@ -185,6 +185,33 @@ class TestTheIntervalOfTheAccuracy:
         other = classification_metrics(*data, resamples=50, seed=1)
         assert other["accuracy_interval"] != one["accuracy_interval"]
 
+    def test_several_rows_of_an_image_count_as_one(self):
+        values, labels = predictions(60, 3)
+        often = np.tile(values, (3, 1)), np.tile(labels, 3)
+        once = classification_metrics(values, labels, NAMES[:3], resamples=20000)
+        names = [*map(str, range(60))] * 3
+        got = classification_metrics(*often, NAMES[:3], resamples=20000, images=names)
+        assert (got["n"], got["accuracy"]) == (180, once["accuracy"])
+        expected = once["accuracy_interval"]
+        np.testing.assert_allclose(got["accuracy_interval"], expected, atol=1.01 / 60)
+        low, high = classification_metrics(*often, NAMES[:3])["accuracy_interval"]
+        assert high - low < 0.7 * (expected[1] - expected[0])  # as if each were another image
+
+    def test_rows_of_one_image_are_drawn_together(self):
+        """Against resampling by loops, with images of one row, two and three."""
+        values, labels = predictions(90, 3)
+        owners = [0] * 3 + [1] * 2 + [*range(2, 87)]
+        got = classification_metrics(values, labels, NAMES[:3], resamples=4000, images=owners)
+        rows = [np.flatnonzero(np.array(owners) == image) for image in range(87)]
+        right, draw, found = values.argmax(1) == labels, np.random.default_rng(1), []
+        for _ in range(4000):
+            drawn = np.concatenate([rows[image] for image in draw.integers(87, size=87)])
+            found.append(right[drawn].mean())
+        expected = np.quantile(found, [0.025, 0.975])
+        np.testing.assert_allclose(got["accuracy_interval"], expected, atol=0.02)
+        with pytest.raises(ValueError, match="expected 90 images, one per row, got 89"):
+            classification_metrics(values, labels, NAMES[:3], images=owners[1:])
+
     def test_widens_with_the_confidence(self):
         data = (*predictions(500, 3), NAMES[:3])
         intervals = [
@@ -302,6 +329,18 @@ class TestComparePredictions:
         got = compare_predictions(sure, other, np.array([0]))
         assert got["kl_divergence"] == pytest.approx(-math.log(2.0**-52), rel=1e-6)
         json.dumps(got, allow_nan=False)
+
+    def test_several_rows_of_an_image_are_one_vote(self):
+        student, teacher = np.array([[0.9, 0.1]] * 6 + [[0.2, 0.8]]), np.full((7, 2), [0.4, 0.6])
+        labels = np.zeros(7, int)
+        labels[6] = 1
+        once = compare_predictions(student, teacher, labels)
+        assert once["p_value"] == pytest.approx(2 * 0.5**6)  # six of six
+        got = compare_predictions(student, teacher, labels, ["a", "a", "a", "b", "b", "b", "c"])
+        assert got["p_value"] == pytest.approx(2 * 0.5**2)  # a and b, of two
+        assert {**got, "p_value": 0} == {**once, "p_value": 0}
+        with pytest.raises(ValueError, match="expected 7 images, one per row, got 1"):
+            compare_predictions(student, teacher, labels, ["a"])
 
     def test_refuses_models_of_different_images_and_labels_out_of_range(self):
         labels = np.array([0, 1])

@@ -269,7 +269,7 @@ def _write_timm(student: Student, folder: Path, leaks: str) -> dict[str, Any]:
     labels = predictions.labels
     probabilities = softmax(student.logits)
     names = name_outputs(summary["classes"], probabilities.shape[1])
-    metrics = classification_metrics(probabilities, labels, names)
+    metrics = classification_metrics(probabilities, labels, names, images=predictions.images)
     if predictions.groups:
         metrics["groups"] = group_metrics(probabilities, labels, predictions.groups)
     config = resolve_config(student.run / "config.yaml").values
