@@ -98,7 +98,7 @@ class TestDistill:
         assert about["processes"] == 2
         # Nine validation and eight test images, each counted once.
         lines = (full / "predictions.csv").read_text().splitlines()
-        assert [line.split(",")[0] for line in lines[1:]] == [str(index) for index in range(8)]
+        assert [line.split(",")[0] for line in lines[1:]] == [f"test 0 {i}" for i in range(8)]
         # What was validated is what is kept, batch statistics included.
         lines = [json.loads(line) for line in (full / "metrics.jsonl").open()]
         best = torch.load(full / "best.pt", weights_only=True)["epoch"]
