@@ -103,6 +103,7 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
 # tests/project/test_create.py do the same without.
 SLOW = {
     "afternoon.py",
+    "benchmarks/benchmark_driver.py",
     "benchmarks/benchmark_leaks.py",
     "benchmarks/benchmark_step.py",
     "benchmarks/kill_and_resume.py",

@@ -83,7 +83,6 @@ class TestChain:
         with pytest.raises(ValueError, match=r"prepare 'second': set: in braces: .*got 'first'"):
             read_plan(write(tmp_path, prepare=prepare))
 
-    @pytest.mark.slow
     def test_with_one_link_for_all_seeds_behind_one_for_each_is_refused(self, tmp_path):
         prepare = dict(CHAIN["prepare"])
         prepare["teacher"] = {**prepare["teacher"], "seed": "each"}
@@ -93,6 +92,7 @@ class TestChain:
         with pytest.raises(ValueError, match=words):
             read_plan(write(tmp_path, prepare=prepare))
 
+    @pytest.mark.slow
     def test_of_three_passes_the_check_and_is_trained_each_by_the_one_before(
         self, tmp_path, monkeypatch
     ):

@@ -183,7 +183,15 @@ def test_a_phantom_config_trains(config, teacher):
                 assert f"{part}_{term}" in metrics
 
 
-@pytest.mark.parametrize("config", MRI, ids=lambda p: "-".join(p.parts[-2:]))
+@pytest.mark.parametrize(
+    "config",
+    [
+        # By k-means of all images; test_found_subclasses has it on few.
+        pytest.param(path, marks=pytest.mark.slow) if path.stem.endswith("-kmeans") else path
+        for path in MRI
+    ],
+    ids=lambda p: "-".join(p.parts[-2:]),
+)
 def test_a_brain_mri_config_takes_a_step(config, data_folder, workplace):
     assert (data_folder / "brain_mri").is_dir()
     small = ["image_size=64", "num_workers=0", "batch_size=4"]
