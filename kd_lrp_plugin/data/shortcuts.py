@@ -73,6 +73,7 @@ class Marked(Dataset):
 
     Attributes:
         classes, targets, samples, names, bits, loader: those of ``images``.
+        numbers: indices of the items' images, by which variants of one image are known.
         subclasses, subclass_targets, subclass_of: those of ``images``; only where it has any.
         groups: of each item the variant, or, of a single variant ``as_trained``, whether the
             marker "agrees" or "conflicts" with the class ("none" without one).
@@ -189,6 +190,11 @@ class Marked(Dataset):
     def names(self) -> list[str]:
         """Names of the images, where the data set has names; one for all its variants."""
         return list(self.images.names) * len(self.variants)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The index of each item's image in ``images``; one for all its variants."""
+        return list(range(len(self.images))) * len(self.variants)
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -414,9 +414,8 @@ def _names(dataset: Any, loader: DataLoader) -> list[str] | None:
         return None
     samples = getattr(dataset, "samples", None)
     if not samples:
-        names = getattr(dataset, "names", None)
-        each = len(dataset) // len(getattr(dataset, "variants", [""]))  # one after the other
-        return list(map(str, names or (index % each for index in range(len(dataset)))))
+        named = getattr(dataset, "names", None) or getattr(dataset, "numbers", None)
+        return None if named is None else list(map(str, named))
     files = [str(file) for file, _ in samples]
     common = os.path.commonpath(files) if len(files) > 1 else os.path.dirname(files[0])
     return [os.path.relpath(file, common) for file in files]

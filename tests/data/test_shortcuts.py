@@ -275,3 +275,18 @@ def test_the_marker_is_followed_through_the_transform_and_prediction_repeats_it(
             assert torch.equal(marked.transform(data.image(index)), transform(plain[index][0]))
         assert preprocessing(marked) is None
     assert not Marked(data, transform=transforms.CenterCrop(40)).marker(0).any()
+
+
+def test_variants_of_an_image_have_its_number_where_images_have_no_names():
+    class Nameless:
+        classes, targets = ["a", "b"], [0, 1, 0]
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.full((3, 32, 32), 0.5), self.targets[index]
+
+    marked = Marked(Nameless(), variants=["random", "none"])
+    assert marked.numbers == [0, 1, 2, 0, 1, 2]
+    assert not hasattr(marked, "names")
