@@ -70,9 +70,7 @@ def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]
     for record in content["table"]:
         if record["measure"] != measure:
             continue
-        row: dict[str, Any] = {"configuration": record["configuration"]}
-        values = {axis: record["point"].get(axis) for axis in content["axes"]}
-        row |= {axis: value if value is None else str(value) for axis, value in values.items()}
+        row = _names(content, record)
         std = _figure(record["std"])
         row["n"] = record["n"]
         row["mean ± std"] = _figure(record["mean"]) + (f" ± {std}" if std else "") or None
@@ -85,6 +83,38 @@ def study_rows(content: Mapping[str, Any], measure: str) -> list[dict[str, Any]]
             row["p (Holm)"] = _probability(found.get("p_holm"))
         rows.append(row)
     return rows
+
+
+def fixed_measures(content: Mapping[str, Any]) -> list[str]:
+    """The measures of a study that no seed changes, such as a count of parameters.
+
+    Args:
+        content: of ``study.json``.
+    """
+    cells: dict[tuple, list[Mapping[str, Any]]] = {}
+    for run in content["runs"]:
+        cells.setdefault((run["configuration"], *run["point"].items()), []).append(run["measures"])
+
+    def is_fixed(measure: str) -> bool:
+        found = [
+            [of[measure] for of in some if of.get(measure) is not None] for some in cells.values()
+        ]
+        return any(len(v) > 1 for v in found) and all(len(set(v)) <= 1 for v in found)
+
+    return [measure for measure in content["measures"] if is_fixed(measure)]
+
+
+def fixed_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The measures that no seed changes side by side, a row for each cell of the study."""
+    fixed = fixed_measures(content)
+    rows: dict[tuple, dict[str, Any]] = {}
+    for record in content["table"]:
+        if record["measure"] in fixed:
+            names = _names(content, record)
+            row = rows.setdefault(tuple(names.values()), names | dict.fromkeys(fixed))
+            value = record["mean"]
+            row[record["measure"]] = value and (int(value) if value == int(value) else value)
+    return list(rows.values())
 
 
 def prepared_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -190,6 +220,13 @@ def describe_primary(content: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, primary["seeds"]))
     state = "All are in." if primary["complete"] else "Not all are in: nothing is to be judged yet."
     return f"Registered in the study's file: {primary['measure']}{where}; seeds {seeds}. {state}"
+
+
+def _names(content: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that say which cell of a study a row is of."""
+    values = {axis: record["point"].get(axis) for axis in content["axes"]}
+    texts = {axis: value if value is None else str(value) for axis, value in values.items()}
+    return {"configuration": record["configuration"], **texts}
 
 
 def _figure(value: float | None, sign: str = "") -> str:

@@ -14,6 +14,8 @@ from kd_lrp_plugin.plots.tables import (
     describe_export,
     describe_primary,
     export_rows,
+    fixed_measures,
+    fixed_rows,
     group_rows,
     primary_rows,
     study_rows,
@@ -276,12 +278,14 @@ def read_study(path: Path, name: str) -> dict[str, Any]:
     """The content of ``study.json``, and its tables by measure."""
     content = read_json(path / "study.json")
     with _naming(path / "study.json"):
-        tables = {measure: study_rows(content, measure) for measure in content["measures"]}
+        fixed = fixed_measures(content)
+        tables = {m: study_rows(content, m) for m in content["measures"] if m not in fixed}
         return {
             **content,
             "name": name,
             "folder": shorten_path(path),
             "tables": {m: [row for row in rows if row["n"]] for m, rows in tables.items()},
+            "fixed_rows": fixed_rows(content),
             "registered": describe_primary(content) if content.get("primary") else None,
             "primary_rows": primary_rows(content) if content.get("primary") else [],
             "most": max((record["n"] for record in content["table"]), default=0),

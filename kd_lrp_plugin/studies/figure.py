@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kd_lrp_plugin.metrics.statistics import describe
+from kd_lrp_plugin.plots.tables import fixed_measures
 from kd_lrp_plugin.plots.text import PLAIN, one_line, plain_legend, plain_text
 from kd_lrp_plugin.studies.comparison import Row, get_values, group_cells
 from kd_lrp_plugin.utils.extras import imports_of_an_extra
@@ -29,10 +30,14 @@ def study_figure(content: Mapping[str, Any]) -> Figure:
         content: of ``study.json``.
 
     Returns:
-        A figure of its own, outside of pyplot; of the first four measures that runs have.
+        A figure of its own, outside of pyplot; of the first four measures that runs have, and
+        of those that no seed changes only where there is no other.
     """
     known = {r["measure"] for r in content["table"] if r["n"]}
-    measures = [m for m in content["measures"] if m in known][:_SHOWN] or content["measures"][:1]
+    fixed = fixed_measures(content)
+    measures = [m for m in content["measures"] if m in known]
+    measures = [m for m in measures if m not in fixed] or measures
+    measures = measures[:_SHOWN] or content["measures"][:1]
     cells = group_cells(content["runs"])
     first = next(iter(content["axes"]), None)
     others = {(name, *(p for p in point if p[0] != first)) for name, point in cells}

@@ -6,6 +6,8 @@ from typing import Any
 from kd_lrp_plugin.metrics.statistics import detectable
 from kd_lrp_plugin.plots.tables import (
     describe_primary,
+    fixed_measures,
+    fixed_rows,
     prepared_rows,
     primary_rows,
     study_rows,
@@ -23,7 +25,10 @@ def study_markdown(content: Mapping[str, Any]) -> str:
         parts.append(
             f"## Primary comparison\n\n{words}\n\n{table(primary_rows(content), digits=4)}"
         )
+    fixed = fixed_measures(content)
     for measure in content["measures"]:
+        if measure in fixed:
+            continue
         rows = study_rows(content, measure)
         if any(row["n"] for row in rows):
             parts.append(f"## {one_line(measure)}\n\n{table(rows, digits=4)}")
@@ -33,6 +38,8 @@ def study_markdown(content: Mapping[str, Any]) -> str:
             parts.append(f"## {one_line(measure)}\n\nNothing to show: {reason}")
         if best := _best(content, measure):
             parts.append(best)
+    if fixed:
+        parts.append(f"## The same at every seed\n\n{table(fixed_rows(content), digits=4)}")
     if rows := prepared_rows(content):
         parts.append(f"## Prepared\n\n{table(rows)}")
     parts.append("\n".join(_reading(content)))

@@ -91,7 +91,7 @@ def study(runs, tmp_path_factory) -> Path:
             "seed": seed,
             "state": "finished",
             "folder": str(runs[0]) if (name, seed) == ("KD", 0) else "gone",
-            "measures": {"test_accuracy": base + seed / 100},
+            "measures": {"test_accuracy": base + seed / 100, "parameters": 1_234_567},
         }
         for name, base in (("CE", 0.7), (f"KD {INJECTION}", 0.75), ("KD", 0.8))
         for seed in range(3)
@@ -105,10 +105,11 @@ def study(runs, tmp_path_factory) -> Path:
             "only": [],
             "axes": {},
             "compare_to": "CE",
-            "measures": ["test_accuracy"],
+            "measures": ["test_accuracy", "parameters"],
         },
-        **{"prepared": [], "runs": rows, "table": summarise(rows, ["test_accuracy"])},
-        "comparisons": compare(rows, ["test_accuracy"], "CE"),
+        **{"prepared": [], "runs": rows},
+        "table": summarise(rows, ["test_accuracy", "parameters"]),
+        "comparisons": compare(rows, ["test_accuracy", "parameters"], "CE"),
     }
     (folder / "study.json").write_text(json.dumps(content))
     Image.new("RGB", (300, 200), "white").save(folder / "study.png")
@@ -325,6 +326,9 @@ assert "hostile_module" not in sys.modules
         comparison = json.loads((study / "study.json").read_text())["comparisons"][0]
         assert f"{comparison['p']:.4f}" in found.text
         assert f"{comparison['low']:+.4f} to {comparison['high']:+.4f}" in found.text
+        assert "The same at every seed" in found.text
+        assert "1,234,567" in found.text
+        assert "parameters, n seeds each" not in found.text
 
     def test_maps_are_shown_with_their_figures(self, kd, tmp_path):
         Image.new("RGB", (900, 600), "navy").save(kd / "explanations.png")

@@ -451,6 +451,28 @@ class TestComparing:
         rows = [{**row, "measures": {"accuracy": None}} for row in self.ROWS]
         assert "Nothing to show: no finished run has it" in study_markdown(self.content(rows))
 
+    def test_what_no_seed_changes_is_one_table_without_tests_and_is_not_drawn(self):
+        size = {"CE": 9.5, "KD": 410_208.0}
+        rows = [
+            {**row, "measures": row["measures"] | {"parameters": size[row["configuration"]]}}
+            for row in self.ROWS
+        ]
+        names = ["parameters", "accuracy"]
+        changes = {"table": summarise(rows, names), "comparisons": compare(rows, names, "CE")}
+        content = self.content(rows, measures=names, **changes)
+        text = study_markdown(content)
+        assert "## parameters" not in text
+        found = text.partition("## The same at every seed")[2].partition("##")[0]
+        cells = [[cell.strip() for cell in line.split("|")] for line in found.splitlines()]
+        assert ["", "KD", "4", "410,208", ""] in cells
+        assert ["", "CE", "-", "9.5000", ""] in cells
+        assert [ax.get_title() for ax in study_figure(content).get_axes()] == ["accuracy"]
+
+        rows[-1]["measures"]["parameters"] += 1
+        content |= {"runs": rows, "table": summarise(rows, names)}
+        assert "## parameters" in study_markdown(content)
+        assert "The same at every seed" not in study_markdown(content)
+
     def test_the_best_place_of_a_grid_is_chosen_by_validation_alone(self):
         rows = [{**r, "measures": {"val_accuracy": r["measures"]["accuracy"]}} for r in self.ROWS]
         names = ["val_accuracy"]
