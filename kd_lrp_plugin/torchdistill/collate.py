@@ -9,6 +9,8 @@ from torchdistill.datasets.registry import register_collate_func
 
 from kd_lrp_plugin.utils.validation import check_known, message, strict
 
+MIXUP = "kd_lrp_mixup("  # what the keys of its collate functions begin with
+
 
 @strict("mixup")
 def mixup(
@@ -57,7 +59,7 @@ def mixup(
         raise ValueError(message("mixup", "an alpha above 0, none below", got, "Use 0.2."))
     settings = (mixup_alpha, cutmix_alpha, None, prob, switch_prob, mode, True, label_smoothing)
     mix = Mixup(*settings, num_classes)
-    key = f"kd_lrp_mixup({num_classes}, {settings})"
+    key = f"{MIXUP}{num_classes}, {settings})"
     register_collate_func(partial(_mixed, mix), key=key)  # unlike a closure, it can be pickled
     return key
 

@@ -99,7 +99,8 @@ class RecordedLoss(nn.Module):
 
     Raises:
         ValueError: for an unknown target, ``every`` below 1, or ``target``, ``signed`` or
-            ``dataset`` where it says nothing; for the target "class" without subclasses.
+            ``dataset`` where it says nothing; for the target "class" without subclasses; from a
+            batch, for maps of models that differ in their number of outputs.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class RecordedLoss(nn.Module):
         if self.comparison.kind == "features":
             own, theirs = student.activations, self.read_teacher(teacher_logits, teacher, targets)
         else:
+            check_same_outputs(self.key, student_logits, teacher_logits)
             if self.target == "label":
                 check_targets(self.key, _label_by_teacher(targets, teacher_logits), student_logits)
             classes = self._choose_explained(targets, teacher_logits)
@@ -243,6 +245,14 @@ def _label_by_teacher(targets: Tensor, logits: Tensor) -> Tensor:
     """Class indices, of images without a label the teacher's top-1 prediction."""
     known = find_labelled(targets)
     return targets if known is None else torch.where(known, targets, logits.argmax(1))
+
+
+def check_same_outputs(where: str, student: Tensor, teacher: Tensor) -> None:
+    """A class of the student's has to be the teacher's of the same index."""
+    if student.shape[1:] != teacher.shape[1:]:
+        expected = f"a teacher with the student's {student.shape[-1]} outputs"
+        fix = "Set num_classes of its model, and train it on these classes."
+        raise ValueError(message(where, expected, teacher.shape[-1], fix))
 
 
 def check_every(key: str, every: int) -> None:

@@ -91,7 +91,7 @@ def weight_schedule(terms: Mapping[str, Mapping[str, float]]) -> str:
             raise ValueError(message("weight_schedule", "an epoch", None, fix))
         in_use = getattr(box.criterion, "term_dict", {})
         is_first = box.criterion not in _FULL_WEIGHTS
-        full = _FULL_WEIGHTS.setdefault(box.criterion, {n: w for n, (_, w) in in_use.items()})
+        full = full_weights(box.criterion)
         for name in terms:
             check_known("weight_schedule: term of the criterion", name, in_use)
             if is_first and (after := terms[name].get("after", 0)) >= box.num_epochs:
@@ -103,6 +103,14 @@ def weight_schedule(terms: Mapping[str, Mapping[str, float]]) -> str:
     key = f"kd_lrp_weight_schedule({ {name: dict(when) for name, when in terms.items()} })"
     register_pre_epoch_proc_func(set_weights, key=key)
     return key
+
+
+def full_weights(criterion: nn.Module) -> dict[str, float]:
+    """The weights that the terms of a criterion had when this was first asked of it."""
+    terms = getattr(criterion, "term_dict", {})
+    return _FULL_WEIGHTS.setdefault(
+        criterion, {name: weight for name, (_, weight) in terms.items()}
+    )
 
 
 def scheduled_weights(

@@ -9,7 +9,12 @@ from torchdistill.losses.registry import register_mid_level_loss
 from kd_lrp_plugin import losses
 from kd_lrp_plugin.relevance.masks import resize_masks, share_outside
 from kd_lrp_plugin.torchdistill.forward_proc import companion, get_logits, recorded
-from kd_lrp_plugin.torchdistill.mid_level import TARGETS, check_every, contrast
+from kd_lrp_plugin.torchdistill.mid_level import (
+    TARGETS,
+    check_every,
+    check_same_outputs,
+    contrast,
+)
 from kd_lrp_plugin.utils.validation import check_known, check_targets, strict
 
 KEY = "RightReasonsLoss"
@@ -92,7 +97,9 @@ class RightReasonsLoss(nn.Module):
 
     def _choose_explained(self, targets: Tensor, logits: Tensor, teacher: Mapping) -> Tensor:
         if self.target == "teacher":
-            return get_logits(KEY, "teacher", teacher).argmax(1)
+            of_teacher = get_logits(KEY, "teacher", teacher)
+            check_same_outputs(KEY, logits, of_teacher)
+            return of_teacher.argmax(1)
         if self.target == "contrast":
             return contrast(KEY, targets, logits)
         check_targets(KEY, targets, logits)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 from torchdistill.core.distillation import get_distillation_box
 from torchdistill.core.interfaces.registry import register_post_forward_proc_func
 from torchdistill.core.training import get_training_box
@@ -31,9 +32,10 @@ def scaled_step(box: Any, loss: Tensor, metrics: Any = None, **_: Any) -> None:
     box.grad_scaler.step(box.optimizer)
     box.grad_scaler.update()
     box.optimizer.zero_grad()
-    every = box.scheduling_step or 0
-    if box.lr_scheduler is not None and every > 0 and box.stage_grad_count % every == 0:
-        box.lr_scheduler.step()
+    every, scheduler = box.scheduling_step or 0, box.lr_scheduler
+    if scheduler is not None and every > 0 and box.stage_grad_count % every == 0:
+        restarts = isinstance(scheduler, CosineAnnealingWarmRestarts)  # counts batches, not steps
+        scheduler.step(*[box.stage_grad_count // every] * restarts)
 
 
 class Datasets(dict[str, Any]):

@@ -21,6 +21,7 @@ from kd_lrp_plugin.data.transforms import preprocessing
 from kd_lrp_plugin.data.validation import check_same_classes
 from kd_lrp_plugin.models.factory import get_pretrained_hash
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
+from kd_lrp_plugin.torchdistill.group_dro import GroupDROLoss
 from kd_lrp_plugin.training.box import Datasets, build_box, check_head
 from kd_lrp_plugin.training.cache.teacher import cache_teacher
 from kd_lrp_plugin.training.loading import Loading
@@ -71,14 +72,20 @@ class Experiment:
             "val": self._datasets[stage["val_data_loader"]["dataset_id"]],
             "test": self._datasets[self._test_loader["dataset_id"]],
         }
-        if all(hasattr(part, "classes") for part in parts.values()):
-            check_same_classes(**parts)
-        for name in ("val", "test"):
-            if UNLABELLED in getattr(parts[name], "targets", []):
+        self.test_set = parts["test"]
+        for key_path, stage in list(get_stages(self.train).items())[1:]:
+            for name in ("train", "val"):
+                if loader := stage.get(f"{name}_data_loader"):
+                    where = f"{key_path.removeprefix('train.')} {name}"
+                    parts[where] = self._datasets[loader["dataset_id"]]
+        named = {name: part for name, part in parts.items() if hasattr(part, "classes")}
+        if all(name in named for name in ("train", "val", "test")):
+            check_same_classes(**named)
+        for name, part in parts.items():
+            if not name.endswith("train") and UNLABELLED in getattr(part, "targets", []):
                 fix = "Take with_unlabelled for the training alone."
                 got = "some without a label"
                 raise ValueError(message(f"datasets: {name}", "labelled images", got, fix))
-        self.test_set = parts["test"]
         self.classes = list(getattr(parts["val"], "classes", []))
         if len(set(self.classes)) < len(self.classes):
             fix = "Rename one of them."
@@ -100,6 +107,7 @@ class Experiment:
             # Depthwise convolutions take less time so, on CPUs too.
             models[role] = built.module.to(context.device).to(memory_format=torch.channels_last)
             check_head(role, models[role], parts["val"], self.classes)
+        self._taught_by = _sum_tensors(models["teacher_model"]) if "teacher_model" in models else {}
         self.box = build_box(models, self._datasets, self.train, context)
         self._enter_stage()
 
@@ -160,6 +168,7 @@ class Experiment:
 
     def training_loss(self, images: Tensor, targets: Tensor, supplement: Any) -> Tensor:
         """:meth:`loss`; the processes wait for each other in the last batch of a step only."""
+        self.box.pre_forward_process(sample_batch=images, targets=targets, supp_dict=supplement)
         model = getattr(self.box, self.student_name)
         last = (self.box.stage_grad_count + 1) % self.box.grad_accum_step == 0
         if last or not isinstance(model, DistributedDataParallel):
@@ -169,7 +178,7 @@ class Experiment:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode of all models, without gradients; no process waits for another inside.
+        """Evaluation mode of models and losses, without gradients; no process waits inside.
 
         Also of the teacher, which a run that resumes in its test has given no epoch to begin with.
         """
@@ -182,10 +191,16 @@ class Experiment:
         for model in (self.student, self.original, self.teacher, self.original_teacher):
             if model is not None:
                 model.eval()
+        parts = [part for loss in self.losses().values() for part in loss.modules()]
+        modes = [(part, part.training) for part in parts]  # no epoch begins by setting them
+        for part in parts:
+            part.training = False
         try:
             with torch.no_grad():
                 yield
         finally:
+            for part, mode in modes:
+                part.training = mode
             setattr(self.box, self.student_name, shared)
 
     def begin_epoch(self) -> None:
@@ -210,8 +225,13 @@ class Experiment:
 
     @property
     def loss_is_measure(self) -> bool:
-        """Whether the losses of different epochs are one measure: of one criterion, unchanged."""
-        return "stage1" not in self.train and self._balance is None
+        """Whether the losses of different epochs are one measure: of one criterion, unchanged.
+
+        Neither the weights of its terms change, nor those of groups within one.
+        """
+        changing = "stage1" in self.train or "pre_epoch_process" in self.train
+        by_group = any(isinstance(loss, GroupDROLoss) for loss in self.losses().values())
+        return not changing and not by_group and self._balance is None
 
     @property
     def _balance(self) -> GradientBalance | None:
@@ -228,14 +248,33 @@ class Experiment:
         terms = getattr(self.box.criterion, "term_dict", {})
         return {"": self.box.criterion} | {name: term for name, (term, _) in terms.items()}
 
-    def models(self) -> dict[str, nn.Module]:
-        """Every model that training changes; a stage may train another than it returns."""
-        models = {"original": self.original}
-        if self.student is not self.original:
-            models["student"] = self.student
-        if self.teacher is not None and self.box.teacher_updatable:
-            models["teacher"] = self.teacher
+    def list_models(self) -> dict[str, nn.Module]:
+        """Every model by name, each once; a stage may train another than it returns."""
+        named = {
+            "original": self.original,
+            "student": self.student,
+            "teacher": self.teacher,
+            "original_teacher": self.original_teacher,
+        }
+        models: dict[str, nn.Module] = {}
+        for name, model in named.items():
+            if model is not None and not any(model is other for other in models.values()):
+                models[name] = model
         return models
+
+    def list_changing(self) -> dict[str, nn.Module]:
+        """Those that are not what the config says: all but a teacher that nothing has changed.
+
+        A frozen one, too, may have been trained in an earlier stage, follow its student, or have
+        a part that this stage has added.
+        """
+        return {
+            name: model
+            for name, model in self.list_models().items()
+            if name in ("original", "student")
+            or self.box.teacher_updatable
+            or not _sum_tensors(model).items() <= self._taught_by.items()
+        }
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -260,7 +299,7 @@ class Experiment:
         """Schedulers step; the next stage begins where this one ends, or is stopped."""
         box, before = self.box, self.stage
         if self.pending:  # a step reaches into the next epoch
-            for model in self.models().values():
+            for model in self.list_changing().values():
                 for parameter in model.parameters():
                     if parameter.grad is not None:
                         # Each process has its own, while a checkpoint holds but one: the mean is
@@ -275,7 +314,7 @@ class Experiment:
         if not hasattr(box, "stage_number"):
             box.current_epoch += 1
         if self.stage != before:
-            for model in self.models().values():
+            for model in self.list_changing().values():
                 model.zero_grad()  # a step that the stage before has not completed
             self._enter_stage()
 
@@ -330,3 +369,9 @@ class Experiment:
                 dataset, range(self.context.rank, len(dataset), self.context.world_size)
             )
         return build_data_loader(dataset, config, False)
+
+
+def _sum_tensors(model: nn.Module) -> dict[int, float]:
+    """The sum of each parameter and buffer, by which a change of them is found."""
+    tensors = (*model.parameters(), *model.buffers())
+    return {id(tensor): float(tensor.detach().double().sum()) for tensor in tensors}

@@ -98,13 +98,20 @@ class Meter:
             handle.remove()
         self._outputs.clear()
 
-    def update(self, loss: Tensor, targets: Tensor, logits: Tensor | None = None) -> None:
+    def update(
+        self,
+        loss: Tensor,
+        targets: Tensor,
+        logits: Tensor | None = None,
+        of_teacher: Tensor | None = None,
+    ) -> None:
         """Count a batch that the criterion has just seen.
 
         Args:
             loss: what the criterion returned.
             targets: class indices (n,), or soft labels (n, classes).
             logits: of the student, where they are not what the criterion was given.
+            of_teacher: likewise.
         """
         for name, value in {"loss": loss.detach(), **self.latest}.items():
             self._add(name, value.float(), len(targets))
@@ -114,7 +121,7 @@ class Meter:
                 self._add(f"{name}_factor", torch.as_tensor(factor), len(targets))
         student = self._outputs["student"] if logits is None else logits
         assert student is not None
-        teacher = self._outputs["teacher"]
+        teacher = self._outputs["teacher"] if of_teacher is None else of_teacher
         self.count(
             find_logits("student", student),  # of several outputs, such as GoogLeNet's
             targets,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kd_lrp_plugin.torchdistill.pre_epoch_proc import full_weights
 from kd_lrp_plugin.training.experiment import Experiment
 
 
@@ -26,13 +27,17 @@ def describe_nonfinite(state: Mapping[str, Any]) -> str | None:
 
 def take_state(experiment: Experiment) -> dict[str, Any]:
     """All that the next epoch needs, as tensors, numbers, text and containers of them."""
-    box, models = experiment.box, experiment.models()
+    box, models = experiment.box, experiment.list_changing()
     scaler = getattr(box, "grad_scaler", None)
     return {
         "stage": experiment.stage,
         "epochs_done": experiment.epochs_done,
         "grad_count": box.stage_grad_count,
         "models": {name: model.state_dict() for name, model in models.items()},
+        "trained": {
+            name: [key for key, parameter in model.named_parameters() if parameter.requires_grad]
+            for name, model in models.items()
+        },
         "gradients": {
             name: {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
             for name, model in models.items()
@@ -42,16 +47,20 @@ def take_state(experiment: Experiment) -> dict[str, Any]:
         "scheduler": box.lr_scheduler.state_dict() if box.lr_scheduler else None,
         "scaler": scaler.state_dict() if scaler else None,
         "losses": {name: loss.state_dict() for name, loss in experiment.losses().items()},
+        "weights": {name: float(weight) for name, (_, weight) in _get_terms(experiment).items()},
     }
 
 
 def restore_state(experiment: Experiment, state: Mapping[str, Any]) -> None:
     """Bring a new experiment to where :func:`take_state` was called."""
     experiment.go_to_stage(state["stage"])
-    box, models = experiment.box, experiment.models()
+    box, models = experiment.box, experiment.list_models()
     box.current_epoch, box.stage_grad_count = state["epochs_done"], state["grad_count"]
     for name, content in state["models"].items():
         models[name].load_state_dict(content)
+    for name, keys in state.get("trained", {}).items():  # a pre-epoch process may have thawed some
+        for key, parameter in models[name].named_parameters():
+            parameter.requires_grad_(key in keys)
     for name, gradients in state["gradients"].items():
         for key, parameter in models[name].named_parameters():
             if key in gradients:
@@ -63,3 +72,12 @@ def restore_state(experiment: Experiment, state: Mapping[str, Any]) -> None:
         box.grad_scaler.load_state_dict(state["scaler"])
     for name, loss in experiment.losses().items():
         loss.load_state_dict(state["losses"][name])
+    full_weights(box.criterion)  # before those of an epoch take their place
+    terms = _get_terms(experiment)
+    for name, weight in state.get("weights", {}).items():
+        terms[name] = terms[name][0], weight
+
+
+def _get_terms(experiment: Experiment) -> dict[str, tuple[Any, float]]:
+    """Terms of the criterion with the weights that a pre-epoch process may have given them."""
+    return getattr(experiment.box.criterion, "term_dict", {})

@@ -130,6 +130,8 @@ def build_checked(spec: RunSpec, config: Document, context: DistributedContext) 
         report = check(config, context)
         if report.problems or report.assembly is None:
             raise ValueError("\n".join(report.problems))
+        for warning in report.warnings:
+            current_progress().note(f"warning: {warning}")
         built.append(report.assembly)
 
     # The first process alone, and before the others build: it may have to choose the student.
@@ -149,6 +151,8 @@ class Trainer:
         self.records: list[dict[str, float]] = []
         self.best: dict[str, Any] = {}  # content of best.pt
         self.monitor = experiment.monitor
+        # Where no epoch is chosen, schedulers and early stopping see this all the same.
+        self.watched = MONITOR if self.monitor == LAST else self.monitor
         self._said_missing = False
 
     @property
@@ -190,9 +194,7 @@ class Trainer:
         metrics["seconds"] = round(time.monotonic() - started, 2)
         improved = self._keep_best(metrics)
         self.records.append(metrics)
-        experiment.end_epoch(
-            metrics[MONITOR if self.monitor == LAST else self.monitor], self._stalls()
-        )
+        experiment.end_epoch(metrics[self.watched], self._stalls())
         if self.context.rank == 0:
             self._save(improved)
         return metrics
@@ -215,7 +217,7 @@ class Trainer:
         """
         wrong = [
             f"{name}.{key}" if name != "original" else key
-            for name, model in self.experiment.models().items()
+            for name, model in self.experiment.list_changing().items()
             for key, value in model.state_dict().items()
             if value.is_floating_point() and not bool(torch.isfinite(value).all())
         ]
@@ -256,16 +258,17 @@ class Trainer:
         return metrics
 
     def _value(self, metrics: Mapping[str, float]) -> float:
-        """What is monitored; more is better."""
-        if self.monitor == LAST:
-            return metrics["epoch"]
-        value = metrics[self.monitor]
-        return value if self.monitor in OF_PREDICTIONS else -value
+        """What is watched; more is better."""
+        value = metrics[self.watched]
+        return value if self.watched in OF_PREDICTIONS else -value
 
     def _keep_best(self, metrics: Mapping[str, float]) -> bool:
         """Keep the weights of an epoch that is the best so far; of equal ones the lower loss."""
         measure = self.experiment.loss_is_measure
-        quality = self._value(metrics), -metrics.get("val_loss", 0.0) if measure else 0.0
+        value = metrics["epoch"] if self.monitor == LAST else self._value(metrics)
+        measured = value, -metrics.get("val_loss", 0.0) if measure else 0.0
+        # Nothing is greater than nan, so that one would stay the best for ever.
+        quality = tuple(-math.inf if math.isnan(value) else value for value in measured)
         improved = not self.best or quality > tuple(self.best["quality"])
         if improved:
             state = self.experiment.original.state_dict() if self.context.rank == 0 else {}
@@ -324,7 +327,7 @@ class Trainer:
         training's data set wrapper adds.
         """
         experiment = self.experiment
-        redesigned = experiment.student is not experiment.original
+        student, teacher = experiment.original, experiment.original_teacher
         auc, subclass_of = self.monitor == AUC, experiment.subclass_of
         meter = Meter(experiment.box.criterion, keep, subclass_of=subclass_of, auc=auc)
         with experiment.evaluating(), meter:
@@ -336,13 +339,15 @@ class Trainer:
             for images, targets, *rest in current_progress().track(loader, what, len(loader)):
                 images, targets = images.to(self.context.device), targets.to(self.context.device)
                 if len(targets) >= least:
-                    logits = experiment.original(images) if redesigned else None
+                    # A stage may make of either model one that gives no logits.
+                    logits = student(images) if experiment.student is not student else None
+                    redesigned = experiment.teacher is not teacher
+                    of_teacher = teacher(images) if teacher and keep and redesigned else None
                     loss = experiment.loss(images, targets, rest[0] if rest else {})
-                    meter.update(loss, targets, logits)
+                    meter.update(loss, targets, logits, of_teacher)
                 else:
-                    teacher = experiment.original_teacher
                     of_teacher = teacher(images) if teacher else None
-                    meter.count(experiment.original(images), targets, of_teacher)
+                    meter.count(student(images), targets, of_teacher)
         return meter.summary(prefix, self.context), meter.predictions(self.context)
 
     def test(self, show: Show) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torchdistill.models.registry import MODEL_DICT
 from kd_lrp_plugin import losses, record
 from kd_lrp_plugin import torchdistill as plugin
 from kd_lrp_plugin.data.phantom.dataset import Phantom
+from kd_lrp_plugin.models.factory import build_model
 
 LRP = ("LRPSemanticCosineLoss", "LRPSemanticL2Loss", "LRPRelativeL2Loss")
 SEMANTIC = (*LRP, "GradCAML2Loss", "GradCAMCosineLoss")
@@ -372,6 +373,33 @@ class TestErrors:
         parts = io(student, procedure, images), io(teacher, procedure, images), targets
         with pytest.raises(ValueError, match=f"{key}.*{other}"):
             plugin.RecordedLoss(key)(*parts)
+
+    @pytest.mark.parametrize("target", ["label", "teacher", "contrast"])
+    @pytest.mark.parametrize("loss", ["LRPSemanticCosineLoss", "RightReasonsLoss"])
+    def test_a_teacher_of_other_outputs_explains_other_classes(self, loss, target):
+        _, student = models()
+        teacher = build_model("test_resnet", 7).requires_grad_(False)
+        images, targets = batch()
+        procedure = plugin.recorder(LAYERS)
+        of_student, of_teacher = io(student, procedure, images), io(teacher, procedure, images)
+        shown = torch.ones(4, dtype=torch.bool)
+        masks = {"mask": shown[:, None, None].expand(4, 48, 48), "mask_known": shown}
+        of_student["."]["output"]._kd_lrp_companions = masks
+        made = MIDDLE_LEVEL_LOSS_DICT[loss](target=target)
+        if loss == "RightReasonsLoss" and target != "teacher":
+            assert made(of_student, of_teacher, targets).isfinite()
+            return
+        words = f"{loss}: expected a teacher with the student's 4 outputs, got 7"
+        with pytest.raises(ValueError, match=words):
+            made(of_student, of_teacher, targets)
+
+    def test_features_of_a_teacher_of_other_outputs_are_features(self):
+        _, student = models()
+        teacher = build_model("test_resnet", 7).requires_grad_(False)
+        images, targets = batch()
+        procedure = plugin.recorder(LAYERS)
+        parts = io(student, procedure, images), io(teacher, procedure, images), targets
+        assert plugin.RecordedLoss("RelationCosineLoss")(*parts).isfinite()
 
     def test_a_different_number_of_layers_is_named(self):
         teacher, student = models()

@@ -127,6 +127,13 @@ class TestGroupDRO:
         assert "train.criterion.kwargs.sub_terms.ce.criterion" in problem
         assert "two groups or more, got ['agrees']" in problem
 
+    @pytest.mark.parametrize("monitor", ["val_loss", "val_ce"])
+    def test_its_value_which_its_weights_change_is_no_monitor(self, monitor):
+        groups = f"+train.val_data_loader.{WRAPPER % 'group'}"
+        images = "train.val_data_loader.dataset_id=phantom_marked/train"
+        (problem,) = problems(GROUPS, groups, images, f"train.monitor={monitor}")
+        assert "train.monitor: expected one" in problem
+
     def test_other_groups_in_validation_are_refused(self):
         (problem,) = problems(GROUPS, f"+train.val_data_loader.{WRAPPER % 'group'}")
         assert "train.val_data_loader: " in problem

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_runs import BASELINE, CONFIGS, CPU, KD, LRP, NO_TEACHER, SMALL
+from torchdistill.core.interfaces.post_forward_proc import default_post_forward_process
 
 from kd_lrp_plugin.config.build import assemble
 from kd_lrp_plugin.config.document import resolve_config
@@ -89,6 +91,15 @@ class TestStopping:
         overrides = [*MANY, "train.num_epochs=9", stopping]
         assert len(metrics(BASELINE, overrides, tmp_path / "run")) == 3
 
+    def test_a_run_that_keeps_its_last_epoch_ends_by_accuracy(self, tmp_path):
+        options = ["+train.monitor=last", "+train.early_stopping={patience: 2, min_delta: 0.05}"]
+        run = build_run(BASELINE, [*SMALL, *options], tmp_path / "run")
+        stalls = []
+        for epoch, accuracy in enumerate([0.3, 0.4, 0.44, 0.42], start=1):
+            run.records.append({"epoch": epoch, "stage": 1, "val_accuracy": accuracy})
+            stalls.append(run._stalls())
+        assert stalls == [False, False, False, True]
+
     def test_a_scheduler_sees_the_metric(self, tmp_path):
         plateau = (
             "train.scheduler={key: ReduceLROnPlateau, kwargs: "
@@ -105,6 +116,29 @@ class TestStopping:
         best = min(records, key=lambda record: record["val_loss"])
         assert summary["best_epoch"] == best["epoch"]
         assert summary["val_loss"] == best["val_loss"]
+
+
+class TestBestEpoch:
+    def choose(self, overrides: list[str], values: list[dict], out: Path) -> int:
+        run = build_run(LRP, [*SMALL, *NO_TEACHER, "image_size=32", *overrides], out / "run")
+        for epoch, metrics in enumerate(values, start=1):
+            run._keep_best({"epoch": epoch, **metrics})
+            run.records.append(metrics)
+        return run.best["epoch"]
+
+    def test_of_equal_ones_the_lower_loss_is_taken_where_it_is_one_measure(self, tmp_path):
+        values = [{"val_accuracy": 0.5, "val_loss": loss} for loss in (0.3, 0.1, 0.2)]
+        schedule = (
+            "+train.pre_epoch_process=!import_call {key: kd_lrp_plugin.torchdistill."
+            "weight_schedule, init: {kwargs: {terms: {semantic: {until: 2}}}}}"
+        )
+        assert self.choose([], values, tmp_path) == 2
+        assert self.choose([schedule], values, tmp_path) == 1
+
+    def test_a_loss_that_is_no_number_is_the_worst(self, tmp_path):
+        values = [{"val_accuracy": 0.5, "val_loss": loss} for loss in (float("nan"), 0.2, 0.3)]
+        assert self.choose(["+train.monitor=val_loss"], values, tmp_path) == 2
+        assert self.choose([], values, tmp_path) == 2
 
 
 class TestPrecision:
@@ -151,6 +185,24 @@ class TestPrecision:
             changes[name] = {k: after[k].detach() - value for k, value in before.items()}
         for name, change in changes["plain"].items():
             torch.testing.assert_close(changes["scaled"][name], change, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("steps", [1, 4])
+    def test_a_float16_step_has_the_schedule_of_a_float32_step(self, steps):
+        rates = {}
+        for process in (default_post_forward_process, scaled_step):
+            weight = torch.nn.Parameter(torch.ones(1))
+            optimizer = torch.optim.SGD([weight], lr=1.0)
+            box = SimpleNamespace(
+                stage_grad_count=0, grad_accum_step=steps, max_grad_norm=1.0, accelerator=None,
+                grad_scaler=torch.amp.GradScaler("cpu"), optimizer=optimizer, scheduling_step=2,
+                lr_scheduler=torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 3),
+            )  # fmt: skip
+            rates[process] = []
+            for _ in range(12):
+                process(box, (weight * 2).sum())
+                rates[process].append(optimizer.param_groups[0]["lr"])
+        assert rates[scaled_step] == rates[default_post_forward_process]
+        assert len({*rates[scaled_step]}) == 3
 
     @pytest.mark.slow
     def test_a_compiled_student_learns_the_same(self, tmp_path):
@@ -231,6 +283,28 @@ class TestModelsOfAllKinds:
         assert "train_accuracy" not in first
         assert 0 <= first["val_accuracy"] <= 1
         assert "train_accuracy" in second
+
+    def test_features_of_a_teacher_are_not_its_predictions(self, tmp_path):
+        features = "sequential: [conv1, bn1, act1, maxpool, layer1, layer2, layer3, global_pool]"
+        ends = ("input: {is_from_teacher: False", "target: {is_from_teacher: True")
+        both = ", ".join(f"{end}, module_path: ., io: output}}" for end in ends)
+        overrides = [
+            "models.teacher_model={key: timm_model, kwargs: {name: test_resnet, num_classes: 4}}",
+            f"train.teacher={{forward_proc: forward_batch_only, requires_grad: False, {features}}}",
+            f"train.student={{forward_proc: forward_batch_only, {features}}}",
+            "train.criterion={key: WeightedSumLoss, kwargs: {sub_terms: {hint: {weight: 1.0, "
+            "criterion: {key: MSELoss, kwargs: {}}, criterion_wrapper: {key: SimpleLossWrapper, "
+            f"kwargs: {{{both}}}}}}}}}}}}}",
+        ]
+        run = build_run(KD, [*SMALL, "image_size=32", *overrides], tmp_path / "run")
+        experiment = run.experiment
+        _, rows = run._evaluate(experiment.test_loader, "test", "test", keep=True)
+        images = torch.stack([image for image, _ in experiment.test_set])
+        for role in ("student", "teacher"):
+            original = getattr(experiment, f"original{'_teacher' * (role == 'teacher')}")
+            expected = original.eval()(images).softmax(1)
+            found = torch.tensor([row[role] for row in rows])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)  # batches of 8
 
     def test_arguments_that_cannot_be_written_down_do_not_stop_the_end(self, tmp_path):
         act = "+models.model.kwargs.timm_kwargs={act_layer: !import_get {key: torch.nn.SiLU}}"

@@ -301,6 +301,7 @@ VARIANTS = {
     "a stage that keeps an optimizer whose step is not complete": (
         KD,
         [*NO_TEACHER, *(STAGES.replace("momentum: 0.9}}", "momentum: 0.9}, grad_accum_step: 3}", 1)
+         .replace(", layer1, layer2]", "]").replace("modules: []", "modules: [conv1, bn1]")
          .replace(" optimizer: {key: AdamW, kwargs: {lr: 0.001}},", "").splitlines())],
     ),
 }  # fmt: skip

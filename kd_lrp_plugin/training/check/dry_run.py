@@ -1,5 +1,7 @@
 """All problems of a config at once, each with its location, before any work is lost to them."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +16,7 @@ from kd_lrp_plugin.config.document import Document
 from kd_lrp_plugin.config.nodes import describe_mark
 from kd_lrp_plugin.data.images import ascii_name
 from kd_lrp_plugin.data.validation import unreadable_images
+from kd_lrp_plugin.torchdistill.group_dro import GroupDROLoss
 from kd_lrp_plugin.torchdistill.high_level import check_finite
 from kd_lrp_plugin.training.check.loaders import share
 from kd_lrp_plugin.training.check.problems import CheckReport, check_keys
@@ -128,7 +131,7 @@ def _check_steps(report: CheckReport, assembly: Assembly, context: DistributedCo
     with report.at("models"):
         experiment = Experiment(assembly, DistributedContext(context.device))
     content = assembly.content
-    stages = get_stages(content["train"])
+    stages, taken = get_stages(content["train"]), Counter[Any]()
     for number, (key_path, stage) in enumerate(stages.items(), start=1):
         if report.problems:
             return
@@ -145,6 +148,8 @@ def _check_steps(report: CheckReport, assembly: Assembly, context: DistributedCo
             if loader := stage.get("train_data_loader"):
                 own = share(content["datasets"][loader["dataset_id"]], loader, context)
             _check_accumulation(report, key_path, experiment, len(own), stage["num_epochs"])
+            _check_schedule(report, key_path, experiment, len(own), taken)
+            _check_trained(report, key_path, experiment)
             first, box = experiment.epochs_done, experiment.box
             last = getattr(box, "stage_end_epoch", box.num_epochs) - 1
             scheduled = "pre_epoch_process" in stage  # terms may set in late
@@ -168,6 +173,48 @@ def _check_accumulation(
             expected = f"at most {batches * epochs}, the batches of a process ({each})"
             fix = "Lower it: no step would be taken."
             raise ValueError(message("grad_accum_step", expected, steps, fix))
+
+
+def _check_schedule(
+    report: CheckReport, key_path: str, experiment: Experiment, batches: int, taken: Counter[Any]
+) -> None:
+    """OneCycleLR has an end, and would stop a run that goes on; a stage may keep that of another.
+
+    Args:
+        report: added to.
+        key_path: of the stage.
+        experiment: in the stage.
+        batches: of a process in an epoch.
+        taken: steps of each scheduler in the stages before; those of this one are added.
+    """
+    box, every = experiment.box, experiment.box.scheduling_step or 0
+    epochs, scheduler = experiment.stage_config["num_epochs"], box.lr_scheduler
+    within = every > 0
+    steps = batches * epochs // math.lcm(every, box.grad_accum_step) if within else epochs
+    taken[scheduler] += steps
+    total = getattr(scheduler, "total_steps", None)
+    with report.at(f"{key_path}.scheduler"):
+        if total is not None and taken[scheduler] > total:
+            expected = f"{taken[scheduler]} or more, the steps of all epochs"
+            fix = f"Set it to {taken[scheduler]}."
+            raise ValueError(message("total_steps", expected, total, fix))
+
+
+def _check_trained(report: CheckReport, key_path: str, experiment: Experiment) -> None:
+    """Whether the optimizer has all that a stage leaves free to train."""
+    groups = experiment.box.optimizer.param_groups
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    named = experiment.student.named_parameters()
+    left = [name for name, p in named if p.requires_grad and id(p) not in held]
+    if left and not experiment.stage_config.get("optimizer"):
+        with report.at(f"{key_path}.optimizer"):
+            got = f"that of an earlier stage without {len(left)} tensors, such as {left[:3]}"
+            fix = "Give the stage an optimizer of its own, or freeze them (frozen_modules)."
+            expected = "one that has all that is trained"
+            raise ValueError(message("optimizer", expected, got, fix))
+    if left:
+        words = f"not all that could be trained: {len(left)} tensors stay, such as {left[:3]}"
+        report.warn(f"{key_path}.optimizer", words)
 
 
 def _check_step(
@@ -226,9 +273,11 @@ def _check_step(
         if experiment.knows_subclasses:
             known.append("val_subclass_accuracy")
         if not experiment.missing_wrapper(experiment.val_loader):
-            known += ["val_loss", *(f"val_{name}" for name in meter.latest)]
+            terms = experiment.losses()
+            steady = [n for n in meter.latest if not isinstance(terms.get(n), GroupDROLoss)]
+            known += ["val_loss", *(f"val_{name}" for name in steady)]
         if experiment.monitor == "val_loss" and not experiment.loss_is_measure:
-            fix = "Monitor a term, such as val_ce: with balance the factors change as epochs go."
+            fix = "Monitor a term, such as val_ce: the weights within the loss change as epochs go."
             raise ValueError(message("monitor", "one measure of all epochs", "val_loss", fix))
         check_known("train.monitor", experiment.monitor, known)
         if experiment.monitor == AUC:

@@ -1,5 +1,6 @@
 """The check of a loader, and the share of the images that a process gets from it."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from copy import copy
@@ -13,6 +14,7 @@ from torchdistill.datasets.registry import (
 )
 from torchdistill.datasets.util import build_data_loader
 
+from kd_lrp_plugin.torchdistill.collate import MIXUP
 from kd_lrp_plugin.training.check.problems import (
     CheckReport,
     ConfigParts,
@@ -46,6 +48,13 @@ def check_loader(
     if name is not None and name not in COLLATE_FUNC_DICT:
         fix = "!import_call of kd_lrp_plugin.torchdistill.mixup makes one."
         raise ValueError(f"{unknown_name('collate_fn', name, COLLATE_FUNC_DICT)} {fix}")
+    trains = key_path.endswith("train_data_loader")
+    if not trains and str(name).startswith(MIXUP):
+        fix = "Leave it out: what is evaluated are the images as they are."
+        raise ValueError(message("collate_fn", "none that mixes images", name, fix))
+    if trains and not loader.get("requires_supp", True):
+        fix = "Leave it out: a step is given what wrappers add, be it nothing."
+        raise ValueError(message("requires_supp", "True", loader["requires_supp"], fix))
     if (wrapper := loader.get("dataset_wrapper")) is not None:
         check_mapping("dataset_wrapper", wrapper, "Give key and kwargs.")
         check_known("dataset_wrapper.key", wrapper.get("key"), DATASET_WRAPPER_DICT)
@@ -58,7 +67,6 @@ def check_loader(
         name = f"datasets.{loader['dataset_id']}"
         report.add(name, message("data set", "images that can be counted", dataset, fix))
         return
-    trains = key_path.endswith("train_data_loader")
     world_size = parts.context.world_size if trains else 1
     if world_size > 1 and (kwargs := loader["sampler"].get("kwargs")):
         expected, fix = "none under torchrun, which shares out the images", "Leave them out."
@@ -66,6 +74,7 @@ def check_loader(
     if not callable(loader["sampler"].get("class_or_func")):
         got = repr(loader["sampler"].get("class_or_func"))
         raise ValueError(message("sampler.class_or_func", "a class or function", got, fix))
+    _check_order(loader["sampler"]["class_or_func"])
     for processes in (1, world_size):  # the check itself takes its step alone
         built = share(dataset, loader, DistributedContext(parts.context.device, 0, processes))
     if built.batch_sampler is None:
@@ -83,6 +92,17 @@ def check_loader(
         got = "none" if world_size == 1 else f"none for each of {world_size} processes"
         fix = "Lower batch_size, or set drop_last: False." if len(dataset) else "Add images."
         raise ValueError(message("batches", "one or more in an epoch", got, fix))
+
+
+def _check_order(sampler: Any) -> None:
+    """torchdistill calls a sampler with the data set, whatever its first argument is."""
+    first = next(iter(inspect.signature(sampler).parameters), None)
+    if first in ("weights", "indices"):
+        name = getattr(sampler, "__name__", repr(sampler))
+        fix = "Name a function of yours, of the data set and keywords, which returns the sampler."
+        expected = "one whose first argument is the data set"
+        where = "sampler.class_or_func"
+        raise ValueError(message(where, expected, f"{name} of {first}", fix))
 
 
 def share(dataset: Any, loader: Mapping[str, Any], context: DistributedContext) -> DataLoader:

@@ -44,7 +44,19 @@ def check_criterion(
         for name, term in terms.items():
             _check_term(report, f"{key_path}.kwargs.sub_terms.{name}", term)
     if len(report.problems) == before:
-        losses.get_high_level_loss(criterion)
+        _check_nothing_to_learn(losses.get_high_level_loss(criterion))
+
+
+def _check_nothing_to_learn(criterion: nn.Module) -> None:
+    """torchdistill's optimizers are of models; the weights of a loss would stay as they are."""
+    parts = {"": criterion}
+    parts |= {f"{name}.": term for name, (term, _) in getattr(criterion, "term_dict", {}).items()}
+    for where, loss in parts.items():
+        for name, parameter in loss.named_parameters():
+            if parameter.requires_grad:
+                fix = "Put them into the student, as ModelWithHeads does, or freeze them."
+                expected = "losses without weights to train"
+                raise ValueError(message("criterion", expected, f"{where}{name}", fix))
 
 
 def _check_term(report: CheckReport, key_path: str, term: Any) -> None:
@@ -85,6 +97,9 @@ def check_optimizer(
     norm = optimizer.get("max_grad_norm")
     if norm is not None and not (is_number(norm) and norm > 0):
         raise ValueError(message("max_grad_norm", "a number above 0", repr(norm), "For example 1."))
+    if optimizer.get("filters_params", True) is not True:
+        fix = "Leave it out: torchdistill would hand modules to the optimizer."
+        raise ValueError(message("filters_params", "True", optimizer["filters_params"], fix))
     read, ignored = "module_wise_configs", "module_wise_kwargs"  # as torchdistill has it
     if "teacher" not in parts.roles:
         read, ignored = ignored, read

@@ -31,7 +31,7 @@ from kd_lrp_plugin.training.check.problems import (
     is_number,
     section,
 )
-from kd_lrp_plugin.training.experiment import MONITOR, OF_PREDICTIONS, PRECISIONS
+from kd_lrp_plugin.training.experiment import LAST, MONITOR, OF_PREDICTIONS, PRECISIONS
 from kd_lrp_plugin.utils.distributed import DistributedContext
 from kd_lrp_plugin.utils.validation import check_known, message
 
@@ -99,6 +99,12 @@ def build_models(
                 known[identity] = built[role]
     if not {"model", "student_model"} & set(models):
         report.add("models", message("models", "a student_model or a model", [*models], SEE))
+    elif ("teacher_model" in models) != ("student_model" in models) or len(models) > 2:
+        expected, fix = "a student_model beside a teacher_model", "Rename model to student_model."
+        if "teacher_model" not in models:
+            fix = "Rename student_model, and train.student, to model."
+            expected = "a model without a teacher_model"
+        report.add("models", message("models", expected, [*models], fix))
     return built
 
 
@@ -128,6 +134,8 @@ def _check_train(report: CheckReport, train: Mapping[str, Any]) -> None:
             fix = "The losses of different stages are no one measure."
             names = f"one of {list(OF_PREDICTIONS)} with stages"
             raise ValueError(message("monitor", names, repr(monitor), fix))
+        if monitor != LAST:
+            _check_one_judge(report, stages)
     with report.at("train.precision"):
         precision = train.get("precision") or "float32"
         check_known("precision", precision, PRECISIONS)
@@ -153,6 +161,20 @@ def _check_train(report: CheckReport, train: Mapping[str, Any]) -> None:
             if both := sorted(set(train) & set(KEYS["stage"].split()) - {"log_freq"}):
                 got, fix = f"{both} beside them", "Move them into each stage."
                 raise ValueError(message("train", "only stages", got, fix))
+
+
+def _check_one_judge(report: CheckReport, stages: Mapping[str, Any]) -> None:
+    """The best epoch is one of all stages, so that the same images must say how good each is."""
+    first = None
+    for key_path, stage in stages.items():
+        loader = stage.get("val_data_loader") if isinstance(stage, Mapping) else None
+        name = loader.get("dataset_id") if isinstance(loader, Mapping) else None
+        first = first or name
+        if name and name != first:
+            where = f"{key_path}.val_data_loader.dataset_id"
+            fix = "Take it in each stage, or set monitor: last."
+            expected = f"the validation set of all stages, {first!r}"
+            report.add(where, message("dataset_id", expected, repr(name), fix))
 
 
 def _check_no_checkpoints(report: CheckReport, key_path: str, part: Any) -> None:
@@ -183,6 +205,11 @@ def _check_stage(
                 if not entry:
                     fix = "Each stage needs one, for example {forward_proc: forward_batch_only}."
                     raise ValueError(message("model", f"a section {role!r}", stage.get(role), fix))
+    roles = [stage.get(role) for role in parts.roles]
+    if all(isinstance(role, Mapping) and role.get("requires_grad") is False for role in roles):
+        with report.at(f"{key_path}.{parts.trained}"):
+            fix = "Leave requires_grad out, or name frozen_modules."
+            raise ValueError(message(parts.trained, "something to train", "a frozen model", fix))
     if get_cache(stage) is not None:
         with report.at(f"{key_path}.teacher.cache"):
             if "teacher" not in parts.roles:
@@ -194,8 +221,8 @@ def _check_stage(
             if name in stage:
                 check_known(name, stage[name], known)
     check_criterion(report, f"{key_path}.criterion", stage.get("criterion") or {}, parts)
-    optimizer, trial = stage.get("optimizer") or {}, None
-    if optimizer or first:
+    optimizer, trial = stage.get("optimizer", {}), None
+    if optimizer != {} or first:
         trial = check_optimizer(report, f"{key_path}.optimizer", optimizer, (stage, parts))
     if scheduler := stage.get("scheduler"):
         check_scheduler(report, f"{key_path}.scheduler", scheduler, (trial, stage, parts))
@@ -210,7 +237,7 @@ def _check_stage(
                 raise ValueError(message("early_stopping", "a min_delta >= 0", repr(delta), fix))
             check_keys(report, "early_stopping", f"{key_path}.early_stopping", stopping)
     for name in ("train_data_loader", "val_data_loader"):
-        if stage.get(name) is not None or first:
+        if name in stage or first:
             check_loader(report, f"{key_path}.{name}", stage.get(name), parts)
 
 
@@ -244,6 +271,11 @@ def _check_role(
     }.items():
         if role.get(key):
             report.warn(f"{key_path}.{key}", f"not used, {why}")
+    if name == "teacher" and role and name in parts.roles and "requires_grad" not in role:
+        words = "trained with the student, which requires_grad: False prevents"
+        report.warn(f"{key_path}.requires_grad", words)
+    if role and name not in parts.roles:
+        report.warn(key_path, f"nothing reads it without models.{name}")
     model = parts.roles.get(name)
     if model is not None and not role.get("auxiliary_model_wrapper"):  # that is another model
         _check_paths(report, key_path, role, model)
