@@ -115,7 +115,8 @@ def brief(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     first: dict[tuple, Mapping[str, Any]] = {}
     for row in rows:
         own = row["run"] if row["model"] == "student" else None
-        key = (own, row["model"], row["weights"], row["layer"], row["method"])
+        metrics = repr(row["metrics"])  # which differ where the images do
+        key = (own, row["model"], row["weights"], row["layer"], row["method"], metrics)
         first.setdefault(key, row)
         runs.setdefault(key, []).append(str(row["run"]))
     for key, row in first.items():

@@ -125,6 +125,7 @@ def audit(folder: str | Path, options: AuditOptions | None = None) -> dict[str, 
     maps: dict[str, Float[Tensor, "n h2 w2"]] = {}
     regions_of: dict[str, dict[str, Region]] = {}
     found: dict[str, Any] = {"images": len(sample.labels), "command": get_command()}
+    found |= run.folder.of
     found |= {} if data is None else {"data": data}
     others = {how: make(sample.images) for how, make in _REPLACEMENTS.items()}
     parts: dict[str, dict[str, Any]] = {"relevance": {}, "replaced": {}, "object_removed": {}}

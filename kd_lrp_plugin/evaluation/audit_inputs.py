@@ -14,7 +14,7 @@ from kd_lrp_plugin.evaluation.explain_trials import find_layers
 from kd_lrp_plugin.evaluation.export import timm_folder
 from kd_lrp_plugin.evaluation.predictors import open_predictor
 from kd_lrp_plugin.runs.folder import RunFolder
-from kd_lrp_plugin.runs.loading import load_transform
+from kd_lrp_plugin.runs.loading import load_preparation
 from kd_lrp_plugin.utils.preserved import preserved
 from kd_lrp_plugin.utils.validation import message
 
@@ -39,8 +39,7 @@ def open_audited(
         return _open_exported(folder, options, data)
     run = open_run(folder, "", options)
     if data is not None:
-        bits = (run.summary["preprocessing"] or {}).get("bits")
-        transform = load_transform(run.folder.path, options.safe)
+        bits, transform = load_preparation(run.folder.path, options.safe)
         run = _show_other_images(run, Path(data), transform, bits)
     return run
 

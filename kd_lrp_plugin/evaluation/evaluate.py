@@ -12,6 +12,7 @@ from kd_lrp_plugin.plots.figures import confusion_figure, reliability_figure
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import build_untrained, read_model_entries
 from kd_lrp_plugin.runs.predictions import name_outputs, read_predictions
+from kd_lrp_plugin.runs.record import EVALUATION
 from kd_lrp_plugin.utils.files import get_command, write_json
 
 Costs = dict[tuple[object, ...], dict[str, Any]]
@@ -40,7 +41,8 @@ def evaluate(
         :func:`~kd_lrp_plugin.metrics.subclasses.effective_subclasses`, and "subclasses_used", each
         class' own. Under
         "student_and_teacher" those of
-        :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`. The file has the command, too.
+        :func:`~kd_lrp_plugin.metrics.agreement.compare_predictions`. The file has the command
+        and a hash of the predictions, too.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
@@ -88,6 +90,6 @@ def evaluate(
     confusion, reliability = confusion_figure(matrices, names), reliability_figure(curves)
     run.put("confusion.png", lambda file: confusion.savefig(file, format="png"))
     run.put("reliability.png", lambda file: reliability.savefig(file, format="png"))
-    content = {**found, "command": get_command()}
-    write_json(run / "evaluation.json", content)  # last: with it, all is there
+    content = {**found, "command": get_command(), **run.of}
+    write_json(run / EVALUATION, content)  # last: with it, all is there
     return found

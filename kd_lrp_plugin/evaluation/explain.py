@@ -29,16 +29,19 @@ from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.attribution.randomisation import randomisation
 from kd_lrp_plugin.attribution.summary import FAITHFUL, INSIDE, flat, summary
 from kd_lrp_plugin.evaluation.explain_inputs import (
-    DisplayImage,
     ExplainOptions,
     LoadedRun,
     Sample,
-    choose_images,
     list_runs,
     make_sample,
     open_run,
-    read_images,
     sample_indices,
+)
+from kd_lrp_plugin.evaluation.explain_pictures import (
+    DisplayImage,
+    check_pictured_alike,
+    choose_images,
+    read_images,
 )
 from kd_lrp_plugin.evaluation.explain_records import get_file, read_rows
 from kd_lrp_plugin.evaluation.explain_trials import Trial
@@ -91,9 +94,10 @@ def explain(
 
     Raises:
         FileNotFoundError: if there is no run, no image, or no file of a teacher's weights.
-        ValueError: for no runs, an unknown method or layer, runs with different test sets, models
-            or images that are not those of the run's predictions, a damaged file, or a transform
-            that is not known with ``images``.
+        ValueError: for no runs, an unknown method or layer, runs with different test sets, with
+            ``out`` also images of one name that differ or are cut otherwise, models or images that
+            are not those of the run's predictions, a damaged file, or a transform that is not
+            known with ``images``.
     """
     options = options or ExplainOptions()
     if not folders:
@@ -110,19 +114,23 @@ def explain(
     explainer = Explainer()
     if options.images:
         display = read_images(runs, options.images, options.safe)
-        rows = []
     else:
         display = choose_images(runs[0], options.n)
+    displayed = [display(run) for run in runs]
+    if options.out is not None:
+        check_pictured_alike(runs, displayed)
+    rows: list[dict[str, Any]] = []
+    if not options.images:
         explainer.announce(runs, options.samples)
         rows = [row for run in runs for row in explainer.rows(run, options.samples)]
-    for run in runs:
+    for run, images in zip(runs, displayed, strict=True):
         ending = f"{'-subclasses' * run.of_subclasses}{'-images' if options.images else ''}"
         name = f"explanations{ending}.png"
-        _save(run.folder.path / name, explainer.draw_run(run, display(run)))
+        _save(run.folder.path / name, explainer.draw_run(run, images))
     if options.out is not None:
         out = Path(options.out)
         out.mkdir(parents=True, exist_ok=True)
-        _save(out / "maps.png", explainer.draw_all(runs, [display(run) for run in runs]))
+        _save(out / "maps.png", explainer.draw_all(runs, displayed))
         if not options.images:
             write_text(out / "explanations.csv", flat(rows))
         write_json(out / "maps.json", {"command": get_command()})
@@ -160,7 +168,7 @@ class Explainer:
             current_progress().note(words)
 
     def _list_indices(self, run: LoadedRun, samples: int | None) -> list[int]:
-        key = (run.test_hash, str(run.summary["preprocessing"]), samples)
+        key = (run.test_hash, run.seen, samples)
         if key not in self._indices:
             self._indices[key] = sample_indices(run, samples or MOST)
         return self._indices[key]
@@ -174,6 +182,14 @@ class Explainer:
     def rows(self, run: LoadedRun, samples: int | None) -> list[dict[str, Any]]:
         """The run's rows for what is asked; those that are new are written as they are made."""
         content = read_rows(run)
+        current, rows = run.folder.is_current(content), content["rows"]
+        # Of a model that is not loaded, the weights are those of the predictions.
+        of_role = {row["model"]: row["weights"] for row in rows} if current else {}
+        of_role |= run.hashes
+        content["rows"] = [row for row in rows if row["weights"] == of_role.get(row["model"])]
+        content |= run.folder.of
+        if not current or len(content["rows"]) < len(rows):
+            write_json(get_file(run), content)
         reasons = {role: trial.without for role, trial in run.trials.items()}
         content["without"] = {**content.get("without", {}), **reasons}
         jobs = _list_jobs(run)
@@ -183,12 +199,13 @@ class Explainer:
         for role, method, layer, index in current_progress().track(jobs, "explaining", len(jobs)):
             key = {"model": role, "method": method, "layer": layer, "samples": samples}
             row = next((r for r in content["rows"] if key.items() <= r.items()), None)
-            if row is not None and row["weights"] != run.hashes[role]:
-                content["rows"].remove(row)
-                row = None
             taught = role == "student" and method in run.methods.get("teacher", [])
+            with_teacher: dict[str, Any] = {}
+            if taught:
+                other = _get_layer(run, "teacher", method, index)
+                with_teacher = {"teacher": run.hashes["teacher"], "teacher_layer": other}
             compared = row["metrics"].get("attribution_similarity", {}) if row else {}
-            if row is None or (taught and compared.get("teacher") != run.hashes["teacher"]):
+            if row is None or not with_teacher.items() <= compared.items():
                 if sample is None:
                     sample = make_sample(run, self._list_indices(run, samples), run.device)
                 if row is None:
@@ -199,12 +216,8 @@ class Explainer:
                     row = {**deepcopy(self._known[known]), **key}
                     content["rows"].append(row)
                 if taught:
-                    other = _get_layer(run, "teacher", method, index)
                     alike = self._compare_with_teacher(run, method, (layer, other), sample, few)
-                    row["metrics"]["attribution_similarity"] = {
-                        **alike,
-                        "teacher": run.hashes["teacher"],
-                    }
+                    row["metrics"]["attribution_similarity"] = alike | with_teacher
                 write_json(get_file(run), {**content, "command": get_command()})
             found.append({"run": run.name, **row})
         return found
@@ -253,7 +266,7 @@ class Explainer:
 
     def _get_chance_level(self, run: LoadedRun, role: str, name: str, part: Sample) -> Tensor:
         """The metric of random maps, of each image."""
-        key = (run.hashes[role], name, len(part.labels))
+        key = (run.hashes[role], run.seen, name, len(part.labels))
         if key not in self._chance_levels:
             shape = (len(part.labels), 8, 8)
             noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
@@ -377,8 +390,8 @@ def _list_jobs(run: LoadedRun) -> list[tuple[str, str, str, int]]:
 def _get_key(
     run: LoadedRun, weights: str, method: str, layer: str, samples: int | None
 ) -> tuple[object, ...]:
-    """What rows of one model have in common, whichever run they are of."""
-    return str(run.summary["preprocessing"]), weights, method, layer, samples
+    """What rows of one model on the same images have in common, whichever run they are of."""
+    return run.seen, weights, method, layer, samples
 
 
 def _get_layer(run: LoadedRun, role: str, method: str, index: int) -> str:

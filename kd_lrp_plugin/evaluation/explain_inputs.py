@@ -1,6 +1,7 @@
 """Finished runs opened to be explained, and images of their test sets to explain them with."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -13,21 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS
-from kd_lrp_plugin.data.images import read_image
 from kd_lrp_plugin.evaluation.explain_trials import SLOW, Trial, find_layers, try_methods
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.loading import (
     load_as_trained,
     load_models,
     load_test_set,
-    load_transform,
 )
 from kd_lrp_plugin.runs.predictions import Predictions, name_outputs, read_predictions
 from kd_lrp_plugin.utils.files import check_keys, hash_contents, name_folders, read_json
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import check_known, message
 
-SIDE = 256  # of pictures, in pixels at most
 TRIED = 32  # images, of all classes, on which a model must predict what it did
 
 REPAIR_STUDY = "Delete it, and rerun kd-lrp study: it is made again from the runs, which stay."
@@ -45,6 +43,7 @@ class LoadedRun:
         hashes: by role, of the weights and the size of the images.
         test_set: as the run was tested on it.
         test_hash: of the names and labels of its images.
+        seen: a hash of some of these images as the models take them.
         labels: of the test set.
         probabilities: by role, as they are in predictions.csv.
         layers: by role, the target layers; those at one index belong together. The input for a
@@ -64,6 +63,7 @@ class LoadedRun:
     probabilities: dict[str, Float[np.ndarray, "n outputs"]]
     layers: dict[str, list[str]]
     trials: dict[str, Trial] = field(default_factory=dict)
+    seen: str = ""
     of_subclasses: bool = False
 
     @property
@@ -90,17 +90,6 @@ class Sample:
     def first(self, n: int) -> "Sample":
         masks = None if self.masks is None else self.masks[:n]
         return Sample(self.images[:n], self.labels[:n], masks)
-
-
-@dataclass(frozen=True)
-class DisplayImage:
-    """An image to picture: what people see of it, and what the model does."""
-
-    label: str
-    picture: Any
-    image: Float[Tensor, "c h w"]
-    mask: Bool[np.ndarray, "h w"] | None = None
-    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -184,7 +173,7 @@ def open_run(
     if not models:
         fix = "Leave --model out."
         raise ValueError(message(str(folder), "a run with a teacher", "one without", fix))
-    test_set = load_tested_images(run, labels, options.safe, fold)
+    test_set = load_tested_images(run, predictions, options.safe, fold)
     opened = LoadedRun(
         folder=run,
         name=name,
@@ -200,6 +189,7 @@ def open_run(
     )
     indices = list(islice(interleave_classes(labels), TRIED))
     tried = make_sample(opened, indices, options.device)
+    opened.seen = hash_contents(tried.images.cpu().numpy().tobytes())
     for role, model in models.items():
         model.to(options.device).requires_grad_(False)
         _check_predictions(opened, role, indices, tried.images)
@@ -239,27 +229,42 @@ def _take_subclasses(run: RunFolder, predictions: Predictions) -> Predictions:
 
 
 def load_tested_images(
-    run: RunFolder, labels: Int[np.ndarray, " n"], safe: bool = False, fold: bool = True
+    run: RunFolder, predictions: Predictions, safe: bool = False, fold: bool = True
 ) -> Any:
     """The test set of a run, which must be the one that it was tested on.
 
     Args:
         run: finished.
-        labels: in its predictions.csv.
+        predictions: in its predictions.csv, with labels of what is asked for.
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
         fold: whether the labels are classes where the outputs are subclasses.
 
     Raises:
         FileNotFoundError: if the images are gone.
-        ValueError: if there are others, or of other classes.
+        ValueError: if there are others, or of other names or classes.
     """
+    labels = predictions.labels
     test_set = load_test_set(run.path, safe)
     named = "class_targets" if run.summary().get("subclass_of") and fold else "targets"
     if len(test_set) != len(labels) or list(getattr(test_set, named, labels)) != [*labels]:
         got = f"{len(test_set)} images, or other classes"
         fix = "Put the data back, or test the student again."
         raise ValueError(message(str(run.path), f"the {len(labels)} test images", got, fix))
+    if renamed := _find_renamed(test_set, predictions.images):
+        then, now = renamed
+        fix = "Put the images back, or test the student again."
+        raise ValueError(message(str(run.path), f"the test image {then}", f"{now} there", fix))
     return test_set
+
+
+def _find_renamed(test_set: Any, images: Sequence[str]) -> tuple[str, str] | None:
+    """The first image that is called otherwise than in the test, then and now; None without one."""
+    samples = getattr(test_set, "samples", None)
+    named = [str(file) for file, _ in samples] if samples else getattr(test_set, "names", None)
+    if not named or images == [str(index) for index in range(len(images))]:  # nobody knows
+        return None
+    pairs = zip(images, named, strict=True)
+    return next(((a, b) for a, b in pairs if a != b and not b.endswith(f"{os.sep}{a}")), None)
 
 
 def _check_predictions(run: LoadedRun, role: str, indices: Sequence[int], images: Tensor) -> None:
@@ -317,88 +322,6 @@ def sample_indices(run: LoadedRun, most: int) -> list[int]:
         if _find_mask(run, index) is not None:
             masked.append(index)
     return masked or list(interleave_classes(run.labels))[:most]
-
-
-def choose_images(run: LoadedRun, n: int) -> Callable[[LoadedRun], list[DisplayImage]]:
-    """Test images to picture: the classes in turn, and right and wrong predictions in turn.
-
-    Args:
-        run: whose student is right or wrong.
-        n: how many.
-
-    Returns:
-        A function from a run with the same test images to these images, as its models see them.
-    """
-    right = run.probabilities["student"].argmax(1) == run.labels
-    classes = np.unique(run.labels)
-    rest: dict[tuple[int, bool], list[int]] = {(k, r): [] for k in classes for r in (True, False)}
-    for index in interleave_classes(run.labels):
-        rest[run.labels[index], bool(right[index])].append(index)
-    indices: list[int] = []
-    for turn in range(n):
-        lap, number = divmod(turn, len(classes))
-        wanted = (lap + number) % 2 == 0
-        fits = rest[classes[number], wanted] or rest[classes[number], not wanted]
-        if fits:
-            indices.append(fits.pop(0))
-
-    def display(other: LoadedRun) -> list[DisplayImage]:
-        return [_display_test_image(other, index) for index in indices]
-
-    return display
-
-
-def _display_test_image(run: LoadedRun, index: int) -> DisplayImage:
-    image = run.test_set[index][0]
-    name = run.class_name(int(run.labels[index]))
-    if run.summary["preprocessing"] is None:  # only the tensor shows what the model saw
-        low, high = image.min(), image.max()
-        picture = ((image - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0).numpy()
-        return DisplayImage(name, picture, image)
-    if hasattr(run.test_set, "image"):
-        found = run.test_set.image(index)
-    else:
-        found = run.test_set.loader(run.test_set.samples[index][0])
-    small = shrink_picture(found)
-    find = getattr(run.test_set, "mask", None)
-    mask = find(index) if find else None
-    if mask is not None:
-        mask = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
-    return DisplayImage(name, np.asarray(small), image, mask)
-
-
-def shrink_picture(picture: Image.Image) -> Image.Image:
-    copy = picture.convert("RGB")
-    copy.thumbnail((SIDE, SIDE))
-    return copy
-
-
-def read_images(
-    runs: Sequence[LoadedRun], images: Sequence[str | Path], safe: bool = False
-) -> Callable[[LoadedRun], list[DisplayImage]]:
-    """Image files to picture, prepared as each run has it.
-
-    Raises:
-        FileNotFoundError: if one is not there.
-        ValueError: if one cannot be read, or the preprocessing of a run is not known.
-    """
-    bits_by_run = {run.name: (run.summary["preprocessing"] or {}).get("bits") for run in runs}
-    pictures = {
-        bits: [read_image(file, bits, "explain") for file in images]
-        for bits in set(bits_by_run.values())
-    }
-    transforms = {run.name: load_transform(run.folder.path, safe) for run in runs}
-
-    def display(run: LoadedRun) -> list[DisplayImage]:
-        bits, prepare = bits_by_run[run.name], transforms[run.name]
-        return [
-            DisplayImage(
-                Path(file).stem, np.asarray(shrink_picture(picture)), prepare(picture), known=False
-            )
-            for file, picture in zip(images, pictures[bits], strict=True)
-        ]
-
-    return display
 
 
 def read_study(file: Path) -> dict[str, Any]:

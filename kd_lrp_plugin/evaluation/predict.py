@@ -14,7 +14,7 @@ from kd_lrp_plugin.attribution.methods import ATTRIBUTIONS, INPUT, attribute
 from kd_lrp_plugin.data.images import ascii_name, read_image
 from kd_lrp_plugin.data.layout import is_image, walk
 from kd_lrp_plugin.data.splits import find_column, read_table
-from kd_lrp_plugin.evaluation.explain_inputs import shrink_picture
+from kd_lrp_plugin.evaluation.explain_pictures import picture_tensor, shrink_picture
 from kd_lrp_plugin.evaluation.explain_trials import choose_layer
 from kd_lrp_plugin.evaluation.predictors import Predictor, open_predictor
 from kd_lrp_plugin.losses import fold_logits
@@ -265,11 +265,9 @@ class MapWriter:
         (found,) = attribute(
             self.module, image[None], target_of_image, self.method, self.layer
         ).cpu()
-        low, high = image.min(), image.max()
-        seen = ((image - low) / (high - low).clamp(min=1e-12)).permute(1, 2, 0).numpy()
         row = MapRow(
             Path(ascii_name(file)).stem,
-            np.asarray(shrink_picture(picture)) if self.model.whole else seen,
+            np.asarray(shrink_picture(picture)) if self.model.whole else picture_tensor(image),
             {self.method.replace("_", " "): found.numpy()},
             {"image": (record["class"], record["probability"])},
             known=False,

@@ -134,10 +134,26 @@ def list_folder(
         got, fix = f"{len(loose)}, such as {'/'.join(loose[0])}", "Move them into class folders."
         expected = "no image beside the classes of a split"
         raise ValueError(message(f"{WHERE}: {folder}", expected, got, fix))
+    _refuse_inner_splits(folder, [parts[:-1] for parts in images if not splits])
     depth = 1 + bool(splits)  # of an image in a class folder
     nested = any(len(parts) > depth + 1 for parts in images)
     named = {parts[depth - 1] for parts in images if len(parts) > depth} if nested else ()
     return _list_class_folders(folder, ClassFolders(tuple(sorted(named))), columns)
+
+
+def _refuse_inner_splits(folder: Path, above: Sequence[Sequence[str]]) -> None:
+    """Raise ValueError for splits in class folders, which would all be trained with.
+
+    Args:
+        folder: the root, for messages.
+        above: of each image, the folders that it lies in below the root.
+    """
+    inner = sorted({parts[1] for parts in above if len(parts) > 1})
+    kinds = {get_split_kind(name) for name in inner} - {None}
+    if "train" in kinds and len(kinds) > 1:
+        got = f"{[name for name in inner if get_split_kind(name)]} in the folders of classes"
+        fix = "Put the class folders into those of the splits: FOLDER/SPLIT/CLASS/."
+        raise ValueError(message(f"{WHERE}: {folder}", "splits above the classes", got, fix))
 
 
 def _list_class_folders(folder: Path, folders: ClassFolders, columns: Mapping[str, str]) -> Listing:
@@ -272,6 +288,8 @@ def _choose_column(table: Path, columns: Sequence[str], role: str, given: str | 
 
 def _find_base(folder: Path, table: Path, files: Sequence[str]) -> Path:
     """The folder, below the root, that the paths of a table count from."""
+    for file in files:  # an absolute one would be there from each
+        plain_path(folder, file, f"{WHERE}: {table}")
     inner = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     bases = [Path(), *map(Path, inner)]
     absent = {base: [f for f in files if not _is_there(folder / base, f)] for base in bases}

@@ -37,7 +37,6 @@ from kd_lrp_plugin.report.sections import (
 )
 from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.runs.predictions import read_predictions
-from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.files import hash_contents, name_folders, read_csv
 from kd_lrp_plugin.utils.progress import current_progress
 from kd_lrp_plugin.utils.validation import message
@@ -183,11 +182,16 @@ def _read_run(path: Path, name: str) -> dict[str, Any]:
     text = (path / "config.yaml").read_text(encoding="utf-8")
     sessions = about.get("sessions") or [{}]
     session = sessions[-1]
-    evaluation = _read_evaluation(path)
+    evaluation = folder.read_evaluation()
     folder.check_output("predictions.csv")
+    began = about.get("files", {}).items()
     return {
         "name": name,
         "folder": shorten_path(path),
+        "outputs": list(about.get("outputs", {}).values()),
+        "teacher_files": [
+            digest for key, digest in began if key.startswith("models.teacher_model.")
+        ],
         "summary": summary,
         "evaluation": evaluation,
         "predicted": _draw_predictions(folder) if evaluation else None,
@@ -200,7 +204,7 @@ def _read_run(path: Path, name: str) -> dict[str, Any]:
         "curves": _draw_curves(folder.read_metrics()),
         "test_set": _hash_test_set(path / "predictions.csv"),
         "config_file": shorten_path(session["config"]) if session.get("config") else None,
-        "explanations": _read_maps(path),
+        "explanations": _read_maps(folder),
         "command": get_command(session),
     }
 
@@ -214,14 +218,9 @@ def _draw_predictions(folder: RunFolder) -> dict[str, Any]:
     return {"n": len(of.labels), "reliability": vector(reliability_figure(curves)), "roc": roc}
 
 
-def _read_evaluation(path: Path) -> dict[str, Any] | None:
-    file = path / "evaluation.json"
-    fix = "Delete it, and give kd-lrp evaluate again."
-    return files.read_json(file, fix, student=dict) if file.is_file() else None
-
-
-def _read_maps(path: Path) -> dict[str, Any] | None:
-    return read_explanations(path) if (path / "explanations.json").is_file() else None
+def _read_maps(folder: RunFolder) -> dict[str, Any] | None:
+    found = read_explanations(folder.path) if (folder / "explanations.json").is_file() else None
+    return found if found and folder.is_current(found) else None
 
 
 def _read_question(config: str | None) -> str | None:
@@ -278,8 +277,10 @@ def _list_models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if "teacher" not in (run["evaluation"] or {}):
             continue
         row = _read_model("teacher", "teacher", run, run["evaluation"])
-        own = next((r for r in rows if r["same"] == row["same"] and r["role"] != "student"), None)
-        student["teacher"] = teacher = teachers.setdefault(row["same"], own or row)
+        others = (other for other in rows if other["role"] != "student" and _made(other, row))
+        own = next(others, None)
+        key = (own["name"],) if own else (row["same"], tuple(row["files"]))
+        student["teacher"] = teacher = teachers.setdefault(key, own or row)
         teacher["role"] = "teacher"
     if len(teachers) > 1:
         for student in rows:
@@ -299,6 +300,16 @@ def _list_models(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row["scale"] = (max(0.0, min(lows) - 0.02), min(1.0, max(highs) + 0.02)) if lows else None
         row["set"] = chr(ord("A") + sets.index(row["test_set"]) % 26) if len(sets) > 1 else None
     return rows
+
+
+def _made(alone: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
+    """Whether a teacher is the model of a run: it does the same and, where that is known, has its
+    weights from a file of the run.
+    """
+    known = alone["files"] and teacher["files"]
+    return alone["same"] == teacher["same"] and (
+        not known or not {*alone["files"]}.isdisjoint(teacher["files"])
+    )
 
 
 def _read_model(
@@ -325,6 +336,7 @@ def _read_model(
         "teacher": None,
         "both": None,
         "same": (run["test_set"], parameters, json.dumps(matrix)),
+        "files": run["teacher_files" if role == "teacher" else "outputs"],
     }
 
 

@@ -1,6 +1,5 @@
 """What the commands leave in folders, as records that a page shows."""
 
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from kd_lrp_plugin.plots.tables import (
     study_rows,
 )
 from kd_lrp_plugin.report.images import vector
+from kd_lrp_plugin.runs.provenance import find_split_tables
+from kd_lrp_plugin.runs.record import RunRecord
 from kd_lrp_plugin.selection.ranking import summarise_ranking
 from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.validation import message
@@ -124,14 +125,7 @@ def _describe_data_check(folder: Path, summary: Mapping[str, Any]) -> dict[str, 
 
 def list_split_tables(runs: Sequence[Mapping[str, Any]]) -> dict[str, set[Path]]:
     """The split tables that the data sets of each run's config name."""
-    tables: dict[str, set[Path]] = {run["name"]: set() for run in runs}
-    for run in runs:
-        for entry in (run["config"].get("datasets") or {}).values():
-            of_entry = (entry.get("init") or {}) if isinstance(entry, dict) else {}
-            if named := (of_entry.get("kwargs") or {}).get("manifest"):
-                path = Path(os.path.expandvars(str(named))).expanduser()
-                tables[run["name"]].add(path.resolve())
-    return tables
+    return {run["name"]: find_split_tables(RunRecord(run["folder"]), run["config"]) for run in runs}
 
 
 def find_data_check(tables: Mapping[str, set[Path]]) -> Path | None:
@@ -150,7 +144,7 @@ def list_teacher_commands(runs: Sequence[Mapping[str, Any]]) -> list[str]:
         entry = (run["config"].get("models") or {}).get("teacher_model")
         named = entry.get("src_ckpt") if isinstance(entry, dict) else None
         if named:
-            folder = Path(os.path.expandvars(str(named))).expanduser().parent
+            folder = RunRecord(run["folder"]).find_place(str(named)).parent
             sessions = (_read_mapping(folder / "environment.json") or {}).get("sessions") or [{}]
             commands += filter(None, [get_command(sessions[-1])])
     return list(dict.fromkeys(commands))
@@ -185,10 +179,11 @@ def list_map_sheets(
             raise FileNotFoundError(message("report --maps", "maps of several runs", got, fix))
         file = Path(maps) / "maps.png"
         sheets.append({"name": "the models side by side", "file": file, "side_by_side": True})
-    of_runs = [(run["name"], Path(run["folder"], "explanations.png")) for run in runs]
-    for name, file in of_runs:
-        if file.is_file():
-            sheets.append({"name": name, "file": file, "side_by_side": False})
+    for run in runs:
+        file = Path(run["folder"], "explanations.png")
+        is_stale = not run["explanations"] and file.with_suffix(".json").is_file()
+        if file.is_file() and not is_stale:
+            sheets.append({"name": run["name"], "file": file, "side_by_side": False})
     return sheets
 
 
@@ -210,12 +205,15 @@ def list_explain_commands(
 
 
 def list_explanations(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of ``explanations.json`` of all runs as one table; a shared teacher once."""
+    """The figures of ``explanations.json`` of all runs as one table; rows that say the same, as of
+    a shared teacher, once.
+    """
     rows: dict[tuple, dict[str, Any]] = {}
     for run in runs:
         alone = "teacher_model" not in (run["config"].get("models") or {})
         for row in (run["explanations"] or {}).get("rows", []):
-            key = (row["weights"], row["method"], row["layer"], row["samples"])
+            key = (*(row[name] for name in ("weights", "method", "layer", "samples")),)
+            key += (repr(row["metrics"]),)  # of other images they differ
             model = "alone" if alone else row["model"]
             rows.setdefault(key, {"run": run["name"], **row, "model": model})
     return records(list(rows.values()))
@@ -229,6 +227,8 @@ def list_audits(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
     for run, file in files:
         found = _read_mapping(file) or {}
+        if not RunRecord(run["folder"]).is_current(found):
+            continue
         images = file.stem.removeprefix("audit").removeprefix("-")
         with _naming(file):
             audits.append(
@@ -250,6 +250,8 @@ def list_exports(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for run in runs:
         for file in sorted(Path(run["folder"]).glob("*/export.json")):
             found = _read_mapping(file) or {}
+            if not RunRecord(run["folder"]).is_current(found):
+                continue
             with _naming(file):
                 exports.append(
                     {
@@ -307,7 +309,7 @@ def read_selection(
         entry = (run["config"].get("models") or {}).get("student_model") or {}
         record = (entry.get("kwargs") or {}).get("record")
         if entry.get("key") == "diswot_student" and record:
-            found.append(Path(os.path.expandvars(str(record))).expanduser())
+            found.append(RunRecord(run["folder"]).find_place(str(record)))
     for file in found:
         record = read_json(file)
         if isinstance(record, dict) and record.get("ranking"):

@@ -4,10 +4,10 @@
 file                   what it holds
 =====================  =========================================================================
 ``config.yaml``        the config as it runs, overrides applied
-``environment.json``   seed and processes; per session the command, versions, commits, device, and
-                       how "workers" were chosen where the config leaves that open; at the end,
-                       under "outputs", a hash of each file of
-                       :data:`~kd_lrp_plugin.runs.record.OUTPUTS`
+``environment.json``   seed and processes; per session the command, the folder it was given in as
+                       seen from the run, versions, commits, device, and how "workers" were chosen
+                       where the config leaves that open; at the end, under "outputs", a hash of
+                       each file of :data:`~kd_lrp_plugin.runs.record.OUTPUTS`
 ``metrics.jsonl``      one line per epoch
 ``last.pt``            all that the next epoch needs, the best weights included;
                        ``previous.pt`` the epoch before
@@ -164,7 +164,10 @@ class RunFolder(RunRecord):
     def add_session(self, session: Mapping[str, Any]) -> None:
         """Note under which circumstances the run begins or resumes, and that it is of this user."""
         about = self.read_environment()
-        about["sessions"].append({"command": files.get_command(), **session})
+        # From the run on, so that both may move together.
+        started_in = os.path.relpath(Path.cwd(), self.path.resolve())
+        begun = {"command": files.get_command(), "started_in": started_in}
+        about["sessions"].append({**begun, **session})
         files.write_json(self / "environment.json", about)
         config = files.read_text(self / "config.yaml", RENAME)
         trust.remember(config, self.module_folder)

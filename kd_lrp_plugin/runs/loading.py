@@ -23,7 +23,10 @@ from kd_lrp_plugin.losses import fold_logits
 from kd_lrp_plugin.models.weights import load_weights
 from kd_lrp_plugin.runs.provenance import check_weights_file
 from kd_lrp_plugin.runs.record import RunRecord
+from kd_lrp_plugin.utils.files import hash_file
 from kd_lrp_plugin.utils.validation import message
+
+_PATHS = ("root", "manifest", "csv")  # arguments of data sets
 
 
 def load_run(folder: str | Path, safe: bool = False) -> tuple[nn.Module, dict[str, Any]]:
@@ -53,9 +56,9 @@ def load_models(
     its subclasses' logits, weighted by their share in its probability, which is the gradient of
     its own logit.
 
-    A teacher's ``src_ckpt`` is looked for where the config says; if it says so by a relative
-    path, then also beside the folders above the run's, since the command may have been given in
-    one of them.
+    A teacher's ``src_ckpt`` is looked for where the config says, a relative path as
+    :meth:`~kd_lrp_plugin.runs.record.RunRecord.list_places` has it, and must be the file that the
+    run was trained with.
 
     Args:
         folder: a finished run.
@@ -125,21 +128,27 @@ def _check_finite(model: nn.Module, where: str) -> None:
 
 
 def _find_teacher_file(run: RunRecord, entry: Mapping[str, Any]) -> Path:
+    key = "src_ckpt" if entry.get("src_ckpt") else "weights"
     source = entry.get("src_ckpt") or entry["kwargs"].get("weights")
     where = f"teacher of {run.path}"
     if not source:
         fix = "Train the teacher first and name its file, or leave it out: --model student."
         raise ValueError(message(where, "a src_ckpt in the config", "none", fix))
-    named = Path(os.path.expandvars(source)).expanduser()
-    candidates = [base / named for base in (Path(), *run.path.resolve().parents)]
-    found = next((file for file in candidates if file.is_file()), None)
-    if found is None:
+    found = [file for file in run.list_places(source) if file.is_file()]
+    if not found:
         fix = (
             "Put it back, or give the command in the folder in which the run was started; "
             "--model student does without."
         )
-        raise FileNotFoundError(message(where, f"its weights {named}", "no such file", fix))
-    return found
+        raise FileNotFoundError(message(where, f"its weights {source}", "no such file", fix))
+    trained_with = run.read_environment().get("files", {}).get(f"models.teacher_model.{key}")
+    if trained_with is None:
+        return found[0]
+    for file in found:
+        if hash_file(file) == trained_with:
+            return file
+    got, fix = f"others, at {found[0]}", "Put them back; --model student does without."
+    raise ValueError(message(where, "the weights that it was trained with", got, fix))
 
 
 def load_transform(folder: str | Path, safe: bool = False) -> Callable[[Image.Image], Tensor]:
@@ -194,12 +203,18 @@ def load_policy(folder: str | Path, safe: bool = False) -> dict[str, Any]:
 def _find_transform(run: RunRecord, safe: bool) -> tuple[int | None, Any, dict[str, Any]]:
     """``bits``, the transform and the run's summary."""
     summary = run.summary()
-    if summary["preprocessing"] is not None:
+    if (policy := summary["preprocessing"]) is not None:
+        shape = [policy.get("channels", 3), *2 * [policy["image_size"]]]
+        if shape != summary["image_shape"]:  # what the test has found would not hold
+            got, fix = f"{shape}, tested as {summary['image_shape']}", "Give both one image_size."
+            where = f"preprocessing of {run.path}"
+            raise ValueError(message(where, "images validated and tested in one shape", got, fix))
         return *preparation(summary["preprocessing"]), summary
-    return *_build_transform(_read_config(run, safe), f"transform of {run.path}"), summary
+    return *_build_transform(run, _read_config(run, safe)), summary
 
 
-def _build_transform(config: Document, where: str) -> tuple[int | None, Any]:
+def _build_transform(run: RunRecord, config: Document) -> tuple[int | None, Any]:
+    where = f"transform of {run.path}"
     train = config.values.get("train") or {}
     stage = next(iter(get_stages(train).values()))
     name = str(stage["val_data_loader"]["dataset_id"])
@@ -219,7 +234,7 @@ def _build_transform(config: Document, where: str) -> tuple[int | None, Any]:
         parts.value = [*parts.value, *found]
         dataset = SimpleNamespace(**construct(replace(config, root=parts)))
     else:
-        dataset = _build_dataset(config, name)
+        dataset = _build_dataset(config, name, run)
         while hasattr(dataset, "dataset"):  # a subset
             dataset = dataset.dataset
     prepare = getattr(dataset, "transform", None)
@@ -254,15 +269,31 @@ def load_data_set(folder: str | Path, part: str, safe: bool = False) -> Any:
     else:
         stage = next(iter(get_stages(config.values.get("train") or {}).values()))
         name = str(stage[f"{part}_data_loader"]["dataset_id"])
-    return _build_dataset(config, name)
+    return _build_dataset(config, name, run)
 
 
-def _build_dataset(config: Document, name: str) -> Any:
+def _build_dataset(config: Document, name: str, run: RunRecord) -> Any:
+    _check_seen_alike(run, f"{name} of {run.path}", config.values["datasets"][name])
     config = config.only("dependencies", "datasets")
     for key, section in config.root.value:
         if key.value == "datasets":
             section.value = [pair for pair in section.value if pair[0].value == name]
     return construct(config)["datasets"][name]
+
+
+def _check_seen_alike(run: RunRecord, where: str, entry: Any) -> None:
+    """Raise ``ValueError`` where a relative path means something else here than in the training."""
+    if not isinstance(entry, dict) or run.started_in is None:
+        return
+    for key, value in entry.items():
+        _check_seen_alike(run, where, value)
+        if key not in _PATHS or not isinstance(value, str):
+            continue
+        then, now = run.list_places(value)[0], Path(os.path.expandvars(value)).expanduser()
+        if then.exists() and not (now.exists() and now.samefile(then)):
+            got = f"{now if now.exists() else 'none'} as seen from {Path.cwd()}"
+            fix = f"Give the command in {run.started_in}, where the run was started."
+            raise ValueError(message(where, f"{key} {then}", got, fix))
 
 
 def _read_config(run: RunRecord, safe: bool) -> Document:

@@ -56,6 +56,20 @@ def list_files(config: Document) -> dict[str, str | None]:
     return found
 
 
+def find_split_tables(run: RunRecord, config: Mapping[str, Any]) -> set[Path]:
+    """The split tables that the data sets of a run's config name, wherever they lie now.
+
+    Args:
+        run: its folder.
+        config: its values.
+    """
+    entries = [_mapping(entry) for entry in _mapping(config.get("datasets")).values()]
+    named = [
+        _mapping(_mapping(entry.get("init")).get("kwargs")).get("manifest") for entry in entries
+    ]
+    return {run.find_place(str(table)).resolve() for table in named if table}
+
+
 def check_weights_file(file: Path) -> Path:
     """A file of weights, which must be intact if a finished run has written it.
 

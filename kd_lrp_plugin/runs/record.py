@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
@@ -12,6 +13,7 @@ from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.validation import message
 
 logger = logging.getLogger(__name__)
+EVALUATION = "evaluation.json"
 OUTPUTS = ("best.pt", "student.safetensors", "predictions.csv", "metrics.jsonl")
 RERUN = "kd-lrp distill, with the same config, --seed and --out,"
 _REPAIR = f"{RERUN} repairs it from the checkpoint."
@@ -76,6 +78,39 @@ class RunRecord:
             raise files.damaged(file, "a line for each epoch", "others", _REPAIR)
         return records
 
+    # --- what commands have found of it -------------------------------------------------------
+
+    @property
+    def of(self) -> dict[str, str]:
+        """What a record of the run notes, to be told from one of other weights or images."""
+        file = self / "predictions.csv"
+        return {"predictions": files.hash_file(file)} if file.is_file() else {}
+
+    def is_current(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record has :attr:`of` the run as it is now; one of older versions counts."""
+        noted = {key: record[key] for key in ("predictions",) if key in record}
+        return noted in ({}, self.of)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is a current ``evaluation.json``; a damaged one is for its reader."""
+        try:
+            content = json.loads((self / EVALUATION).read_text(encoding="utf-8"))
+        except OSError:
+            return False
+        except ValueError:
+            return True
+        return not isinstance(content, dict) or self.is_current(content)
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        """What ``kd-lrp evaluate`` has found; None where it is not :attr:`evaluated`.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        fix = "Delete it, and give kd-lrp evaluate again."
+        return files.read_json(self / EVALUATION, fix, student=dict) if self.evaluated else None
+
     # --- circumstances ------------------------------------------------------------------------
 
     def read_environment(self) -> dict[str, Any]:
@@ -114,6 +149,29 @@ class RunRecord:
         sessions = self.list_sessions()
         folder = sessions[-1].get("module_folder") if sessions else None
         return folder if isinstance(folder, str) else None
+
+    def list_places(self, named: str) -> list[Path]:
+        """Where a file or folder that the run's config names may lie, the likeliest first.
+
+        A relative path is seen from the folder in which the run was started, which may have moved
+        together with it; else from those above the run's, and from the current folder.
+        """
+        path = Path(os.path.expandvars(named)).expanduser()
+        started = self.started_in
+        bases = [*([started] if started else []), *self.path.resolve().parents, Path()]
+        return list(dict.fromkeys(base / path for base in bases))
+
+    def find_place(self, named: str) -> Path:
+        """The likeliest of :meth:`list_places` where there is something; else the likeliest."""
+        places = self.list_places(named)
+        return next((path for path in places if path.exists()), places[0])
+
+    @property
+    def started_in(self) -> Path | None:
+        """The folder in which the run was started or resumed last; None where it is not known."""
+        sessions = self.list_sessions()
+        noted = sessions[-1].get("started_in") if sessions else None
+        return (self.path.resolve() / noted).resolve() if isinstance(noted, str) else None
 
     def changed(self, about: Mapping[str, Any]) -> list[str]:
         """What of ``about`` is not as it was when the run began: a text for each.

@@ -207,7 +207,7 @@ def run_job() -> None:
     try:
         distill(job)
         with locked(job.folder / LOCK):
-            if not (job.folder / "evaluation.json").exists():
+            if not RunFolder(job.folder).evaluated:
                 evaluate(job.folder, safe=job.safe)
     except Busy:
         sys.exit(BUSY)

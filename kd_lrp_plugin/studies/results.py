@@ -66,9 +66,11 @@ def _row(run: StudyRun, measures: Sequence[str]) -> dict[str, Any]:
         folder, fix = RunFolder(run.folder), "Delete it, and rerun kd-lrp study: it is made again."
         evaluation = read_json(folder / "evaluation.json", fix, student=dict)
         maps = read_explanations(run.folder) if (folder / EXPLANATIONS).exists() else {}
+        maps = maps if folder.is_current(maps) else {}
         others: dict[str, Any] = {"last": folder.read_metrics()[-1]}
         if (folder / AUDIT).exists():
-            others["audit"] = read_json(folder / AUDIT, "Give kd-lrp audit again.", relevance=dict)
+            audit = read_json(folder / AUDIT, "Give kd-lrp audit again.", relevance=dict)
+            others |= {"audit": audit} if folder.is_current(audit) else {}
         sources = [folder.summary(), evaluation["student"], evaluation, average_maps(maps), others]
     values = {}
     for measure in measures:

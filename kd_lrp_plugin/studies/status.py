@@ -21,7 +21,7 @@ def count_epochs_done(run: StudyRun) -> int:
 
 def is_finished(run: StudyRun) -> bool:
     """Whether a run is trained, tested and evaluated, and all that it has written is intact."""
-    return is_trained(run.folder) and (run.folder / "evaluation.json").is_file()
+    return is_trained(run.folder) and RunFolder(run.folder).evaluated
 
 
 def is_trained(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from kd_lrp_plugin.data.images import decode_image, read_image, read_mask
 from kd_lrp_plugin.data.leakage.images import fingerprint
 from kd_lrp_plugin.data.transforms import make_transforms, preparation, preprocessing
 from kd_lrp_plugin.data.validation import unreadable_images
-from kd_lrp_plugin.evaluation import explain_inputs, predict, predictors
+from kd_lrp_plugin.evaluation import explain_pictures, predict, predictors
 from kd_lrp_plugin.runs.record import RunRecord
 
 PILLOW = int(PIL.__version__.partition(".")[0])
@@ -199,7 +199,7 @@ def test_predict_and_explain_see_what_training_sees(name, ending, tmp_path, monk
     predict.predict(tmp_path, [data.samples[0][0]])
     assert torch.equal(given[0][0], data[0][0])
     run = SimpleNamespace(name="run", summary=summary, folder=SimpleNamespace(path=tmp_path))
-    (shown,) = explain_inputs.read_images([run], [data.samples[0][0]])(run)
+    (shown,) = explain_pictures.read_images([run], [data.samples[0][0]])(run)
     assert torch.equal(shown.image, data[0][0])
     assert np.array_equal(shown.picture, np.asarray(data.loader(data.samples[0][0])))
 

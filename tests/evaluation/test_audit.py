@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_runs import CONFIGS, SMALL
 from torch import nn
 from typer.testing import CliRunner
@@ -14,7 +15,7 @@ from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.data.shortcuts import Marked
-from kd_lrp_plugin.evaluation import audit
+from kd_lrp_plugin.evaluation import audit, audit_inputs
 from kd_lrp_plugin.evaluation.audit import (
     AuditOptions,
     ask,
@@ -25,6 +26,7 @@ from kd_lrp_plugin.evaluation.audit import (
     measure_replacements,
     replace_region,
 )
+from kd_lrp_plugin.evaluation.explain_inputs import ExplainOptions, LoadedRun
 from kd_lrp_plugin.evaluation.predict import predict
 from kd_lrp_plugin.models.factory import build_model
 from kd_lrp_plugin.runs.folder import RunFolder
@@ -207,6 +209,22 @@ def test_other_images_are_audited_with_the_classes_of_the_run(finished):
     right = sum(row["class"] == row["file"].split("/")[-2] for row in predicted) / 8
     before = {of["accuracy_before"] for of in found["replaced"]["student"]["border"].values()}
     assert before == {right}
+
+
+def test_other_images_are_read_with_the_bits_of_the_run(tmp_path, monkeypatch):
+    """Whatever its transform is: a run with one of its own has no preprocessing in its summary."""
+    for label in ("cat", "dog"):
+        (tmp_path / "others" / label).mkdir(parents=True)
+        pixels = np.full((8, 8), 4000, np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "others" / label / "1.png")
+    summary = {"preprocessing": None, "classes": ["cat", "dog"]}
+    run = LoadedRun(
+        *(RunFolder(tmp_path), "", summary, {}, {}, None, "", np.array([], int), {}, {})
+    )
+    monkeypatch.setattr(audit_inputs, "open_run", lambda *_: run)
+    monkeypatch.setattr(audit_inputs, "load_preparation", lambda *_: (12, np.asarray))
+    shown = audit_inputs.open_audited(tmp_path, ExplainOptions(), tmp_path / "others")
+    assert np.unique(shown.test_set[0][0]).tolist() == [round(4000 / 4095 * 255)]
 
 
 def test_images_of_other_classes_are_refused(finished):

@@ -132,7 +132,7 @@ class TestEvaluate:
         alike = (values["student"].argmax(1) == values["teacher"].argmax(1)).mean()
         assert record["student_and_teacher"]["agreement"] == pytest.approx(alike)
         written = json.loads((run / "evaluation.json").read_text())
-        assert {**record, "command": None} == written
+        assert {**record, "command": None, **RunFolder(run).of} == written
         assert len(labels) == 8
         for known in costs.values():  # of an architecture that was measured before
             known["latency_ms_batch_1"] = 123.0

@@ -5,8 +5,10 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import timm
 import torch
 from PIL import Image
 from small_runs import BASELINE, KD, SMALL, Stopped, StopsAt
+from torchvision import transforms
 from typer.testing import CliRunner
 
 from kd_lrp_plugin.attribution import faithfulness, perturbation, randomisation
@@ -24,10 +27,12 @@ from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.data.phantom.dataset import Phantom
 from kd_lrp_plugin.evaluation import explain as explaining
-from kd_lrp_plugin.evaluation import explain_inputs, explain_trials
+from kd_lrp_plugin.evaluation import explain_inputs, explain_pictures, explain_trials
 from kd_lrp_plugin.plots.maps import MapRow, map_figure
 from kd_lrp_plugin.relevance.recording import relevance_maps
 from kd_lrp_plugin.runs import loading
+from kd_lrp_plugin.runs.folder import RunFolder
+from kd_lrp_plugin.runs.predictions import Predictions
 from kd_lrp_plugin.training import trainer
 from kd_lrp_plugin.utils.files import name_folders
 from kd_lrp_plugin.utils.progress import NullProgress
@@ -89,6 +94,13 @@ def without_pictures(monkeypatch):
     """They take longer than the metrics."""
     monkeypatch.setattr(explaining.Explainer, "draw_run", lambda *_: None)
     monkeypatch.setattr(explaining, "_save", lambda *_: None)
+
+
+class ImagesOfFiles(NamedTuple):
+    """A data set of two, for whom only names and classes matter."""
+
+    samples: list[tuple[str, int]]
+    targets: list[int]
 
 
 def masked() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -232,10 +244,11 @@ class TestWhatIsKept:
         content = json.loads(file.read_text())
         known = find(content["rows"], model="student")["metrics"]["attribution_similarity"]
         expected = dict(known)
-        known |= {"teacher": "another", "mean": 2.0}
-        file.write_text(json.dumps(content))
-        again = find(explain(["runs/kd/0"], QUICK[:1], samples=2), model="student")
-        assert again["metrics"]["attribution_similarity"] == expected
+        for change in ({"teacher": "another"}, {"teacher_layer": "layer1"}):
+            known |= {**expected, **change, "mean": 2.0}
+            file.write_text(json.dumps(content))
+            again = find(explain(["runs/kd/0"], QUICK[:1], samples=2), model="student")
+            assert again["metrics"]["attribution_similarity"] == expected
 
     def test_figures_of_other_definitions_are_made_anew(self, project):
         explain(["runs/ce/0"], QUICK[:1], samples=2)
@@ -257,6 +270,25 @@ class TestWhatIsKept:
         (row,) = explain(["runs/ce/0"], QUICK[:1], samples=2)
         assert "relevance_mass_accuracy" in row["metrics"]
         assert len(json.loads(file.read_text())["rows"]) == 1
+
+    def test_figures_of_weights_that_are_gone_do_not_stay_beside_new_ones(self, project):
+        explain(["runs/kd/0"], QUICK, samples=2)
+        file = project / "runs/kd/0/explanations.json"
+        content = json.loads(file.read_text())
+        assert content["predictions"] == RunFolder("runs/kd/0").of["predictions"]
+        find(content["rows"], model="student", method=QUICK[1])["weights"] = "others"
+        file.write_text(json.dumps(content))
+        explain(["runs/kd/0"], QUICK[:1], roles=["student"], samples=2)
+        left = [(row["model"], row["method"]) for row in json.loads(file.read_text())["rows"]]
+        assert sorted(left) == [
+            ("student", QUICK[0]),
+            *(("teacher", method) for method in QUICK),
+        ]
+        file.write_text(json.dumps({**content, "predictions": "of others"}))
+        explain(["runs/kd/0"], QUICK[:1], roles=["student"], samples=2)
+        again = json.loads(file.read_text())
+        assert [(row["model"], row["method"]) for row in again["rows"]] == [("student", QUICK[0])]
+        assert again["predictions"] == content["predictions"]
 
     def test_runs_that_share_a_teacher_share_its_figures(self, project, monkeypatch):
         shutil.copytree("runs/kd/0", "runs/kd/1")
@@ -289,6 +321,29 @@ class TestWhatIsKept:
         assert [row["metrics"] for row in rows] == 2 * [row["metrics"] for row in known]
         content = json.loads(Path("runs/kd/1/explanations.json").read_text())
         assert [{"run": "1", **row} for row in content["rows"]] == rows[2:]
+
+    def test_a_shared_teacher_has_figures_of_its_own_on_images_of_the_same_names(
+        self, project, monkeypatch
+    ):
+        shutil.copytree("runs/kd/0", "runs/kd/1")
+        real = explain_inputs.load_tested_images
+
+        def load(run, *args):
+            images = real(run, *args)
+            if run.path.name == "0":
+                return images
+            return [(image.flip(0, 1), label) for image, label in images]
+
+        monkeypatch.setattr(explain_inputs, "load_tested_images", load)
+        monkeypatch.setattr(explain_inputs, "_check_predictions", lambda *_: None)
+        monkeypatch.setattr(explain_pictures, "_display_test_image", lambda *_: None)
+        options = {"roles": ["teacher"], "samples": 2}
+        alone = explain(["runs/kd/1"], QUICK[:1], **options)
+        Path("runs/kd/1/explanations.json").unlink()
+        first, second = explain(["runs/kd/0", "runs/kd/1"], QUICK[:1], **options)
+        for name in ("insertion", "deletion", "randomised"):
+            assert second["metrics"][name] == pytest.approx(alone[0]["metrics"][name])
+            assert second["metrics"][name] != first["metrics"][name]
 
     def test_a_shared_teacher_is_tried_once(self, project, monkeypatch):
         shutil.copytree("runs/kd/0", "runs/kd/1")
@@ -362,7 +417,7 @@ class TestSeveralRuns:
             explain_inputs.open_run(folder, name, explain_inputs.ExplainOptions(QUICK))
             for folder, name in zip(folders, name_folders([*map(Path, folders)]), strict=True)
         ]
-        shown = explain_inputs.choose_images(opened[0], 2)
+        shown = explain_pictures.choose_images(opened[0], 2)
         explainer = explaining.Explainer()
         figure = explainer.draw_all(opened, [shown(run) for run in opened])
         titles = [ax.get_title() for ax in figure.get_axes()]
@@ -445,10 +500,25 @@ class TestTheTeacher:
     def test_with_other_weights_than_in_the_run_is_refused(self, project):
         torch.manual_seed(1)
         other = timm.create_model("test_resnet", num_classes=4)
-        other.fc.weight.data *= 20
         torch.save(other.state_dict(), "teacher/best.pt")
-        with pytest.raises(ValueError, match=r"^teacher of runs/kd/0: expected the predictions"):
+        words = "the weights that it was trained with, got others, at .*teacher/best.pt"
+        with pytest.raises(ValueError, match=rf"^teacher of runs/kd/0: expected {words}"):
             explain(["runs/kd/0"], QUICK)
+
+    def test_of_another_project_with_the_same_names_is_not_taken(
+        self, project, tmp_path, monkeypatch
+    ):
+        """Two projects of ``kd-lrp init`` call their teachers alike; this one has moved."""
+        torch.manual_seed(1)
+        other = timm.create_model("test_resnet", num_classes=4)
+        (tmp_path / "other/teacher").mkdir(parents=True)
+        torch.save(other.state_dict(), tmp_path / "other/teacher/best.pt")
+        monkeypatch.chdir(tmp_path / "other")
+        (project / "runs/kd").rename(project / "renamed")
+        saved = torch.load(project / "teacher/best.pt", weights_only=True)["model"]
+        for run in (project / "renamed/0", "../project/renamed/0"):
+            models = loading.load_models(run)
+            assert torch.equal(models["teacher"].fc.weight, saved["fc.weight"])
 
     def test_of_a_run_without_one_cannot_be_asked_for(self, project):
         with pytest.raises(ValueError, match="a run with a teacher"):
@@ -462,6 +532,25 @@ class TestWhatIsRefused:
         config.write_text(config.read_text().replace("size: 8,", "size: 7,"))
         with pytest.raises(ValueError, match="expected the 8 test images, got 7 images"):
             explain(["runs/ce/0"], QUICK)
+
+    def test_images_of_other_names_than_were_tested(self, tmp_path, monkeypatch):
+        """An image went, another of its class came: labels alone do not show it."""
+        predictions = Predictions(["cat/1.png", "dog/2.png"], np.array([0, 1]), {}, ["cat", "dog"])
+        run = SimpleNamespace(path=tmp_path, summary=dict)
+
+        def load(*names):
+            samples = [(f"/moved/{name}.png", index) for index, name in enumerate(names)]
+            images = ImagesOfFiles(samples, [0, 1])
+            monkeypatch.setattr(explain_inputs, "load_test_set", lambda *_: images)
+            return explain_inputs.load_tested_images(run, predictions)
+
+        assert len(load("cat/1", "dog/2")) == 2
+        for names in (("cat/1", "dog/3"), ("cat/1", "dog/02"), ("cat/1", "hot_dog/2")):
+            words = f"the test image dog/2.png, got /moved/{names[1]}.png"
+            with pytest.raises(ValueError, match=re.escape(words)):
+                load(*names)
+        unnamed = replace(predictions, images=["0", "1"])
+        assert explain_inputs.load_tested_images(run, unnamed)
 
     def test_unknown_names_with_the_nearest(self, project):
         with pytest.raises(ValueError, match="Did you mean 'grad_cam'"):
@@ -507,14 +596,54 @@ class TestPictures:
         with pytest.raises(FileNotFoundError, match=r"none at two\.png"):
             explain(["runs/kd/0"], QUICK, images=["two.png"])
 
+    def test_of_files_are_read_and_cut_as_the_run_has_it(self, tmp_path, monkeypatch):
+        pixels = np.full((20, 40), 4000, np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "scan.png")
+        cut = transforms.Compose([transforms.CenterCrop(16), transforms.ToTensor()])
+        monkeypatch.setattr(explain_pictures, "load_preparation", lambda *_: (12, cut))
+        run = SimpleNamespace(
+            name="run", summary={"preprocessing": None}, folder=SimpleNamespace(path=tmp_path)
+        )
+        (shown,) = explain_pictures.read_images([run], [tmp_path / "scan.png"])(run)
+        assert shown.image.unique().tolist() == pytest.approx([round(4000 / 4095 * 255) / 255])
+        assert shown.picture.shape == (16, 16, 3)  # what the maps are of
+
+    def test_of_a_set_that_shows_no_images_are_what_the_model_sees(self):
+        run = SimpleNamespace(
+            test_set=[(torch.eye(4)[None], 0)],
+            summary={"preprocessing": {"image_size": 4}},
+            labels=np.array([0]),
+            class_name=str,
+        )
+        shown = explain_pictures._display_test_image(run, 0)
+        assert shown.picture[..., 0].tolist() == torch.eye(4).tolist()
+
+    def test_side_by_side_are_of_one_image_cut_in_one_way(self):
+        def show(image):
+            return [explain_pictures.DisplayImage("", np.asarray(image), torch.zeros(1))]
+
+        small, large = (Phantom("test", 1, size).image(0) for size in (32, 64))
+        marked = np.asarray(large).copy()
+        marked[:8, :8] = 255
+        runs = [SimpleNamespace(name=name) for name in ("one", "other")]
+        for alike in (large, small, np.asarray(large) / 512):
+            explain_pictures.check_pictured_alike(runs, [show(large), show(alike)])
+        for another in (
+            marked,
+            large.crop((8, 8, 56, 56)),
+            Phantom("test", 1, 64, seed=1).image(0),
+        ):
+            with pytest.raises(ValueError, match="got another in 'other' than in 'one'"):
+                explain_pictures.check_pictured_alike(runs, [show(large), show(another)])
+
     def test_show_every_class_and_what_is_wrong(self, monkeypatch):
-        monkeypatch.setattr(explain_inputs, "_display_test_image", lambda _, index: index)
+        monkeypatch.setattr(explain_pictures, "_display_test_image", lambda _, index: index)
         labels = np.repeat([0, 1, 2], 20)
         wrong = np.arange(60) % 5 == 0
         predicted = np.where(wrong, (labels + 1) % 3, labels)
         run = SimpleNamespace(labels=labels, probabilities={"student": np.eye(3)[predicted]})
         for n in (3, 6, 9):
-            indices = explain_inputs.choose_images(run, n)(run)
+            indices = explain_pictures.choose_images(run, n)(run)
             assert len(set(indices)) == n
             assert np.bincount(labels[indices]).tolist() == [n // 3] * 3
             assert n // 3 <= wrong[indices].sum() <= n // 2 + 1

@@ -128,6 +128,16 @@ class TestInputs:
 
 
 class TestOutputs:
+    def test_images_that_would_come_in_another_size_than_was_tested_are_refused(
+        self, run, scans, tmp_path
+    ):
+        copy = shutil.copytree(run, tmp_path / "run")
+        summary = json.loads((copy / "summary.json").read_text())
+        summary["preprocessing"]["image_size"] = 32  # as a first stage may have it
+        (copy / "summary.json").write_text(json.dumps(summary))
+        with pytest.raises(ValueError, match=r"got \[3, 32, 32\], tested as \[3, 48, 48\]"):
+            predict(copy, list_images([scans]))
+
     def test_the_table_has_every_probability_and_says_what_they_are_worth(self, run, scans):
         out = scans.parent / "made/p.csv"
         status, shown = kd_lrp(run, scans, "--out", out)

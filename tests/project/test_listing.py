@@ -125,6 +125,10 @@ class TestRefusals:
                 [*several("train/cat", "train/dog", "test/cat", "test/dog"), "train/9.png"],
                 r"no image beside the classes of a split, got 1, such as train/9\.png",
             ),
+            (
+                several("cat/Train", "cat/Val", "dog/Train", "dog/Val"),
+                r"splits above the classes, got \['Train', 'Val'\] in the folders of classes",
+            ),
         ],
     )
     def test_what_is_no_data_set(self, tmp_path, files, hint):
@@ -200,6 +204,7 @@ class TestTables:
                 r"one column of the label, got \['label one', 'label two'\]. .*--column label",
             ),
             ("file,label", ["0.png,"], {}, "line 2: expected a label, got an empty cell"),
+            ("file,label", ["/a/0.png,x"], {}, r"a path below .*, got '/a/0\.png'\. Give"),
             ("file,label", [], {}, "a row for each image, got an empty table"),
             ("file,label", ["0.png,x", "./0.png,y"], {}, "each file once"),
             ("file,label", ["0.png,x,y"], {}, "2 values in each line"),

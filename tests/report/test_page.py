@@ -17,6 +17,7 @@ from kd_lrp_plugin.cli.main import app
 from kd_lrp_plugin.config.run_spec import RunSpec
 from kd_lrp_plugin.evaluation import evaluate
 from kd_lrp_plugin.report import content, page, published, sections
+from kd_lrp_plugin.runs.folder import RunFolder
 from kd_lrp_plugin.studies.comparison import compare, summarise
 from kd_lrp_plugin.training import trainer
 
@@ -329,6 +330,48 @@ assert "hostile_module" not in sys.modules
         assert "The same at every seed" in found.text
         assert "1,234,567" in found.text
         assert "parameters, n seeds each" not in found.text
+
+    def test_records_of_other_predictions_are_not_shown(self, kd, tmp_path):
+        of = RunFolder(kd).of
+        figures = {name: {"mean": 0.5, "n": 7, "chance": 0.4} for name in ("insertion", "deletion")}
+        row = {"model": "student", "method": "grad_cam", "layer": "layer2", "samples": 7}
+        row |= {"weights": "abc", "metrics": figures}
+        evaluation = json.loads((kd / "evaluation.json").read_text())
+        assert evaluation["predictions"] == of["predictions"]
+        regions = {"relevance": {"student": {}}, "replaced": {"student": {}}, "object_removed": {}}
+        export = {"format": "timm", "images": 1, "output": "logits", "models": []}
+        stale = {
+            "evaluation.json": evaluation,
+            "explanations.json": {"rows": [row]},
+            "audit.json": {**regions, "images": 1},
+            "export-timm/export.json": export,
+        }
+        (kd / "export-timm").mkdir()
+        Image.new("RGB", (90, 60), "navy").save(kd / "explanations.png")
+        for predictions, shown in ((of["predictions"], True), ("of others", False)):
+            for name, record in stale.items():
+                (kd / name).write_text(json.dumps({**record, "predictions": predictions}))
+            found = content.gather([kd], None, None, None)
+            assert (found["unevaluated"] == [], found["unexplained"] == []) == (shown, shown)
+            parts = ("explained", "audits", "exports", "sheets")
+            assert [bool(found[part]) for part in parts] == 4 * [shown]
+        assert RunFolder(kd).evaluated is False  # a study evaluates it again
+
+    def test_a_teacher_is_a_run_only_if_it_has_its_weights(self, runs, kd, tmp_path):
+        """Two perfect models have the same confusion matrix."""
+        alone = Path(shutil.copytree(runs[1], tmp_path / "own/alone/0"))
+        evaluation = json.loads((kd / "evaluation.json").read_text())
+        evaluation = {"student": evaluation["teacher"]}
+        (alone / "evaluation.json").write_text(json.dumps(evaluation))
+        file = RunFolder(alone).read_environment()["outputs"]["best.pt"]
+        about = json.loads((kd / "environment.json").read_text())
+        about["files"]["models.teacher_model.src_ckpt"] = file
+        (kd / "environment.json").write_text(json.dumps(about))
+        found = content.gather([kd, alone], None, None, None)
+        assert [model["name"] for model in found["models"]] == ["alone", "kd"]
+        found["runs"][0]["teacher_files"] = ["another"]
+        models = content._list_models(found["runs"])
+        assert [model["name"] for model in models] == ["teacher", "kd", "alone"]
 
     def test_maps_are_shown_with_their_figures(self, kd, tmp_path):
         Image.new("RGB", (900, 600), "navy").save(kd / "explanations.png")

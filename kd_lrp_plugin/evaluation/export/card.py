@@ -4,10 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_lrp_plugin.config.document import resolve_config
 from kd_lrp_plugin.data.splits import split_path
 from kd_lrp_plugin.evaluation.predictors import describe_calibration
 from kd_lrp_plugin.plots import tables
 from kd_lrp_plugin.plots.text import one_line
+from kd_lrp_plugin.runs.provenance import find_split_tables
+from kd_lrp_plugin.runs.record import RunRecord
 from kd_lrp_plugin.utils import files
 from kd_lrp_plugin.utils.validation import message
 
@@ -20,8 +23,12 @@ LIMITS = (
 )
 
 
-def read_leak_check(folder: Path | None) -> str:
-    """What ``kd-lrp check-data`` has found, in its own words.
+def read_leak_check(folder: Path | None, run: RunRecord) -> str:
+    """What ``kd-lrp check-data`` has found, in its own words, and whether the run minds it.
+
+    Args:
+        folder: that the check has written; None without one.
+        run: whose images they should be.
 
     Raises:
         FileNotFoundError: if the folder holds no leak check.
@@ -34,7 +41,13 @@ def read_leak_check(folder: Path | None) -> str:
     if not file.is_file():
         got = f"none at {folder}"
         raise FileNotFoundError(message("export --data-check", "a leak check", got, fix))
-    return str(files.read_json(file, fix, summary=str, leaks=dict)["summary"])
+    found = files.read_json(file, fix, summary=str, leaks=dict, options=dict)
+    images = one_line(_hide_folder(found["options"].get("root", "")))
+    tables = find_split_tables(run, resolve_config(run / "config.yaml").values)
+    used = "The run does not take its images from the table that this check has made."
+    if tables == {(folder / "clean_split.csv").resolve()}:
+        used = "The run takes its images from the table that this check has made, without them."
+    return f"Of the images in {images}:\n\n{found['summary']}\n\n{used}"
 
 
 def write_card(

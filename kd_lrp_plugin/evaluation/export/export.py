@@ -126,7 +126,7 @@ def export(folder: str | Path, options: ExportOptions | None = None) -> dict[str
         fix = "Use --format onnx; timm has no heads mlp and flatten_mlp, and no models of others."
         got = "one that timm cannot build by itself"
         raise ValueError(message("export --format timm", "a model of timm's", got, fix))
-    leaks = read_leak_check(Path(options.data_check) if options.data_check else None)
+    leaks = read_leak_check(Path(options.data_check) if options.data_check else None, run)
     with _making(out) as draft:
         student = open_student(run, options.safe)
         record: dict[str, Any] = {"format": options.format, "command": files.get_command()}
@@ -136,7 +136,7 @@ def export(folder: str | Path, options: ExportOptions | None = None) -> dict[str
             record |= _write_timm(student, draft, leaks)
         else:
             record |= _write_pt2(student, draft)
-        record |= {"images": len(student.logits), "parity": PARITY}
+        record |= {"images": len(student.logits), "parity": PARITY, **run.of}
         record |= student.describe(student.logits)
         files.write_json(draft / RECORD, record)
     return record

@@ -108,7 +108,7 @@ def open_student(run: RunFolder, safe: bool = False) -> Student:
     policy = load_policy(run.path, safe)
     _check_policy(run, policy, safe)
     predictions = read_predictions(run)
-    test_set = load_tested_images(run, predictions.labels, safe)
+    test_set = load_tested_images(run, predictions, safe)
     _check_tested_alike(run, policy, test_set)
     logits = score_all(no_gradients(model), test_set)
     then = predictions.probabilities["student"]

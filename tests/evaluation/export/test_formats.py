@@ -20,6 +20,7 @@ from kd_lrp_plugin.evaluation.export import timm_folder
 from kd_lrp_plugin.evaluation.export.export import ExportOptions, export
 from kd_lrp_plugin.evaluation.predict import predict
 from kd_lrp_plugin.runs import loading
+from kd_lrp_plugin.runs.record import RunRecord
 from kd_lrp_plugin.training.trainer import distill
 
 HEADS = (
@@ -40,6 +41,7 @@ def run(tmp_path_factory) -> Path:
 def check(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("check")
     found = {"summary": "LEAK: 3 of 8 test images have a duplicate.", "leaks": {}}
+    found["options"] = {"root": "/somewhere/scans"}
     (folder / "summary.json").write_text(json.dumps(found))
     return folder
 
@@ -104,10 +106,27 @@ class TestTimm:
     ):
         from kd_lrp_plugin.evaluation.export.card import read_leak_check
 
-        assert "not known" in read_leak_check(None)
+        assert "not known" in read_leak_check(None, RunRecord(run))
         with pytest.raises(FileNotFoundError, match="--data-check"):
             export(run, ExportOptions("timm", out=tmp_path / "out", data_check=tmp_path))
         assert not (tmp_path / "out").exists()
+
+    def test_whose_images_a_leak_check_is_of_and_whether_the_run_minds_it_is_said(
+        self, check, tmp_path
+    ):
+        from kd_lrp_plugin.evaluation.export.card import read_leak_check
+
+        config = tmp_path / "config.yaml"
+        for table, minds in ((check / "clean_split.csv", True), ("other/clean_split.csv", False)):
+            config.write_text(
+                f"datasets: {{one: {{init: {{kwargs: {{manifest: {table}}}}}}}, two: {{}}}}"
+            )
+            words = read_leak_check(check, RunRecord(tmp_path))
+            assert words.startswith("Of the images in scans:\n\nLEAK: 3 of 8")
+            assert ("The run takes" in words, "The run does not take" in words) == (
+                minds,
+                not minds,
+            )
 
     def test_other_weights_than_the_files_are_refused(self, run, tmp_path, monkeypatch):
         from kd_lrp_plugin.evaluation.export import timm_folder
