@@ -51,6 +51,11 @@ class Method:
         return self.is_gradient and self.pooled
 
     @property
+    def has_spikes(self) -> bool:
+        """Whether the derivative of its maps jumps wherever the output of a convolution nears 0."""
+        return self.convolution is epsilon
+
+    @property
     def needs_output(self) -> bool:
         """Whether a rule reads the layer's output, which must then be kept."""
         return not self.is_gradient

@@ -22,6 +22,7 @@ _WRAPPER_HELP = (
     "take a forward_proc that hands it on: a recorder, or forward_with_companions."
 )
 VIEWS = ("image", "clean")
+_KEY = "kd_lrp_recorder("
 
 
 @strict("recorder")
@@ -86,9 +87,15 @@ def recorder(
         logits._kd_lrp_companions = supp_dict
         return output
 
-    key = f"kd_lrp_recorder({method}, {layers}{', clean' * (view == 'clean')})"
+    key = f"{_KEY}{method}, {layers}{', clean' * (view == 'clean')})"
     register_forward_proc_func(forward_recorded, key=key)
     return key
+
+
+def find_method(forward_proc: object) -> str | None:
+    """The method of a :func:`recorder` by its key; None for another forward procedure."""
+    key = str(forward_proc)
+    return key.removeprefix(_KEY).partition(",")[0] if key.startswith(_KEY) else None
 
 
 @register_forward_proc_func

@@ -12,6 +12,8 @@ from torchdistill.models.registry import MODEL_DICT
 
 from kd_lrp_plugin.config.build import Assembly, BuiltModel, build_filled_model, get_stages
 from kd_lrp_plugin.config.document import Document
+from kd_lrp_plugin.relevance.methods import METHODS
+from kd_lrp_plugin.torchdistill.forward_proc import find_method
 from kd_lrp_plugin.training.cache.spec import check_cache, get_cache
 from kd_lrp_plugin.training.check.loaders import check_loader
 from kd_lrp_plugin.training.check.optimisation import (
@@ -254,12 +256,19 @@ def _check_role(
         if role:
             known = procedures.FORWARD_PROC_FUNC_DICT
             check_known("key", role.get("forward_proc"), known)
-            recorded = str(role["forward_proc"]).startswith("kd_lrp_recorder(")
-            hooked = recorded or role.get("forward_hook")
+            method = find_method(role["forward_proc"])
+            hooked = method or role.get("forward_hook")
             if hooked and parts.train.get("compile") and name != "teacher":
                 fix = "Leave train.compile out: hooks and second derivatives do not compile."
                 got = role["forward_proc"]
                 raise ValueError(message("compile", "a student without hooks", got, fix))
+            if method and METHODS[method].has_spikes and name != "teacher":
+                words = (
+                    f"{method} explains what is trained: the derivative of LRP-epsilon has spikes, "
+                )
+                words += "which may keep it from learning; prefer gradient_activation, lrp_zplus, "
+                words += "lrp_gamma or lrp_composite for it, whatever its teacher has"
+                report.warn(f"{key_path}.forward_proc", words)
     several = parts.context.world_size > 1 and name in parts.roles
     with report.at(f"{key_path}.requires_grad"):
         if several and name == "teacher" and role.get("requires_grad", True):

@@ -206,6 +206,16 @@ def test_what_may_be_meant_is_told(what):
     assert any(words in warning for warning in found.warnings)
 
 
+def test_spikes_are_told_of_what_is_trained_alone():
+    method = "train.{}.forward_proc.init.kwargs.method={}".format
+    steady = method("student", "lrp_composite")
+    taught = report(LRP, method("teacher", "lrp_epsilon"), steady)
+    trained = report(LRP, method("teacher", "lrp_epsilon"))  # the student has its entry
+    assert taught.problems == trained.problems == taught.warnings == []
+    assert ["has spikes" in warning for warning in trained.warnings] == [True]
+    assert "train.student.forward_proc" in trained.warnings[0]
+
+
 def test_a_run_tells_it_as_well(tmp_path):
     class Notes(NullProgress):
         texts: ClassVar[list[str]] = []
