@@ -39,6 +39,10 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
         ],
         [],
     ),
+    "benchmarks/benchmark_gradients.py": (
+        ["--model", "test_resnet", "--image-size", "32", "--batches", "1", "--steps", "2"],
+        [],
+    ),
     "benchmarks/benchmark_leaks.py": (["--short"], []),
     "benchmarks/benchmark_selection.py": (
         ["--image-size", "64", "--batch-size", "4", "--candidates", "2", "--afresh", "1"],
