@@ -103,11 +103,12 @@ SHORT: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 
-# Start whole processes, each of which has to import everything; tests/training/test_resume.py and
-# tests/project/test_create.py do the same without.
+# Start whole processes, each of which has to import everything, or take their time; the tests of
+# training/test_resume.py, project/test_create.py and relevance/ do the same without.
 SLOW = {
     "afternoon.py",
     "benchmarks/benchmark_driver.py",
+    "benchmarks/benchmark_gradients.py",
     "benchmarks/benchmark_leaks.py",
     "benchmarks/benchmark_step.py",
     "benchmarks/kill_and_resume.py",
@@ -173,6 +174,7 @@ def test_plain_loop_needs_no_torchdistill_and_its_terms_fall(short):
     assert all(after < before for before, after in zip(first, last, strict=True))
 
 
+@pytest.mark.slow
 def test_the_benchmarks_table_has_every_case_and_the_plain_step_as_unit(short):
     lines = short("benchmarks/benchmark_step.py").printed.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
