@@ -37,7 +37,7 @@ def digests() -> dict[str, str]:
 def test_every_config_resolves_to_what_was_noted():
     noted, found = json.loads(NOTED.read_text()), digests()
     changed = [name for name in sorted({*noted, *found}) if noted.get(name) != found.get(name)]
-    assert changed == [], "if that is meant: python tests/config/test_resolved.py"
+    assert changed == [], "if that is meant: PYTHONPATH=tests python tests/config/test_resolved.py"
 
 
 def test_a_config_with_bases_says_what_it_said_in_one_file():
