@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kd_lrp_plugin.data.layout import PLAIN, ClassFolders
+from kd_lrp_plugin.data.leakage.appearance import judge_by_look
 from kd_lrp_plugin.data.leakage.clean_split import (
     COLUMNS,
     DatasetAudit,
@@ -63,6 +64,7 @@ from kd_lrp_plugin.utils.validation import message
 SPLIT_COLUMNS = ("file", "split", "class", "group", "kept", "why")
 OUTPUTS = ("summary.json", "pairs.csv", "clean_split.csv", "pairs.png")
 TABLES = ("pairs.csv", "clean_split.csv")  # whose bytes the summary knows
+_ANSWER = 2  # version of what a summary says
 
 
 def check_data(
@@ -160,6 +162,7 @@ def check_images(
         summary = {"command": get_command(), "options": options, "state": state}
         summary |= count_properties(images, prints, ignored)
         summary |= count_leaks(audit, rows)
+        summary["look"] = judge_by_look(rows, prints, audit.splits[0] or "Training")
         if unmasked is not None:
             summary["masks"] = {"folder": about["masks"], "images_without": unmasked}
         summary["summary"] = summarise_leaks(summary)
@@ -191,7 +194,7 @@ def _state(
     unmasked: int | None,
 ) -> str:
     """A digest of all that the answer depends on beside the options."""
-    known = [images, [one[:-1] for one in prints], ignored, patients, VERSION]
+    known = [images, [one[:-1] for one in prints], ignored, patients, VERSION, _ANSWER]
     return hash_contents(known if unmasked is None else [*known, unmasked])
 
 
