@@ -46,9 +46,10 @@ def check_data(
 
     Duplicates are images of the same pixels; near-duplicates look the same: re-encoded, resized,
     mirrored, brighter. Says, too, what a linear classifier makes of tiny thumbnails: classes that
-    differ in brightness or framing invite a model to be right for that. Writes pairs.csv, pairs.png to judge them by eye, summary.json and
-    clean_split.csv; the images stay as they are. `folder_images` reads the clean split by
-    `manifest: DIR/clean_split.csv`. A call that was killed resumes when it is rerun. Examples:
+    differ in brightness or framing invite a model to be right for that. Writes pairs.csv, pairs.png
+    to judge them by eye, summary.json and clean_split.csv; the images stay as they are.
+    `folder_images` reads the clean split by `manifest: DIR/clean_split.csv`. A call that was killed
+    resumes when it is rerun. Examples:
 
         kd-lrp check-data images --out checked
 
