@@ -16,17 +16,14 @@ from torchdistill.datasets.util import build_data_loader
 from torchdistill.datasets.wrapper import BaseDatasetWrapper
 
 from kd_lrp_plugin.config.build import Assembly, check_classes, get_stages
-from kd_lrp_plugin.data.subclasses import share_subclasses
-from kd_lrp_plugin.data.transforms import preprocessing
-from kd_lrp_plugin.data.validation import check_same_classes
 from kd_lrp_plugin.models.factory import get_pretrained_hash
 from kd_lrp_plugin.torchdistill.balance import GradientBalance
 from kd_lrp_plugin.torchdistill.group_dro import GroupDROLoss
 from kd_lrp_plugin.training.box import Datasets, build_box, check_head
 from kd_lrp_plugin.training.cache.teacher import cache_teacher
 from kd_lrp_plugin.training.loading import Loading
+from kd_lrp_plugin.training.parts import find_parts
 from kd_lrp_plugin.utils.distributed import DistributedContext
-from kd_lrp_plugin.utils.validation import UNLABELLED, message
 
 MONITOR = "val_accuracy"
 AUC = "val_auc"  # computed where it is the monitor
@@ -47,12 +44,7 @@ class Experiment:
     Attributes:
         box: torchdistill's, single-stage or multi-stage.
         loading: of the images in this stage.
-        classes: names of the classes, empty if the data sets have none.
-        subclasses, subclass_of: names of the subclasses and the class index of each, empty unless
-            the data sets are labelled by them.
-        preprocessing: see :func:`kd_lrp_plugin.data.transforms.preprocessing`.
-        test_set: the data set of the test.
-        knows_subclasses: whether validation images have known ones.
+        parts: the data sets by what they are for, and their classes.
         pretrained: by key path, the hash of the weights of timm that a model begins with.
         cache: of the teacher in this stage; None without ``train.teacher.cache``.
         beside_teacher: the folder of the teacher's checkpoint; None without one.
@@ -64,36 +56,9 @@ class Experiment:
         self.train = content["train"]
         self._seed = seed
         self._datasets = Datasets(content["datasets"])
-        stage = next(iter(get_stages(self.train).values()))
         self._test_loader = content["test"]["test_data_loader"]
         self.loading = Loading(self._test_loader)
-        parts = {
-            "train": self._datasets[stage["train_data_loader"]["dataset_id"]],
-            "val": self._datasets[stage["val_data_loader"]["dataset_id"]],
-            "test": self._datasets[self._test_loader["dataset_id"]],
-        }
-        self.test_set = parts["test"]
-        for key_path, stage in list(get_stages(self.train).items())[1:]:
-            for name in ("train", "val"):
-                if loader := stage.get(f"{name}_data_loader"):
-                    where = f"{key_path.removeprefix('train.')} {name}"
-                    parts[where] = self._datasets[loader["dataset_id"]]
-        named = {name: part for name, part in parts.items() if hasattr(part, "classes")}
-        if all(name in named for name in ("train", "val", "test")):
-            check_same_classes(**named)
-        for name, part in parts.items():
-            if not name.endswith("train") and UNLABELLED in getattr(part, "targets", []):
-                fix = "Take with_unlabelled for the training alone."
-                got = "some without a label"
-                raise ValueError(message(f"datasets: {name}", "labelled images", got, fix))
-        self.classes = list(getattr(parts["val"], "classes", []))
-        if len(set(self.classes)) < len(self.classes):
-            fix = "Rename one of them."
-            raise ValueError(message("datasets", "classes of different names", self.classes, fix))
-        self.subclasses, self.subclass_of = share_subclasses(**parts)
-        self._source = getattr(parts["train"], "source", "")
-        self.knows_subclasses = bool(self.subclasses) and parts["val"].known
-        self.preprocessing = preprocessing(parts["val"])
+        self.parts = parts = find_parts(self._datasets, self.train, self._test_loader)
         models = {}
         self.pretrained: dict[str, str] = {}
         checkpoint = content["models"].get("teacher_model", {}).get("src_ckpt")
@@ -103,22 +68,13 @@ class Experiment:
         for role, built in assembly.models.items():
             if found := get_pretrained_hash(built.module):
                 self.pretrained[f"models.{role}.pretrained"] = found
-            check_classes(built, content["models"][role], f"models.{role}", self.outputs)
+            check_classes(built, content["models"][role], f"models.{role}", parts.outputs)
             # Depthwise convolutions take less time so, on CPUs too.
             models[role] = built.module.to(context.device).to(memory_format=torch.channels_last)
-            check_head(role, models[role], parts["val"], self.classes)
+            check_head(role, models[role], parts.val, parts.classes)
         self._taught_by = _sum_tensors(models["teacher_model"]) if "teacher_model" in models else {}
         self.box = build_box(models, self._datasets, self.train, context)
         self._enter_stage()
-
-    @property
-    def outputs(self) -> list[str]:
-        """What the outputs of the models stand for: subclasses, if there are any, or classes.
-
-        Subclasses that were found have what they were found by in their names.
-        """
-        source = f" ({self._source})" if self._source else ""
-        return [f"{name}{source}" for name in self.subclasses] or self.classes
 
     # --- models -------------------------------------------------------------------------------
 

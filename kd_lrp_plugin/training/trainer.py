@@ -241,7 +241,7 @@ class Trainer:
         experiment, box, started = self.experiment, self.experiment.box, time.monotonic()
         loader = box.train_data_loader
         classifies = experiment.student is experiment.original
-        subclass_of = experiment.subclass_of
+        subclass_of = experiment.parts.subclass_of
         with Meter(box.criterion, classifies=classifies, subclass_of=subclass_of) as meter:
             for images, targets, supplement in current_progress().track(
                 loader, f"epoch {number}", len(loader)
@@ -274,7 +274,7 @@ class Trainer:
             state = self.experiment.original.state_dict() if self.context.rank == 0 else {}
             self.best = {
                 "model": {k: v.detach().to("cpu", copy=True) for k, v in state.items()},
-                "classes": self.experiment.outputs,
+                "classes": self.experiment.parts.outputs,
                 "epoch": self.epoch + 1,
                 "quality": list(quality),
             }
@@ -328,7 +328,7 @@ class Trainer:
         """
         experiment = self.experiment
         student, teacher = experiment.original, experiment.original_teacher
-        auc, subclass_of = self.monitor == AUC, experiment.subclass_of
+        auc, subclass_of = self.monitor == AUC, experiment.parts.subclass_of
         meter = Meter(experiment.box.criterion, keep, subclass_of=subclass_of, auc=auc)
         with experiment.evaluating(), meter:
             missing = experiment.missing_wrapper(loader)
@@ -366,24 +366,28 @@ class Trainer:
             "epochs": self.epoch,
             "parameters": count_parameters(experiment.original),
             "seconds": round(sum(record["seconds"] for record in self.records), 1),
-            "classes": experiment.classes,
-            "preprocessing": experiment.preprocessing,
-            "image_shape": list(experiment.test_set[0][0].shape),
+            "classes": experiment.parts.classes,
+            "preprocessing": experiment.parts.preprocessing,
+            "image_shape": list(experiment.parts.test[0][0].shape),
             "seed": self.seed,
             "device": str(self.context.device),
         }
-        if experiment.subclasses:  # with them the outputs of the weights are folded again
-            summary["subclasses"] = experiment.subclasses
-            summary["subclass_of"] = experiment.subclass_of
+        if experiment.parts.subclasses:  # with them the outputs of the weights are folded again
+            summary["subclasses"] = experiment.parts.subclasses
+            summary["subclass_of"] = experiment.parts.subclass_of
         if self.context.rank == 0:
             if caches := folder.list_caches():
                 summary["teacher_caches"] = caches
-            names = _names(experiment.test_set, loader)
-            groups = _groups(experiment.test_set, loader)
+            names = _names(experiment.parts.test, loader)
+            groups = _groups(experiment.parts.test, loader)
             folder.write(
                 "predictions.csv",
                 predictions_csv(
-                    predictions, experiment.classes, names, groups, experiment.subclasses
+                    predictions,
+                    experiment.parts.classes,
+                    names,
+                    groups,
+                    experiment.parts.subclasses,
                 ),
             )
             weights = experiment.original.state_dict()

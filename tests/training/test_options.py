@@ -299,7 +299,7 @@ class TestModelsOfAllKinds:
         run = build_run(KD, [*SMALL, "image_size=32", *overrides], tmp_path / "run")
         experiment = run.experiment
         _, rows = run._evaluate(experiment.test_loader, "test", "test", keep=True)
-        images = torch.stack([image for image, _ in experiment.test_set])
+        images = torch.stack([image for image, _ in experiment.parts.test])
         for role in ("student", "teacher"):
             original = getattr(experiment, f"original{'_teacher' * (role == 'teacher')}")
             expected = original.eval()(images).softmax(1)

@@ -255,7 +255,7 @@ def _check_step(
                 got, fix = f"a last one of {rest}", f"Set drop_last: True. ({error})"
                 raise ValueError(message("batches", "full ones", got, fix)) from error
     classifies = experiment.student is experiment.original
-    meter = Meter(box.criterion, False, classifies, experiment.subclass_of)
+    meter = Meter(box.criterion, False, classifies, experiment.parts.subclass_of)
     with report.at(f"{key_path}.criterion"), meter:
         loss = experiment.training_loss(images, targets, supplement)
         check_finite(loss, meter.latest)
@@ -270,7 +270,7 @@ def _check_step(
             experiment.loss(images, targets, supplement)
     with report.at("train.monitor"):
         known = [MONITOR, AUC, LAST]
-        if experiment.knows_subclasses:
+        if experiment.parts.knows_subclasses:
             known.append("val_subclass_accuracy")
         if not experiment.missing_wrapper(experiment.val_loader):
             terms = experiment.losses()
@@ -320,7 +320,7 @@ def _check_evaluation(
 ) -> None:
     """One batch, as validation and test will take it."""
     original = experiment.original
-    meter = Meter(experiment.box.criterion, subclass_of=experiment.subclass_of)
+    meter = Meter(experiment.box.criterion, subclass_of=experiment.parts.subclass_of)
     with report.at(key_path), experiment.evaluating(), meter:
         batch = _collated(loader, _items(loader), experiment.context.device)
         images, targets, supplement = [*batch, {}][:3]
