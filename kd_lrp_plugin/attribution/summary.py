@@ -97,18 +97,17 @@ _SHORT = {
     "deletion": "delete",
     "randomised": "random",
 }
-BRIEFLY = (
-    "\n".join(f"{short}: {METRICS[name]}" for name, short in _SHORT.items())
-    + "\nchance: of inside, what maps get that know nothing of the image"
-)
+_WORDS = {short: METRICS[name] for name, short in _SHORT.items()}
+_WORDS["chance"] = "of inside, what maps get that know nothing of the image"
 
 
 def brief(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The means of :func:`records` as tables for a terminal of 100 columns.
 
     Returns:
-        A table for each run, model and layer under its heading, a line per method; columns are
-        explained by :data:`BRIEFLY`. A teacher that runs share has one, under all their names.
+        A table for each run, model and layer under its heading, a line per method, with the
+        columns that any of them has; :func:`explain_columns` says what they are. A teacher that
+        runs share has one, under all their names.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     runs: dict[tuple, list[str]] = {}
@@ -123,7 +122,19 @@ def brief(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         names = runs[key] if len(runs[key]) < 4 else [f"{len(runs[key])} runs"]
         heading = f"{row['model']} of {', '.join(names)}, layer {row['layer']}"
         groups.setdefault(heading, []).append(row)
-    return {heading: [_shorten(row) for row in group] for heading, group in groups.items()}
+    found = {heading: [_shorten(row) for row in group] for heading, group in groups.items()}
+    lines = [line for part in found.values() for line in part]
+    used = [name for name in lines[0] if any(line[name] is not None for line in lines)]
+    return {
+        heading: [{name: line[name] for name in used} for line in part]
+        for heading, part in found.items()
+    }
+
+
+def explain_columns(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What the columns of :func:`brief` are, a line for each."""
+    shown = next(iter(tables.values()))[0]
+    return "\n".join(f"{name}: {words}" for name, words in _WORDS.items() if name in shown)
 
 
 def _shorten(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,10 @@ def explain(
             "--subclasses", help="Explain subclasses, of a run that has them, and not classes."
         ),
     ] = False,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Of a study, the runs of this seed alone; repeatable. Default: all."),
+    ] = None,
     device: Device = None,
     safe: Safe = False,
     trust: Trust = False,
@@ -81,7 +85,7 @@ def explain(
 
         kd-lrp explain runs/brain_mri/kd/*/0 --out compared --method grad_cam --method lrp_zplus
 
-        kd-lrp explain runs/studies/core --layer blocks.4 --method gradient_activation
+        kd-lrp explain runs/studies/core --seed 0 --layer blocks.4 --method gradient_activation
 
         kd-lrp explain RUN --model teacher --layer blocks.2 --layer blocks.4 --layer blocks.6
 
@@ -95,7 +99,7 @@ def explain(
         from kd_lrp_plugin.runs.trust import check_trusted
         from kd_lrp_plugin.utils.distributed import init_distributed
 
-        check_trusted([run for run, _ in explain_inputs.list_runs(runs)], trust, safe)
+        check_trusted([run for run, _ in explain_inputs.list_runs(runs, seed or ())], trust, safe)
         with init_distributed(device) as context:
             options = explain_inputs.ExplainOptions(
                 *(method or (), layer or (), roles, images or (), n, samples, out),
@@ -103,15 +107,19 @@ def explain(
                 safe=safe,
                 subclasses=subclasses,
                 quick=quick,
+                seeds=seed or (),
             )
             rows = explain.explain(runs, options)
-    for heading, part in summary.brief(rows).items():
+    parts = summary.brief(rows) if rows else {}
+    for heading, part in parts.items():
         say(f"\n{heading}\n")
         say(tables.table(part))
-    if rows:
-        say(f"\n{summary.BRIEFLY}")
+    if parts:
+        say(f"\n{summary.explain_columns(parts)}")
     if len({row["layer"] for row in rows} - {"input"}) > 1:
-        for figure in ("relevance_mass_accuracy", "rank_accuracy", "pointing_game"):
+        for figure in summary.INSIDE:
+            if not any(figure in row["metrics"] for row in rows):
+                continue
             say(f"\n{figure}: {summary.METRICS[figure]}\n")
             say(tables.table(summary.by_layer(rows, figure)))
     name = f"explanations{'-subclasses' * subclasses}"

@@ -94,9 +94,9 @@ def explain(
 
     Raises:
         FileNotFoundError: if there is no run, no image, or no file of a teacher's weights.
-        ValueError: for no runs, an unknown method or layer, runs with different test sets, with
-            ``out`` also images of one name that differ or are cut otherwise, models or images that
-            are not those of the run's predictions, a damaged file, or a transform that is not
+        ValueError: for no runs or seeds, an unknown method or layer, runs with different test sets,
+            with ``out`` also images of one name that differ or are cut otherwise, models or images
+            that are not those of the run's predictions, a damaged file, or a transform that is not
             known with ``images``.
     """
     options = options or ExplainOptions()
@@ -104,7 +104,7 @@ def explain(
         raise ValueError(message("explain", "one run at least", "none", ""))
     if options.out is not None:
         _check_out(Path(options.out))
-    named = list_runs([Path(folder) for folder in folders])
+    named = list_runs([Path(folder) for folder in folders], options.seeds)
     trials: dict[tuple[str, ...], Trial] = {}
     runs = [open_run(folder, name, options, trials) for folder, name in named]
     if len({run.test_hash for run in runs}) > 1:

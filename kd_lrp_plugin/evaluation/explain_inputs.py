@@ -112,6 +112,7 @@ class ExplainOptions:
         safe: see :func:`kd_lrp_plugin.runs.loading.load_run`.
         subclasses: explain subclasses, of models that have an output for each, and not classes.
         quick: leave out methods that take long, unless they are named or the only ones.
+        seeds: of the runs of a study, which are then named without; without any, all.
 
     Raises:
         ValueError: for an unknown role, or no images.
@@ -128,6 +129,7 @@ class ExplainOptions:
     safe: bool = False
     subclasses: bool = False
     quick: bool = False
+    seeds: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         for role in self.roles:
@@ -338,14 +340,22 @@ def read_study(file: Path) -> dict[str, Any]:
     return content
 
 
-def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
+def list_runs(folders: Sequence[Path], seeds: Sequence[int] = ()) -> list[tuple[Path, str]]:
     """Runs and what to call them; for the folder of a study's results, its finished runs.
 
+    Args:
+        folders: of runs and studies.
+        seeds: of a study's runs; without any, all.
+
     Raises:
-        ValueError: if a run is there twice, or a study has no finished run.
+        ValueError: if a run is there twice, a study has no finished run of these seeds, or there
+            are seeds and no study.
     """
     found: list[tuple[Path, str]] = []
     plain = [folder for folder in folders if not (folder / "study.json").is_file()]
+    if seeds and len(plain) == len(folders):
+        fix = "Name the folder of its results, or leave --seed out."
+        raise ValueError(message("explain: seeds", "a study", [str(f) for f in folders], fix))
     names = dict(zip(plain, name_folders(plain), strict=True)) if plain else {}
     for folder in folders:
         if folder in names:
@@ -356,9 +366,15 @@ def list_runs(folders: Sequence[Path]) -> list[tuple[Path, str]]:
         if not done:
             fix = "The same kd-lrp study command resumes."
             raise ValueError(message(str(folder), "a study with a finished run", "none", fix))
+        known = sorted({row["seed"] for row in done})
+        if unknown := sorted({*seeds}.difference(known)):
+            fix = f"It has finished runs of {known}."
+            raise ValueError(message(str(folder), "seeds of its runs", unknown, fix))
+        done = [row for row in done if not seeds or row["seed"] in seeds]
         for row in done:
             parts = [row["configuration"], *(f"{k} {v}" for k, v in row["point"].items())]
-            found.append((Path(row["folder"]), ", ".join([*parts, f"seed {row['seed']}"])))
+            parts += [f"seed {row['seed']}"] if len(seeds) != 1 else []
+            found.append((Path(row["folder"]), ", ".join(parts)))
     _check_different([path for path, _ in found])
     return found
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kd_lrp_plugin.attribution.summary import records, summary
+from kd_lrp_plugin.attribution.summary import brief, explain_columns, records, summary
 
 VALUES = torch.tensor([0.2, torch.nan, 0.4])
 CHANCE = torch.tensor([0.1, 0.7, 0.3])
@@ -49,3 +49,20 @@ def test_every_group_of_figures_has_its_own_count():
         "no relevance (randomised)": 1,
     }
     assert "attribution_similarity" not in line
+
+
+def test_a_terminal_has_the_columns_that_some_row_has_and_their_words():
+    def row(run: str, **means: float) -> dict:
+        metrics = {name: {"mean": value, "chance": 0.1} for name, value in means.items()}
+        about = {"run": run, "model": "student", "weights": run, "layer": "x", "method": "rise"}
+        return about | {"metrics": metrics}
+
+    found = brief([row("a", insertion=0.5), row("b", insertion=0.4, attribution_similarity=0.7)])
+    assert found == {
+        "student of a, layer x": [{"method": "rise", "alike": None, "insert": 0.5}],
+        "student of b, layer x": [{"method": "rise", "alike": 0.7, "insert": 0.4}],
+    }
+    words = explain_columns(found).splitlines()
+    assert [line.partition(":")[0] for line in words] == ["alike", "insert"]
+    (inside,) = brief([row("a", relevance_mass_accuracy=0.3)]).values()
+    assert inside == [{"method": "rise", "inside": 0.3, "chance": 0.1}]

@@ -438,6 +438,12 @@ class TestSeveralRuns:
             (Path("runs/2"), "KD, n 5, seed 2"),
             (Path("runs/one"), "runs/one"),
         ]
+        assert explain_inputs.list_runs([tmp_path], [2]) == [(Path("runs/2"), "KD, n 5")]
+        assert explain_inputs.list_runs([tmp_path], [2, 0]) == found[:2]
+        with pytest.raises(ValueError, match=r"seeds of its runs, got \[1\]. .*\[0, 2\]"):
+            explain_inputs.list_runs([tmp_path], [1, 2])
+        with pytest.raises(ValueError, match="explain: seeds: expected a study"):
+            explain_inputs.list_runs([Path("runs/2")], [2])
         with pytest.raises(ValueError, match="each run once"):
             explain_inputs.list_runs([tmp_path, Path("runs/2")])
         (tmp_path / "study.json").write_text(json.dumps({"runs": rows[1:2]}))
