@@ -11,7 +11,9 @@ from kd_lrp_plugin.plots import tables
 
 
 def evaluate(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that kd-lrp distill has finished.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN|STUDY...", help="Finished runs, or all of a study.")
+    ],
     resamples: Annotated[
         int, typer.Option(help="Of the bootstrap interval of the accuracy.", min=100)
     ] = 2000,
@@ -21,19 +23,24 @@ def evaluate(
     """Everything about finished runs: accuracy, per class, calibration, agreement, cost.
 
     Writes evaluation.json, confusion.png and reliability.png into each folder, and prints a row
-    for each student and teacher. Latency is of this machine, now. Runs the code that the run's
-    config.yaml names; a run that was not made here needs --trust, or --safe, which refuses such
-    code. Example:
+    for each student and teacher. Latency is of this machine, now; of an architecture that runs
+    share it is measured once, so that a study's may be taken while nothing else runs. Runs the
+    code that the config.yaml of each run names; a run that was not made here needs --trust, or
+    --safe, which refuses such code. Examples:
 
         kd-lrp evaluate runs/phantom/kd/*/0
+
+        kd-lrp evaluate runs/studies/core
     """
     rows, details = [], []
     costs: dict = {}  # of an architecture that runs share, measured once
     with RichProgress() as progress, errors_in_words():
         from kd_lrp_plugin.evaluation.evaluate import evaluate
+        from kd_lrp_plugin.evaluation.explain_inputs import list_runs
         from kd_lrp_plugin.runs.folder import RunFolder
         from kd_lrp_plugin.runs.trust import check_trusted
 
+        runs = [run for run, _ in list_runs(runs)]
         for run in runs:
             RunFolder(run).summary()  # all are finished, or none is evaluated
         check_trusted(runs, trust, safe)

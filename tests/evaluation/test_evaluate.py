@@ -210,8 +210,11 @@ class TestEvaluate:
             expected = model(tensor[None])[0].softmax(0)
         np.testing.assert_allclose(list(record["all"].values()), expected, atol=1e-6)
 
-    def test_the_command_prints_a_row_per_model(self, run):
-        result = CliRunner().invoke(app, ["evaluate", str(run), "--resamples", "100"])
+    def test_the_command_prints_a_row_per_model_of_a_studys_runs(self, run, tmp_path):
+        row = {"configuration": "KD", "point": {}, "seed": 0, "state": "finished"}
+        content = {"runs": [{**row, "folder": str(run)}]}
+        (tmp_path / "study.json").write_text(json.dumps(content))
+        result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--resamples", "100"])
         assert result.exit_code == 0, result.output
         assert "95 % interval" in result.output
         assert "prediction agreement of student and teacher" in result.output
