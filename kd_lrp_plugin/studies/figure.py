@@ -22,7 +22,8 @@ _LABELS = 42  # letters in a line below one
 
 
 def study_figure(content: Mapping[str, Any]) -> Figure:
-    """A dot for each run, the mean and its interval; with a grid, lines over its first axis.
+    """A dot for each run, the mean and its interval; with a grid, over its first axis: lines if it
+    has numbers.
 
     Where the lines would be too many, points of the grid stand below each other instead.
 
@@ -105,6 +106,8 @@ def _draw_lines(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
     colours = [f"C{index % 10}" for index in range(len(series))]
     offsets = [0.05 * (index - (len(series) - 1) / 2) for index in range(len(series))]
     positions = {value: index for index, value in enumerate(values)}
+    ordered = all(isinstance(value, int | float) for value in values)
+    style = "-o" if ordered else "o"  # nothing lies between two names
     for (name, found), colour, offset in zip(series.items(), colours, offsets, strict=True):
         drawn = []
         for value, rows in found:
@@ -124,7 +127,7 @@ def _draw_lines(ax: Axes, content: Mapping[str, Any], measure: str) -> None:
                 ax.plot([x] * 2, [summary["low"], summary["high"]], color=colour, linewidth=1)
         if drawn:
             ax.plot(
-                *zip(*drawn, strict=True), "-o", color=colour, markersize=4, label=name, gid=_NAMED
+                *zip(*drawn, strict=True), style, color=colour, markersize=4, label=name, gid=_NAMED
             )
     room = max(1, _LABELS // len(values))
     labels = [

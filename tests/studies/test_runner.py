@@ -486,6 +486,9 @@ class TestComparing:
         (over,) = study_figure(self.content(self.ROWS)).get_axes()
         (dots,) = study_figure(self.content(self.ROWS, axes={})).get_axes()
         assert over.get_xlabel() == "tau"
+        rows = make_rows({("KD", "tau", value): [0.8, 0.9] for value in ("low", "high")})
+        (names,) = study_figure(self.content(rows, axes={"tau": ["low", "high"]})).get_axes()
+        assert [ax.get_lines()[-1].get_linestyle() for ax in (over, names)] == ["-", "None"]
         assert [label.get_text() for label in over.get_xticklabels()] == ["1", "4"]
         assert [label.get_text() for label in dots.get_yticklabels()] == [
             *("CE", "KD, tau 1", "KD, tau 4")
