@@ -89,7 +89,7 @@ def render(content: Mapping[str, Any], most: int = PICTURES[0]) -> str:
         "percent": lambda value: "-" if value is None else f"{100 * value:.1f} %",
         "probability": lambda p: "-" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}",
         "number": _number,
-        "millions": lambda n: f"{n / 1e6:.3g} million" if n >= 1e6 else f"{n:,}",
+        "in_words": _in_words,
         "duration": _duration,
         "numeric": lambda rows, column: any(
             isinstance(row.get(column), float | int) for row in rows
@@ -129,6 +129,20 @@ def _number(value: Any, digits: int = 3) -> str:
     if isinstance(value, float) and not (value.is_integer() and abs(value) >= 1000):
         return f"{value:,.{digits}f}"
     return f"{int(value):,}" if isinstance(value, int | float) else str(value)
+
+
+def _in_words(n: int) -> str:
+    """Three digits of a large count, in words.
+
+    Example:
+        >>> _in_words(3_702_730_752), _in_words(97_737_328), _in_words(999_999), _in_words(1_499_600_000)
+        ('3.70 billion', '97.7 million', '999,999', '1.50 billion')
+    """
+    for size, name in ((1e9, "billion"), (1e6, "million")):
+        if n >= size:
+            digits = max(0, 3 - len(str(int(n / size))))
+            return f"{n / size:,.{digits}f} {name}"
+    return f"{n:,}"
 
 
 def _duration(seconds: float) -> str:
