@@ -135,8 +135,8 @@ def _in_words(n: int) -> str:
     """Three digits of a large count, in words.
 
     Example:
-        >>> _in_words(3_702_730_752), _in_words(97_737_328), _in_words(999_999), _in_words(1_499_600_000)
-        ('3.70 billion', '97.7 million', '999,999', '1.50 billion')
+        >>> _in_words(3_702_730_752), _in_words(97_737_328), _in_words(999_999)
+        ('3.70 billion', '97.7 million', '999,999')
     """
     for size, name in ((1e9, "billion"), (1e6, "million")):
         if n >= size:
