@@ -265,9 +265,9 @@ def _check_role(
             if method and METHODS[method].has_spikes and name != "teacher":
                 words = (
                     f"{method} explains what is trained: the derivative of LRP-epsilon has spikes, "
+                    "which may keep it from learning; prefer gradient_activation, lrp_zplus, "
+                    "lrp_gamma or lrp_composite for it, whatever its teacher has"
                 )
-                words += "which may keep it from learning; prefer gradient_activation, lrp_zplus, "
-                words += "lrp_gamma or lrp_composite for it, whatever its teacher has"
                 report.warn(f"{key_path}.forward_proc", words)
     several = parts.context.world_size > 1 and name in parts.roles
     with report.at(f"{key_path}.requires_grad"):
