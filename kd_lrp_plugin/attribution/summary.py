@@ -124,16 +124,16 @@ def brief(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         groups.setdefault(heading, []).append(row)
     found = {heading: [_shorten(row) for row in group] for heading, group in groups.items()}
     lines = [line for part in found.values() for line in part]
-    used = [name for name in lines[0] if any(line[name] is not None for line in lines)]
+    used = {name for line in lines for name, value in line.items() if value is not None}
     return {
-        heading: [{name: line[name] for name in used} for line in part]
+        heading: [{name: line[name] for name in line if name in used} for line in part]
         for heading, part in found.items()
     }
 
 
 def explain_columns(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """What the columns of :func:`brief` are, a line for each."""
-    shown = next(iter(tables.values()))[0]
+    shown = {name for part in tables.values() for line in part for name in line}
     return "\n".join(f"{name}: {words}" for name, words in _WORDS.items() if name in shown)
 
 

@@ -110,7 +110,7 @@ def explain(
                 seeds=seed or (),
             )
             rows = explain.explain(runs, options)
-    parts = summary.brief(rows) if rows else {}
+    parts = summary.brief(rows)
     for heading, part in parts.items():
         say(f"\n{heading}\n")
         say(tables.table(part))
