@@ -82,7 +82,7 @@ def _choose_by_feature_info(model: nn.Module) -> list[str]:
         by_reduction = {e["reduction"]: e["module"] for e in info if e["reduction"] < last}
         names = list(by_reduction.values()) or _list_quarters([e["module"] for e in info])
         if not set(names) <= {name for name, _ in module.named_modules()}:
-            continue  # as of Twins, whose stages are no modules
+            continue  # as of twins_svt_small, whose stages are no modules
         return [f"{prefix}.{name}" if prefix else name for name in names]
     return []
 
