@@ -16,7 +16,7 @@ from statistics import median
 import timm
 import torch
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
@@ -55,9 +55,10 @@ def batches(count: int):
             count -= 1
 
 
-def norm(loss: Tensor, model: nn.Module) -> float:
-    """Of the gradient for the weights."""
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+def norm(loss: Tensor) -> float:
+    """Of the gradient for the student's weights."""
+    weights = list(student.parameters())
+    found = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
     return torch.stack([g.square().sum() for g in found if g is not None]).sum().sqrt().item()
 
 
@@ -70,8 +71,8 @@ def measure(method: str) -> list[float]:
             logits = student(pictures)
         maps = recording.maps(logits, labels, create_graph=True)
         distances = [semantic_cosine(m, torch.randn_like(m).relu()) for m in maps]
-        of_labels = norm(functional.cross_entropy(student(pictures), labels), student)
-        ratios.append(norm(torch.stack(distances).mean(), student) / of_labels)
+        of_labels = norm(functional.cross_entropy(logits, labels))
+        ratios.append(norm(torch.stack(distances).mean()) / of_labels)
     for name, buffer in student.named_buffers():
         buffer.copy_(buffers[name])
     return ratios
